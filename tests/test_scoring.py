@@ -1,0 +1,269 @@
+"""topm_mean and gem_score: by hand, against the reference by the one rule, and on the ragged edges."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from numerics import IMPLS, assert_all_close, assert_close
+from torch import Tensor
+
+from gem_kernels import Score, gem_score, topm_mean
+
+pytestmark = pytest.mark.op("topm_mean")
+
+
+def offsets(lengths: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
+
+
+def run_topm(values: Tensor, cu_seqlens: Tensor, m: int | float, impl: str) -> dict[str, Tensor | None]:
+    """Means and dvalues for a random upstream gradient."""
+    leaf = values.detach().clone().requires_grad_()
+    means = topm_mean(leaf, cu_seqlens, m, impl=impl)  # type: ignore[arg-type]
+    upstream = torch.randn(means.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    if means.requires_grad:
+        (means * upstream.to(means.dtype)).sum().backward()
+    return {"means": means.detach(), "dvalues": leaf.grad}
+
+
+def check_topm(values: Tensor, cu_seqlens: Tensor, m: int | float, impl: str) -> None:
+    eager = run_topm(values, cu_seqlens, m, "reference")
+    got = eager if impl == "reference" else run_topm(values, cu_seqlens, m, impl)
+    assert_all_close(got, eager, run_topm(values.double(), cu_seqlens, m, "reference"))
+
+
+# --- topm_mean --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_by_hand(impl: str) -> None:
+    values = torch.tensor([1.0, 5.0, 3.0, 2.0, 7.0, -1.0, -3.0])
+    cu = offsets([4, 0, 1, 2])
+    for m, want in [
+        (1, [5.0, 0.0, 7.0, -1.0]),
+        (2, [4.0, 0.0, 7.0, -2.0]),
+        (100, [2.75, 0.0, 7.0, -2.0]),
+        (0.5, [4.0, 0.0, 7.0, -1.0]),
+        (0.51, [10 / 3, 0.0, 7.0, -2.0]),
+        (1.0, [2.75, 0.0, 7.0, -2.0]),
+        (1e-12, [5.0, 0.0, 7.0, -1.0]),
+    ]:
+        got = topm_mean(values, cu, m, impl=impl)  # type: ignore[arg-type]
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, torch.tensor(want), msg=f"m={m}: {got.tolist()}, expected {want}")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_fraction_counts_are_those_of_exact_arithmetic(impl: str) -> None:
+    """m length is a float: 0.07 * 100 is 7.000000000000001, whose ceil is 8. What was meant is 7."""
+    assert math.ceil(0.07 * 100) == 8
+    for percent in range(1, 101):
+        lengths = [1, 3, 10, 20, 25, 30, 70, 75, 100, 300, 1100]
+        values = torch.cat([torch.arange(float(n), dtype=torch.float32) for n in lengths])
+        exact = [max(1, -(-percent * n // 100)) for n in lengths]  # ceil in integers
+        # The largest k of 0, 1, ..., n - 1 have the mean n - (k + 1) / 2: the mean tells the count.
+        counts = 2 * (torch.tensor(lengths) - topm_mean(values, offsets(lengths), percent / 100, impl=impl)) - 1  # type: ignore[arg-type]
+        assert counts.round().int().tolist() == exact, f"m={percent / 100}"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.usefixtures("small_tiles")
+def test_ties_go_by_position(impl: str) -> None:
+    """Among equals the earlier token is selected, and gets the gradient."""
+    values = torch.tensor([2.0, 1.0, 2.0, 2.0, 0.0, 3.0, 3.0], requires_grad=True)
+    topm_mean(values, offsets([5, 2]), 2, impl=impl).sum().backward()  # type: ignore[arg-type]
+    assert values.grad is not None
+    assert values.grad.tolist() == [0.5, 0.0, 0.5, 0.0, 0.0, 0.5, 0.5]
+    many = torch.ones(200, requires_grad=True)
+    topm_mean(many, offsets([150, 50]), 0.1, impl=impl).sum().backward()  # type: ignore[arg-type]
+    assert many.grad is not None
+    assert many.grad.nonzero().flatten().tolist() == [*range(15), *range(150, 155)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("m", [1, 3, 1000, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.usefixtures("small_tiles")
+def test_matches_gold(impl: str, m: int | float, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 60, (70,), generator=g).tolist()
+    values = torch.rand(sum(lengths), generator=g).to(dtype)
+    check_topm(values, offsets(lengths), m, impl)
+    check_topm(values, offsets(lengths, torch.int64), m, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_thousands_of_short_sequences_and_a_long_one(impl: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    lengths = [*torch.randint(0, 12, (1500,), generator=g).tolist(), 100_000, 3]
+    check_topm(torch.randn(sum(lengths), generator=g), offsets(lengths), 0.1, impl)
+
+
+def test_short_sequences_do_not_wait_for_a_long_one() -> None:
+    """Rows are padded to the longest of their own bucket: one long sequence must not make every short one a bucket."""
+    from gem_kernels.scoring.chunked import plan_buckets
+
+    lengths = [20] * 5000 + [100_000]
+    buckets = list(plan_buckets(lengths, block=1 << 17))
+    assert [i for b in buckets for i in range(b.start, b.stop)] == list(range(5001))
+    assert len(buckets) == 2
+    for block in (1, 100, 1 << 17):
+        for b in plan_buckets(lengths, block):
+            assert (b.stop - b.start) * max(lengths[b]) <= block or b.stop == b.start + 1
+    assert not list(plan_buckets([], block=100))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.usefixtures("small_tiles")
+def test_not_a_number_and_infinity_stay_in_their_sequence(impl: str) -> None:
+    values = torch.tensor([1.0, math.nan, 3.0, 4.0, 5.0, -math.inf, 6.0, -math.inf, math.inf, 0.0])
+    cu = offsets([3, 2, 2, 1, 2])
+    one, both = (topm_mean(values, cu, m, impl=impl).tolist() for m in (1, 2))  # type: ignore[arg-type]
+    assert math.isnan(one[0]) and math.isnan(both[0])
+    assert one[1:] == [5.0, 6.0, -math.inf, math.inf]
+    assert both[1:] == [4.5, -math.inf, -math.inf, math.inf]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing(impl: str) -> None:
+    assert topm_mean(torch.zeros(0), offsets([]), 1, impl=impl).shape == (0,)  # type: ignore[arg-type]
+    assert topm_mean(torch.zeros(0), offsets([0, 0]), 0.5, impl=impl).tolist() == [0.0, 0.0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_values_are_left_alone_and_may_be_strided(impl: str) -> None:
+    values = torch.rand(40)
+    strided = torch.stack((values, torch.full_like(values, math.nan)), 1)[:, 0]
+    before = values.clone()
+    cu = offsets([17, 23])
+    assert torch.equal(topm_mean(strided, cu, 0.3, impl=impl), topm_mean(values, cu, 0.3, impl=impl))  # type: ignore[arg-type]
+    assert torch.equal(values, before)
+
+
+@pytest.mark.parametrize("m", [2, 0.4])
+def test_reference_gradcheck(m: int | float) -> None:
+    values = torch.rand(15, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: topm_mean(v, offsets([7, 0, 1, 7]), m, impl="reference"), values)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradient_only_where_wanted(impl: str) -> None:
+    values = torch.rand(9)
+    assert not topm_mean(values, offsets([9]), 2, impl=impl).requires_grad  # type: ignore[arg-type]
+    with torch.inference_mode():
+        assert topm_mean(values.requires_grad_(), offsets([9]), 2, impl=impl).shape == (1,)  # type: ignore[arg-type]
+
+
+# --- gem_score --------------------------------------------------------------------------------------------------------
+
+
+def spans(*pairs: tuple[int, int], dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(pairs, dtype=dtype).reshape(-1, 2)
+
+
+@pytest.mark.op("gem_score")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_score_by_hand(impl: str, dtype: torch.dtype) -> None:
+    """Two candidates; tokens 4 (the marker), 7 (end of sequence) and 12 are in neither span and count nowhere."""
+    entropy = torch.tensor([0.1, 2.0, 0.3, 1.0, 99.0, 0.2, 0.4, 99.0, 3.0, 1.0, 0.5, 0.7, 99.0])
+    branch, answer = spans((0, 4), (8, 10), dtype=dtype), spans((5, 7), (10, 12), dtype=dtype)
+    out = gem_score(entropy, branch, answer, m=0.5, impl=impl)  # type: ignore[arg-type]
+    torch.testing.assert_close(out.branch_entropy, torch.tensor([1.5, 3.0]))
+    torch.testing.assert_close(out.final_entropy, torch.tensor([0.3, 0.6]))
+    torch.testing.assert_close(out.score, torch.tensor([1.2, 2.4]))
+    only_final = gem_score(entropy, branch, answer, branch_weight=0.0, impl=impl)  # type: ignore[arg-type]
+    only_branch = gem_score(entropy, branch, answer, m=2, final_weight=0.0, impl=impl)  # type: ignore[arg-type]
+    weighted = gem_score(entropy, branch, answer, m=1, branch_weight=0.4, final_weight=2.0, impl=impl)  # type: ignore[arg-type]
+    torch.testing.assert_close(only_final.score, torch.tensor([-0.3, -0.6]))
+    torch.testing.assert_close(only_branch.score, torch.tensor([1.5, 2.0]))
+    torch.testing.assert_close(weighted.score, torch.tensor([0.8 - 0.6, 1.2 - 1.2]))
+
+
+@pytest.mark.op("gem_score")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_empty_spans(impl: str) -> None:
+    """No reasoning is no bonus; no answer is no score. Neither touches the neighbours, wherever the empty span points."""
+    entropy = torch.tensor([1.0, 2.0, 3.0])
+    branch, answer = spans((0, 0), (0, 2), (3, 3), (0, 1)), spans((0, 2), (3, 3), (1, 1), (2, 3))
+    out = gem_score(entropy, branch, answer, impl=impl)  # type: ignore[arg-type]
+    assert out.branch_entropy.tolist() == [0.0, 2.0, 0.0, 1.0]
+    torch.testing.assert_close(out.final_entropy, torch.tensor([1.5, math.nan, math.nan, 3.0]), equal_nan=True)
+    torch.testing.assert_close(out.score, torch.tensor([-1.5, math.nan, math.nan, -2.0]), equal_nan=True)
+    none = gem_score(torch.zeros(0), spans(), spans(), impl=impl)  # type: ignore[arg-type]
+    assert all(t.shape == (0,) for t in none)
+
+
+@pytest.mark.op("gem_score")
+@pytest.mark.parametrize("m", [0.1, 3])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.usefixtures("small_tiles")
+def test_score_matches_gold(impl: str, m: int | float) -> None:
+    """Ragged, unordered, overlapping and shared spans, with the gradient through both terms."""
+    g = torch.Generator().manual_seed(0)
+    n, s = 700, 60
+    entropy = torch.rand(n, generator=g) * 5
+    branch, answer = (torch.randint(0, n + 1, (s, 2), generator=g).sort(1).values.int() for _ in range(2))
+    answer[:, 1] = (answer[:, 1] + 1).clamp(max=n)
+    answer[:, 0] = torch.minimum(answer[:, 0], answer[:, 1] - 1)
+    upstream = torch.randn(3, s, generator=g, dtype=torch.float64)
+
+    def run(values: Tensor, which: str) -> dict[str, Tensor]:
+        leaf = values.clone().requires_grad_()
+        out = gem_score(leaf, branch, answer, m=m, branch_weight=0.7, final_weight=1.3, impl=which)  # type: ignore[arg-type]
+        sum((o * u.to(o.dtype)).sum() for o, u in zip(out, upstream, strict=True)).backward()
+        assert leaf.grad is not None
+        return {**{k: v.detach() for k, v in out._asdict().items()}, "dentropy": leaf.grad}
+
+    assert_all_close(run(entropy, impl), run(entropy, "reference"), run(entropy.double(), "reference"))
+
+
+@pytest.mark.op("gem_score")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_stays_with_its_candidate(impl: str) -> None:
+    entropy = torch.tensor([1.0, 2.0, math.nan, 1.0, 5.0, math.nan])
+    branch, answer = spans((0, 1), (2, 3), (3, 4)), spans((1, 2), (3, 4), (4, 5))
+    out = gem_score(entropy, branch, answer, impl=impl)  # type: ignore[arg-type]
+    torch.testing.assert_close(out.score, torch.tensor([-1.0, math.nan, -4.0]), equal_nan=True)
+    torch.testing.assert_close(out.final_entropy, torch.tensor([2.0, 1.0, 5.0]))
+
+
+@pytest.mark.op("gem_score")
+@pytest.mark.parametrize("impl", IMPLS)
+def test_score_of_narrow_values_is_computed_in_fp32(impl: str) -> None:
+    entropy = (torch.rand(4000) * 5).bfloat16()
+    branch, answer = spans((0, 3000)), spans((3000, 4000))
+    out, eager, gold = (
+        gem_score(e, branch, answer, m=0.5, impl=which)  # type: ignore[arg-type]
+        for e, which in ((entropy, impl), (entropy, "reference"), (entropy.double(), "reference"))
+    )
+    assert isinstance(out, Score)
+    for name in Score._fields:
+        assert_close(name, getattr(out, name), getattr(eager, name), getattr(gold, name))
+
+
+@pytest.mark.op("gem_score")
+def test_score_reference_gradcheck() -> None:
+    entropy = torch.rand(12, dtype=torch.float64, requires_grad=True)
+    branch, answer = spans((0, 5), (7, 7)), spans((5, 7), (8, 12))
+    assert torch.autograd.gradcheck(lambda e: tuple(gem_score(e, branch, answer, m=2, impl="reference")), entropy)
+
+
+def test_dispatch() -> None:
+    values, cu, span = torch.rand(5), offsets([5]), spans((0, 5))
+    for call in (
+        lambda v, impl: topm_mean(v, cu, 1, impl=impl),
+        lambda v, impl: gem_score(v, span, span, impl=impl).score,
+    ):
+        assert call(values.double(), "auto").dtype == torch.float64
+        assert torch.equal(call(values, "auto"), call(values, "chunked"))
+        with pytest.raises(ValueError, match=r"impl='chunked' cannot serve .*these can: reference$"):
+            call(values.double(), "chunked")
+        with pytest.raises(ValueError, match=r"impl='triton' cannot serve .*these can: reference, chunked$"):
+            call(values, "triton")
+        with pytest.raises(ValueError, match="impl must be one of"):
+            call(values, "numpy")
