@@ -1,0 +1,199 @@
+"""Every setting of gem with its default, its meaning and the paper's symbol. One fact in one place; no torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MARKERS = ("####", "Final Answer:", "\\boxed{", "</think>")
+LAST_TOKENS = 8  # length of the answer where neither a marker nor a last line tells
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field whose help is shown by --help."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    model: str = setting("", "folder or hub name of a causal language model; or a config .json: then from scratch")
+    tokenizer: str | None = setting(None, "folder, hub name or tokenizer.json; default: the model's own")
+    eos_token: str | None = setting(None, "end of sequence, for a tokenizer.json that does not name its own")
+    dtype: str = setting("float32", "float32 | bfloat16 | float16: dtype of the weights")
+    attn_implementation: str | None = setting(None, "sdpa | eager | flash_attention_2; flash attention trains packed")
+    lora_rank: int = setting(0, "rank of LoRA adapters on every linear layer but the lm_head; 0: full fine-tuning")
+
+
+@dataclass
+class DataArguments:
+    data: str = setting(
+        "", "jsonl file, saved datasets folder or hub dataset: prompt + chosen + rejected, or completion"
+    )
+    prompt_template: str = setting("{prompt}", "text around a plain-text prompt; chat messages use the chat template")
+    max_length: int = setting(2048, "prompt + completion, in tokens; longer records are left out and counted")
+    limit: int = setting(0, "use only the first records; 0: all")
+
+
+@dataclass
+class RolloutArguments:
+    group_size: int = setting(
+        5, "k: candidates sampled per prompt; a record that brings `candidates` uses those; 0: the human pair alone"
+    )
+    max_new_tokens: int = setting(256, "a candidate that has not ended by then counts as cut off")
+    temperature: float = setting(1.0, "of the sampler only; entropies are of the untempered distribution")
+    top_p: float = setting(1.0, "of the sampler; below 1 the log-probs are not those of the sampling distribution")
+    rollout_batch_size: int = setting(64, "candidates generated at once")
+
+
+@dataclass
+class ScoreArguments:
+    """Eq. 1: S = - w_final * mean H(answer) + lambda * mean of the m largest H(reasoning)."""
+
+    top_m: float = setting(0.1, "rho: share of the reasoning tokens averaged as branch entropy; 1 or more: a count m")
+    branch_weight: float = setting(1.0, "lambda: weight of the branch entropy; 0: ablation without it")
+    final_weight: float = setting(1.0, "w_final: weight of the answer's entropy; 0: ablation without it")
+    entropy_clip: float = setting(1.0, "entropies above this quantile of the batch are clipped to it; 1: none")
+    markers: list[str] = setting(list(MARKERS), "texts that announce the final answer")
+    score_with: str = setting(
+        "policy", "policy | reference: whose entropies score (a frozen scorer cannot flatter itself)"
+    )
+    score_tokens: int = setting(8192, "tokens of one scoring batch")
+
+
+@dataclass
+class RankArguments:
+    """Bradley-Terry posterior: abilities theta from p_ij = sigmoid((S_i - S_j) / tau) and the human pair."""
+
+    tau: float = setting(0.5, "tau: nats of score difference that count as one unit of log-odds")
+    prior_sd: float = setting(1.0, "s: standard deviation of the prior on theta")
+    human_weight: float = setting(4.0, "n_h: how many comparisons the human pair counts for; 0: candidates only")
+    reward: str = setting("bt", "f: identity | softmax | rank | bt; what turns S into the reward r of Eq. 2")
+    weight_norm: str = setting("mass", "mass: w = A / max(1, sum|A|/2) | none: w = A | std: A / std(A)")
+    min_spread: float = setting(1e-4, "groups whose scores differ by less than this (nats) are dropped")
+    filter_groups: bool = setting(True, "drop groups that agree, trim low outliers, remove duplicates")
+
+
+@dataclass
+class LossArguments:
+    """Eq. 2: L = -(1/B) sum_q sum_i w_i log pi(a_i|q), and the guard rails around it."""
+
+    loss: str = setting("sega", "sega | listwise_dpo | dpo | ipo | pro | sft")
+    length_norm: str = setting("none", "none: log pi summed over tokens | tokens: divided by their number")
+    beta: float = setting(0.1, "beta: inverse temperature of dpo, ipo and listwise_dpo")
+    kl_weight: float = setting(0.05, "weight of the k3 estimate of KL(policy || reference) on the candidates")
+    taper: bool = setting(
+        True, "off-policy members with w < 0 count min(1, pi / pi_ref) times: pushing down has an end"
+    )
+    sft_weight: float = setting(0.1, "weight of the mean negative log-likelihood of the human chosen answer")
+    cache_mib: int = setting(1024, "logits kept between forward and backward, MiB")
+
+
+@dataclass
+class GuardArguments:
+    auroc_gate: float = setting(0.55, "warn when S orders fewer than this share of pairs rightly")
+    stop_patience: int = setting(
+        3, "stop when accuracy or AUROC stays below its best for so many evaluations; 0: never"
+    )
+    stop_margin: float = setting(0.05, "how far below its best counts as a fall")
+
+
+@dataclass
+class EvalArguments:
+    eval_data: str | None = setting(None, "preference records held out; default for `eval`: --data")
+    eval_limit: int = setting(200, "held-out records used; 0: all")
+    eval_samples: int = setting(1, "sampled completions per prompt for sampled accuracy and AUROC of S; 0: neither")
+
+
+@dataclass
+class GroupsArguments:
+    groups: str | None = setting(None, "groups file written by `gem-kernels score`; without it, training is online")
+
+
+@dataclass
+class OutputArguments:
+    output: str | None = setting(None, "file to write")
+    seed: int = setting(0, "of the sampler")
+
+
+# `preset: paper` is Eq. 1 and 2 as printed: no human pair, no guard rails. Explicit settings win over a preset.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "human_weight": 0.0,
+        "reward": "identity",
+        "weight_norm": "none",
+        "filter_groups": False,
+        "kl_weight": 0.0,
+        "sft_weight": 0.0,
+        "taper": False,
+        "stop_patience": 0,
+    },
+}
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "score_with": ("policy", "reference"),
+    "reward": ("identity", "softmax", "rank", "bt"),
+    "weight_norm": ("mass", "none", "std"),
+    "loss": ("sega", "listwise_dpo", "dpo", "ipo", "pro", "sft"),
+    "length_norm": ("none", "tokens"),
+}
+RANGES: dict[str, tuple[float, float]] = {
+    "max_length": (2, float("inf")),
+    "limit": (0, float("inf")),
+    "group_size": (0, float("inf")),
+    "max_new_tokens": (1, float("inf")),
+    "temperature": (1e-6, float("inf")),
+    "top_p": (1e-6, 1),
+    "rollout_batch_size": (1, float("inf")),
+    "top_m": (1e-9, float("inf")),
+    "entropy_clip": (1e-9, 1),
+    "score_tokens": (1, float("inf")),
+    "tau": (1e-9, float("inf")),
+    "prior_sd": (1e-9, float("inf")),
+    "human_weight": (0, float("inf")),
+    "min_spread": (0, float("inf")),
+    "beta": (1e-9, float("inf")),
+    "kl_weight": (0, float("inf")),
+    "sft_weight": (0, float("inf")),
+    "cache_mib": (1, float("inf")),
+    "auroc_gate": (0, 1),
+    "stop_patience": (0, float("inf")),
+    "stop_margin": (0, 1),
+    "eval_limit": (0, float("inf")),
+    "eval_samples": (0, float("inf")),
+    "lora_rank": (0, float("inf")),
+}
+
+
+def check(arguments: Any) -> None:
+    """Raise ValueError for a field outside CHOICES or RANGES, naming it, what was expected and what came."""
+    for name, value in vars(arguments).items():
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}")
+        if name == "markers" and not (
+            isinstance(value, list) and value and all(isinstance(v, str) and v for v in value)
+        ):
+            raise ValueError(f"{name} must be a list of texts, none of them empty, got {value!r}")
+        if name in RANGES:
+            low, high = RANGES[name]
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
+
+
+# Where transformers' own defaults do not suit: every step logged (the curves are the point), two checkpoints kept.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/gem",
+    "per_device_train_batch_size": 8,
+    "learning_rate": 2e-5,
+    "max_steps": 100,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "save_steps": 50,
+    "save_total_limit": 2,
+    "report_to": "none",
+}

@@ -1,0 +1,243 @@
+"""Ranking the members of a group: a Bradley-Terry posterior over their scores, and what to leave out of training.
+
+Pure functions. B groups, K members of a group (candidates and, when given, the human chosen and rejected response),
+C comparators; `mask` (B, K) bool says which members take part.
+
+Ranking one scalar keeps its order: information beyond S comes from the human preference, from several comparators and
+from the posterior's uncertainty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A Newton step below this leaves an error of about its square: convergence is quadratic.
+_CONVERGED_STEP = 1e-5
+
+
+class Posterior(NamedTuple):
+    """Abilities of the members in log-odds, each (B, K); NaN for a member that takes no part."""
+
+    mean: Tensor
+    """theta at the mode"""
+    sd: Tensor
+    """sqrt(diag(H^-1)) at the mode (Laplace's approximation)"""
+
+
+@torch.no_grad()
+def bradley_terry_posterior(
+    scores: Tensor,
+    *,
+    tau: float,
+    prior_sd: float,
+    human_weight: float = 0.0,
+    chosen: Tensor | None = None,
+    rejected: Tensor | None = None,
+    mask: Tensor | None = None,
+    steps: int = 12,
+) -> Posterior:
+    """Bradley-Terry abilities of the members of each group, from their scores and, where there is one, a human pair.
+
+    theta maximises, by Newton's method with the exact Hessian in float64,
+
+        sum_{i<j} [p_ij log s(theta_i - theta_j) + (1 - p_ij) log s(theta_j - theta_i)]
+            + n_h log s(theta_chosen - theta_rejected) - |theta|^2 / (2 prior_sd^2),     p_ij = s((S_i - S_j) / tau)
+
+    where s is the logistic function: our definition of the paper's "Bayesian ranking scheme". Each comparator adds its
+    own sum, over the pairs for which it has two finite scores. A member that nothing is said about keeps its prior:
+    mean 0, sd prior_sd.
+
+    prior_sd = inf leaves the constant vector free; we fix it by mean zero. One comparator and no human pair then give
+    theta = (S - mean S) / tau exactly, and sd is that of the contrast theta_i - mean theta, meaningful while the gaps
+    are below about 30 tau (past that the curvature is lost in float64).
+
+    Args:
+        scores: (B, K), or (C, B, K) for C comparators; floating, higher is better, NaN: no score.
+        tau: temperature of the comparisons, in units of the scores, > 0.
+        prior_sd: standard deviation of the prior of theta, in log-odds, > 0, may be inf.
+        human_weight: n_h >= 0, how many comparisons the human preference counts for.
+        chosen, rejected: (B,) int64 indices into K of the human pair, both or neither; -1 in both: the group has none.
+        mask: (B, K) bool; a human preference about a member outside it is ignored. Default: the members with a finite
+            score from some comparator, and those of the human pair.
+        steps: Newton steps at most, >= 1; 12 suffice for human_weight <= 1000 and prior_sd <= 3.
+
+    Returns:
+        Posterior in the dtype of `scores`, without gradient.
+
+    Raises:
+        TypeError: scores not floating, mask not bool, chosen or rejected not int64.
+        ValueError: a shape, a range or an index is wrong, or only one of chosen and rejected is given.
+        RuntimeError: not converged in `steps`. With prior_sd = inf this is also how a missing mode shows: a member
+            that only the human preference speaks about would go to infinity.
+    """
+    if scores.ndim not in (2, 3):
+        raise ValueError(f"scores must be (B, K) or (C, B, K), got {tuple(scores.shape)}")
+    if not scores.is_floating_point():
+        raise TypeError(f"scores must be floating, got {scores.dtype}")
+    for name, positive in (("tau", tau), ("prior_sd", prior_sd), ("steps", steps)):
+        if not positive > 0:
+            raise ValueError(f"{name} must be > 0, got {positive}")
+    if not 0 <= human_weight < float("inf"):
+        raise ValueError(f"human_weight must be finite and >= 0, got {human_weight}")
+
+    s_cbk = (scores if scores.ndim == 3 else scores[None]).double()
+    finite = s_cbk.isfinite()
+    groups, pair = _human_pairs(chosen, rejected, s_cbk)
+    if mask is None:
+        member = finite.any(0)
+        member[groups[:, None], pair] = True
+    else:
+        _check_mask(mask, s_cbk[0])
+        member = mask
+        kept = member[groups[:, None], pair].all(1)
+        groups, pair = groups[kept], pair[kept]
+
+    # wins (B, K, K): how often i beat j, summed over the comparators. Both (i, j) and (j, i) are kept: 1 - s(x) rounds.
+    compared = (finite & member).double()
+    compared = compared[..., :, None] * compared[..., None, :]
+    compared.diagonal(dim1=-2, dim2=-1).zero_()
+    known = s_cbk.where(finite, 0.0)
+    wins = (compared * torch.sigmoid((known[..., :, None] - known[..., None, :]) / tau)).sum(0)
+    wins[groups, pair[:, 0], pair[:, 1]] += human_weight
+    games = wins + wins.mT
+
+    precision = prior_sd**-2.0
+    # Without a prior Newton starts at the answer of the one-comparator case. With one it starts at 0, inside the basin:
+    # from far-apart abilities the flat likelihood would throw the first step across it.
+    theta = _centred_mean(s_cbk, finite & member) / tau if precision == 0 else torch.zeros_like(s_cbk[0])
+    for _ in range(steps):
+        step = (_inverse(_curvature(theta, games, precision)) @ _slope(theta, wins, precision)[..., None])[..., 0]
+        theta = theta + step
+        if bool((step.abs() < _CONVERGED_STEP).all()):
+            break
+    else:
+        raise RuntimeError(
+            f"the Bradley-Terry posterior must converge in steps={steps}, but the last step moved an ability by "
+            f"{step.abs().max().item():.1e}; allow more steps, or lower human_weight={human_weight} or "
+            f"prior_sd={prior_sd} (with prior_sd=inf every member needs comparisons)"
+        )
+    variance = _inverse(_curvature(theta, games, precision)).diagonal(dim1=-2, dim2=-1)
+    sd = torch.where(games.sum(-1) > 0, variance.sqrt(), prior_sd)
+    return Posterior(*(t.where(member, torch.nan).to(scores.dtype) for t in (theta, sd)))
+
+
+def keep_members(scores: Tensor, mask: Tensor) -> Tensor:
+    """The members left after trimming low outliers: S < Q1 - 1.5 (Q3 - Q1), Tukey's fence, quartiles by interpolation.
+
+    Args:
+        scores: (B, K), floating. A member without a finite score is not counted in the quartiles and is not trimmed.
+        mask: (B, K) bool. A group with fewer than 5 scored members in it is left alone: its quartiles are the outlier.
+
+    Returns:
+        (B, K) bool, a part of `mask`.
+    """
+    _check_mask(mask, scores)
+    scored = mask & scores.isfinite()
+    values = scores.double().where(scored, torch.nan)
+    q1, q3 = (torch.nanquantile(values, q, dim=1, keepdim=True) for q in (0.25, 0.75))
+    low = scored & (scored.sum(1, keepdim=True) >= 5) & (values < q1 - 1.5 * (q3 - q1))
+    return mask & ~low
+
+
+def keep_groups(scores: Tensor, posterior: Posterior, mask: Tensor, *, min_spread: float) -> Tensor:
+    """The groups worth training on: their scores differ, and by more than the ranking is unsure of.
+
+    Kept: spread(S) >= min_spread and spread(posterior.mean) >= mean(posterior.sd), where spread is max - min over the
+    members: the best stands out from the worst by one member's uncertainty at least (our choice). posterior.sd includes
+    that of the group's common level, prior_sd / sqrt(K), so that a wide prior drops more groups.
+
+    Args:
+        scores: (B, K), floating; members without a finite score do not count in spread(S), and fewer than two that have
+            one give spread 0.
+        posterior: of the same (B, K); members of the mask have finite values.
+        mask: (B, K) bool. A group without two members is dropped.
+        min_spread: in units of the scores, >= 0.
+
+    Returns:
+        (B,) bool.
+    """
+    _check_mask(mask, scores)
+    if not min_spread >= 0:
+        raise ValueError(f"min_spread must be >= 0, got {min_spread}")
+    count = mask.sum(1)
+    mean_sd = posterior.sd.where(mask, 0.0).sum(1) / count.clamp(min=1)
+    differ = _spread(scores, mask & scores.isfinite()) >= min_spread
+    return (count >= 2) & differ & (_spread(posterior.mean, mask) >= mean_sd)
+
+
+def first_of_duplicates(completions: Sequence[Sequence[int]]) -> list[bool]:
+    """True for the first of each set of equal completions (token by token), False for its later copies."""
+    seen: set[tuple[int, ...]] = set()
+    first = []
+    for completion in completions:
+        tokens = tuple(completion)
+        first.append(tokens not in seen)
+        seen.add(tokens)
+    return first
+
+
+def _slope(theta: Tensor, wins: Tensor, precision: float) -> Tensor:
+    """Gradient (B, K) of the log-posterior. The two small terms are subtracted, so that it is 0 to full precision."""
+    gap = theta[:, :, None] - theta[:, None, :]
+    return (wins * torch.sigmoid(-gap) - wins.mT * torch.sigmoid(gap)).sum(-1) - precision * theta
+
+
+def _curvature(theta: Tensor, games: Tensor, precision: float) -> Tensor:
+    """Negative Hessian (B, K, K) of the log-posterior: a weighted graph Laplacian plus the prior's precision."""
+    gap = theta[:, :, None] - theta[:, None, :]
+    weight = games * torch.sigmoid(gap) * torch.sigmoid(-gap)
+    return torch.diag_embed(weight.sum(-1) + precision) - weight
+
+
+def _inverse(curvature: Tensor) -> Tensor:
+    """The inverse, and without a prior the pseudo-inverse: it keeps the mean of theta, which nothing determines."""
+    inverse: Tensor = torch.linalg.pinv(curvature, hermitian=True)
+    return inverse
+
+
+def _centred_mean(s_cbk: Tensor, valid: Tensor) -> Tensor:
+    """Mean over the comparators of S - mean(S), 0 for a member without a score: (B, K)."""
+    s = s_cbk.where(valid, 0.0)
+    centred = (s - s.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)).where(valid, 0.0)
+    return centred.sum(0) / valid.sum(0).clamp(min=1)
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """max - min over the mask: (B,), 0 where it holds no member."""
+    spread = values.where(mask, -torch.inf).amax(1) - values.where(mask, torch.inf).amin(1)
+    return spread.where(mask.any(1), 0.0)
+
+
+def _human_pairs(chosen: Tensor | None, rejected: Tensor | None, s_cbk: Tensor) -> tuple[Tensor, Tensor]:
+    """The groups (P,) that have a human pair, and their (chosen, rejected) indices (P, 2)."""
+    b, k = s_cbk.shape[1:]
+    if chosen is None and rejected is None:
+        return s_cbk.new_empty(0, dtype=torch.int64), s_cbk.new_empty(0, 2, dtype=torch.int64)
+    if chosen is None or rejected is None:
+        raise ValueError("chosen and rejected must be given together, got one of them")
+    for name, index in (("chosen", chosen), ("rejected", rejected)):
+        if index.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {index.dtype}")
+        if index.shape != (b,):
+            raise ValueError(f"{name} must be (B={b},), got {tuple(index.shape)}")
+        if bool(((index < -1) | (index >= k)).any()):
+            raise ValueError(f"{name} must be -1 (no pair) or in [0, K={k}), got {index.tolist()}")
+    pair = torch.stack((chosen, rejected), 1)
+    one_sided = (chosen == -1) != (rejected == -1)
+    if bool((one_sided | ((chosen == rejected) & (chosen >= 0))).any()):
+        raise ValueError(f"chosen and rejected must be two different members, or both -1, got {pair.tolist()}")
+    groups = (chosen >= 0).nonzero()[:, 0]
+    return groups, pair[groups]
+
+
+def _check_mask(mask: Tensor, values: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if values.ndim != 2 or mask.shape != values.shape:
+        raise ValueError(
+            f"expected values and mask of one shape (B, K), got {tuple(values.shape)}, {tuple(mask.shape)}"
+        )

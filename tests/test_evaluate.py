@@ -1,0 +1,251 @@
+"""The metrics against hand values and scipy, what counts as the same answer, and a whole evaluation of a tiny model."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import mannwhitneyu
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gem.config import EvalArguments, RolloutArguments, ScoreArguments
+from gem.data import Example
+from gem.demo import build_tokenizer
+from gem.evaluate import Evaluation, auroc, normalise, pair_auroc, preference_accuracy
+from gem.groups import Group, Member
+
+EOS = 2
+
+# --- auroc, preference ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scores", "positive", "expected"),
+    [
+        ([1, 2, 3, 4], [False, False, True, True], 1.0),
+        ([1, 2, 3, 4], [True, True, False, False], 0.0),
+        ([1, 2, 3, 4], [False, True, False, True], 0.75),
+        ([5, 5, 5], [True, False, True], 0.5),
+        ([1, 2, 2, 3], [False, False, True, True], 0.875),
+        ([-1e300, 1e300], [False, True], 1.0),
+        ([0.1 + 0.2, 0.3], [True, False], 1.0),  # float64: not a tie
+    ],
+)
+def test_auroc_by_hand(scores: list[float], positive: list[bool], expected: float) -> None:
+    assert auroc(scores, positive) == expected
+
+
+@pytest.mark.parametrize("distinct", [2, 5, 10_000])
+def test_auroc_is_mann_whitney(distinct: int) -> None:
+    rng = random.Random(distinct)
+    for _ in range(20):
+        n = rng.randint(2, 60)
+        scores = [float(rng.randrange(distinct)) for _ in range(n)]
+        positive = [True, False] + [rng.random() < 0.3 for _ in range(n - 2)]
+        up, down = ([s for s, y in zip(scores, positive, strict=True) if y is side] for side in (True, False))
+        expected = mannwhitneyu(up, down).statistic / (len(up) * len(down))
+        assert auroc(scores, positive) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("positive", [[], [True, True], [False]])
+def test_auroc_of_one_class_is_not_a_number(positive: list[bool]) -> None:
+    assert math.isnan(auroc([0.5] * len(positive), positive))
+
+
+def test_preference_accuracy() -> None:
+    assert preference_accuracy(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0], [-1.0, -3.0]])) == 0.625
+    assert preference_accuracy(torch.tensor([[0.0, 0.0]])) == 0.5
+    assert math.isnan(preference_accuracy(torch.empty(0, 2)))
+
+
+def test_pair_auroc() -> None:
+    def pair(chosen: float, rejected: float) -> Group:
+        members = [Member("candidate", [1], score=99.0), Member("rejected", [1], score=rejected)]
+        return Group("", [1], [*members, Member("chosen", [1], score=chosen)])
+
+    lonely = Group("", [1], [Member("chosen", [1], score=1.0)])
+    assert pair_auroc([pair(1, 0), pair(0, 1), pair(1, 1), pair(math.nan, 0), pair(0, math.nan), lonely]) == 0.5
+    assert pair_auroc([pair(1, 0), pair(2, 0), pair(0, 1)]) == pytest.approx(2 / 3)
+    assert math.isnan(pair_auroc([lonely])) and math.isnan(pair_auroc([]))
+
+
+# --- what counts as the same answer -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("$1,234.50", "1234.5"),
+        ("18", "18"),
+        ("A: 18.", "18"),
+        ("18,", "18"),
+        ("the answer is x", "the answer is x"),
+        ("  The  Answer\nis X. ", "the answer is x"),
+        ("-3", "-3"),
+        ("x = -3.00", "-3"),
+        ("5 - 2 = 3", "3"),
+        ("007", "7"),
+        ("100", "100"),
+        ("1,000,000", "1000000"),
+        ("0.50", "0.5"),
+        (".5", "0.5"),
+        ("-.5", "-0.5"),
+        ("0", "0"),
+        ("-0", "0"),
+        ("0.000", "0"),
+        ("0.00001", "0.00001"),
+        ("12%", "12"),
+        ("1234567", "1234567"),
+        ("1234567.25", "1234567.25"),
+        ("12345678901234567890123456789012345", "12345678901234567890123456789012345"),
+        ("", ""),
+        (" . ", ""),
+        ("No.", "no"),
+    ],
+)
+def test_normalise(answer: str, expected: str) -> None:
+    assert normalise(answer) == expected
+    assert normalise(normalise(answer)) == expected
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("1234567", "1234568"), ("1,000,000", "1,000,001"), ("0.1234567", "0.1234568"), (".5", "5"), ("-3", "3"),
+     ("12345678901234567", "12345678901234568"), ("10", "1"), ("x", "y")],
+)  # fmt: skip
+def test_different_answers_stay_different(one: str, other: str) -> None:
+    assert normalise(one) != normalise(other)
+
+
+# --- a whole evaluation -----------------------------------------------------------------------------------------------
+
+
+def tiny_model(seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=EOS, pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def ids_of(text: str) -> list[int]:
+    ids: list[int] = build_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def examples(n: int = 12) -> list[Example]:
+    rows = []
+    for i in range(n):
+        chosen, rejected = f"{i}+1={i + 1} #### {i + 1}", f"#### {i}"
+        prompt = f"{i}+1="
+        rows.append(Example(prompt, [1, *ids_of(prompt)], [*ids_of(chosen), EOS], [*ids_of(rejected), EOS]))
+    return rows
+
+
+def evaluation(model: Any, rows: list[Example] | None = None, **changes: Any) -> Evaluation:
+    rollout = RolloutArguments(max_new_tokens=6)
+    rows = examples() if rows is None else rows
+    return Evaluation(model, build_tokenizer(), rows, rollout, ScoreArguments(), EvalArguments(**changes))
+
+
+SHARES = {"preference_sum", "preference_token", "preference_reference", "preference_length", "accuracy_greedy",
+          "accuracy_sampled", "auroc", "truncated"}  # fmt: skip
+DOCUMENTED = SHARES | {"final_entropy", "branch_entropy", "length"}
+
+
+def test_metrics_are_the_documented_ones() -> None:
+    model = tiny_model()
+    found = evaluation(model, eval_samples=8)(model)
+    assert found.keys() <= DOCUMENTED and found.keys() >= DOCUMENTED - {"auroc"}
+    for name in DOCUMENTED:
+        assert Evaluation.__doc__ is not None and name.removeprefix("preference") in Evaluation.__doc__
+    assert all(type(value) is float and math.isfinite(value) for value in found.values())
+    assert all(0 <= found[name] <= 1 for name in SHARES & found.keys())
+    assert found["preference_reference"] == 0.5  # the model against itself: ties
+    assert found["preference_length"] == 1.0 and 1 <= found["length"] <= 6
+
+
+def test_same_seed_same_numbers() -> None:
+    model = tiny_model().train()
+    results = []
+    for seed in (3, 3, 4):
+        run = evaluation(model, eval_samples=4)
+        torch.manual_seed(seed)
+        results.append((run(model), run.completions))
+        assert model.training
+    assert results[0] == results[1] and results[0][0] != results[2][0]
+    assert results[0][1] == results[2][1]  # greedy completions need no luck
+
+
+def test_preferences_by_hand() -> None:
+    reference, model = tiny_model(0), tiny_model(1)
+    rows = examples()
+    found = evaluation(reference, rows, eval_samples=0)(model)
+
+    def logprob(m: Any, prompt: list[int], completion: list[int]) -> float:
+        with torch.no_grad():
+            logits = m(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        return float(logits.double().log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum())
+
+    wins = {"sum": 0, "token": 0, "reference": 0}
+    for e in rows:
+        (mc, mr), (rc, rr) = (
+            [logprob(m, e.prompt_ids, ids) for ids in (e.chosen_ids, e.rejected_ids)] for m in (model, reference)
+        )
+        wins["sum"] += mc > mr
+        wins["token"] += mc / len(e.chosen_ids) > mr / len(e.rejected_ids)
+        wins["reference"] += mc - rc > mr - rr
+    assert {k: found[f"preference_{k}"] for k in wins} == pytest.approx({k: v / len(rows) for k, v in wins.items()})
+    assert 0 < found["preference_reference"] < 1  # else this test would see little
+
+
+def speaking(monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
+    """generate() gives these completions in turn; "..." at the end: cut off."""
+
+    def generate(model: Any, tokenizer: Any, prompts: Any, arguments: Any, greedy: bool = False, **_: Any) -> Any:
+        said = [texts[i % len(texts)] for i in range(len(prompts))]
+        return [ids_of(t[:-3]) if t.endswith("...") else [*ids_of(t), EOS] for t in said]
+
+    monkeypatch.setattr("gem.evaluate.generate", generate)
+
+
+def test_accuracy_compares_final_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    speaking(monkeypatch, "#### 1", "0 #### 1", "#### 1...", "#### 10", "1=", " #### 1 ", "####")
+    model = tiny_model()
+    run = evaluation(model, [examples(1)[0]] * 7)
+    found = run(model)
+    assert [c["correct"] for c in run.completions] == ["true", "true", "false", "false", "true", "true", "false"]
+    assert found["accuracy_greedy"] == found["accuracy_sampled"] == pytest.approx(4 / 7)
+    assert found["truncated"] == pytest.approx(1 / 7)
+    expected = {"prompt": "0+1=", "completion": "0 #### 1", "expected": "1", "correct": "true"}
+    assert run.completions[1] == expected
+
+
+def test_a_chosen_answer_that_says_nothing_is_matched_by_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    speaking(monkeypatch, "####")
+    model = tiny_model()
+    row = Example("", [1], [*ids_of("####"), EOS])
+    assert evaluation(model, [row])(model)["accuracy_greedy"] == 0
+
+
+def test_what_cannot_be_had_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    speaking(monkeypatch, "#### 1")
+    model = tiny_model()
+    alone = [Example(e.prompt, e.prompt_ids, e.chosen_ids) for e in examples(1)]
+    found = evaluation(model, alone)(model)
+    assert found.keys() == {"accuracy_greedy", "accuracy_sampled", "truncated", "length", "final_entropy",
+                            "branch_entropy"}  # fmt: skip
+    assert evaluation(model, alone, eval_samples=0)(model) == {"accuracy_greedy": 1.0}
+
+
+def test_limits() -> None:
+    model = tiny_model()
+    assert len(evaluation(model, eval_limit=5).examples) == 5
+    assert len(evaluation(model, eval_limit=0).examples) == 12
+    many = evaluation(model, examples(25), eval_samples=0)
+    many(model)
+    assert len(many.completions) == 20

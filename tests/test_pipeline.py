@@ -1,0 +1,265 @@
+"""Weights of groups from scores and the human pair, by hand where a hand can do it; and the whole of phase one, tiny."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gem.config import PRESETS, RankArguments, RolloutArguments, ScoreArguments
+from gem.data import Example
+from gem.demo import build_tokenizer
+from gem.groups import Group, Member, Role
+from gem.pipeline import GroupMaker, pair_group, weight_groups
+
+NAN = math.nan
+EOS = 2
+LITERAL = RankArguments(human_weight=0.0, reward="identity", weight_norm="none", filter_groups=False)
+
+
+def group(*scores: float, chosen: float | None = None, rejected: float | None = None) -> Group:
+    """Distinct candidates with these scores, then the human pair with theirs."""
+    members = [Member("candidate", [5 + i, EOS], score=s, truncated=math.isnan(s)) for i, s in enumerate(scores)]
+    human: tuple[tuple[Role, float | None], ...] = (("chosen", chosen), ("rejected", rejected))
+    members += [Member(role, [30 + i, EOS], score=s) for i, (role, s) in enumerate(human) if s is not None]
+    return Group("", [1], members)
+
+
+def weights(g: Group, arguments: RankArguments | None = None) -> list[float]:
+    weight_groups([g], arguments or RankArguments())
+    return [m.weight for m in g.members]
+
+
+# --- Eq. 2 as printed -------------------------------------------------------------------------------------------------
+
+
+def test_literal_weights_are_centred_scores() -> None:
+    scores = [-0.5, 0.25, 1.0, -2.0, 0.3]
+    mean = sum(scores) / 5
+    got = weights(group(*scores, chosen=9.0, rejected=-9.0), LITERAL)
+    assert got == pytest.approx([s - mean for s in scores] + [0.0, 0.0])
+
+
+def test_preset_paper_is_literal() -> None:
+    settings = {k: v for k, v in PRESETS["paper"].items() if hasattr(LITERAL, k)}
+    assert RankArguments(**settings) == LITERAL
+
+
+def test_literal_weights_keep_duplicates_and_outliers() -> None:
+    g = group(0.0, 0.0, 0.1, 0.1, 0.2, -50.0)
+    g.members[1].ids = g.members[0].ids
+    mean = -49.6 / 6
+    assert weights(g, LITERAL) == pytest.approx([s - mean for s in (0.0, 0.0, 0.1, 0.1, 0.2, -50.0)])
+    assert g.kept
+
+
+def test_groups_of_different_sizes_do_not_see_each_other() -> None:
+    batch = [group(1.0, 2.0, 4.0), group(0.5, -0.5), group(0.1, 0.2, 0.7, chosen=1.0, rejected=0.0), group(3.0)]
+    for arguments in (LITERAL, RankArguments()):
+        together = [Group("", [1], [Member(m.role, m.ids, score=m.score) for m in g.members]) for g in batch]
+        weight_groups(together, arguments)
+        for g, t in zip(batch, together, strict=True):
+            assert weights(g, arguments) == pytest.approx([m.weight for m in t.members], abs=1e-9)
+            assert g.kept == t.kept
+
+
+@pytest.mark.parametrize("norm", ["mass", "none", "std"])
+@pytest.mark.parametrize("reward", ["identity", "softmax", "rank", "bt"])
+def test_weights_sum_to_nothing_and_follow_the_scores(reward: str, norm: str) -> None:
+    arguments = RankArguments(reward=reward, weight_norm=norm, human_weight=0.0)
+    got = weights(group(-1.0, 0.5, 2.0, 0.0, 3.0), arguments)
+    assert sum(got) == pytest.approx(0, abs=1e-6)
+    assert sorted(range(5), key=lambda i: got[i]) == [0, 3, 1, 2, 4]
+    if norm == "mass":
+        assert sum(map(abs, got)) / 2 <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("reward", ["identity", "bt"])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
+def test_scores_of_any_size(scale: float, reward: str) -> None:
+    """log-prob sized scores, or a huge tau's worth of agreement, are no reason to crash."""
+    arguments = RankArguments(reward=reward, filter_groups=False)
+    got = weights(group(*(scale * s for s in (-1.0, 0.5, 2.0)), chosen=scale, rejected=3 * scale), arguments)
+    assert all(map(math.isfinite, got)) and got[0] < got[1] < got[2]
+
+
+@pytest.mark.parametrize("human_weight", [1e-3, 4.0, 1e3, 1e6, 1e9])
+def test_human_weight_of_any_size(human_weight: float) -> None:
+    got = weights(group(-1.0, 0.5, 2.0, chosen=-5.0, rejected=5.0), RankArguments(human_weight=human_weight))
+    assert all(map(math.isfinite, got))
+
+
+# --- the human pair ---------------------------------------------------------------------------------------------------
+
+
+def test_human_pair_lifts_the_chosen_above_the_rejected() -> None:
+    """Their scores say the opposite."""
+    g = group(0.0, 0.1, 0.2, chosen=-0.3, rejected=0.3)
+    got = weights(g, RankArguments(human_weight=8.0))
+    assert g.kept and got[3] > 0 > got[4]
+    assert g.members[3].rank_mean > g.members[4].rank_mean
+
+
+def test_human_weight_zero_leaves_the_pair_out() -> None:
+    with_pair, without = group(0.0, 1.0, 3.0, chosen=5.0, rejected=-5.0), group(0.0, 1.0, 3.0)
+    arguments = RankArguments(human_weight=0.0)
+    got = weights(with_pair, arguments)
+    assert got[3:] == [0.0, 0.0] and got[:3] == pytest.approx(weights(without, arguments))
+    assert math.isnan(with_pair.members[3].rank_mean)
+
+
+def test_pair_without_scores_takes_part_by_its_observation() -> None:
+    """Also with every candidate cut off: the human preference is information enough."""
+    for g in (group(0.0, 1.0, chosen=NAN, rejected=NAN), group(0.5, chosen=NAN, rejected=NAN)):
+        got = weights(g, RankArguments(filter_groups=False))
+        assert got[-2] > 0 > got[-1] and all(map(math.isfinite, got))
+
+
+def test_without_a_rejected_answer_no_preference_is_observed() -> None:
+    got = weights(group(0.0, 1.0, 3.0, chosen=1.0), RankArguments())
+    assert got[3] == pytest.approx(got[1])  # the same score, and nobody preferred it to anything
+    assert got[0] < got[1] < got[2]
+    literal = weights(group(0.0, 1.0, 3.0, chosen=1.0), LITERAL)
+    assert literal == pytest.approx([-4 / 3, -1 / 3, 5 / 3, 0.0])
+
+
+def test_group_without_humans_in_a_batch_with_them() -> None:
+    batch = [group(0.0, 1.0, 3.0), group(0.0, 1.0, 3.0, chosen=0.0, rejected=0.0)]
+    weight_groups(batch, RankArguments())
+    assert [m.weight for m in batch[0].members] == pytest.approx(weights(group(0.0, 1.0, 3.0)))
+
+
+# --- filters ----------------------------------------------------------------------------------------------------------
+
+
+def test_duplicate_candidates_count_once() -> None:
+    g = group(0.0, 1.0, 1.0, 3.0, chosen=2.0, rejected=0.5)
+    g.members[2].ids = list(g.members[1].ids)
+    got = weights(g)
+    assert got[2] == 0 and math.isnan(g.members[2].rank_mean)
+    once = weights(group(0.0, 1.0, 3.0, chosen=2.0, rejected=0.5))
+    assert [got[i] for i in (0, 1, 3, 4, 5)] == pytest.approx(once)
+
+
+@pytest.mark.parametrize("human", ["chosen", "rejected"])
+def test_a_candidate_that_repeats_a_human_answer_counts_once(human: Role) -> None:
+    g = group(0.0, 1.0, 3.0, chosen=2.0, rejected=0.5)
+    index = g.role(human)
+    assert index is not None
+    g.members[1].ids, g.members[1].score = list(g.members[index].ids), g.members[index].score
+    assert weights(g)[1] == 0
+
+
+def test_cut_off_members_weigh_nothing() -> None:
+    for arguments in (LITERAL, RankArguments(human_weight=0.0)):
+        got = weights(group(0.0, NAN, 3.0, NAN, 1.0), arguments)
+        assert got[1] == got[3] == 0 and got[0] < 0 < got[2]
+
+
+def test_low_outliers_are_trimmed() -> None:
+    g = group(1.0, 1.2, 1.4, 1.6, 2.5, -40.0)
+    got = weights(g, RankArguments(human_weight=0.0))
+    assert got[5] == 0 and got[0] < 0 < got[4]
+
+
+@pytest.mark.parametrize("norm", ["mass", "none", "std"])
+def test_groups_that_agree_are_dropped(norm: str) -> None:
+    g = group(0.7, 0.7, 0.7 + 1e-6)
+    assert weights(g, RankArguments(human_weight=0.0, weight_norm=norm)) == [0, 0, 0] and not g.kept
+    near = group(0.7, 0.71, 0.72)  # they differ, by less than the ranking is unsure of
+    assert weights(near, RankArguments(human_weight=0.0, weight_norm=norm)) == [0, 0, 0] and not near.kept
+
+
+def test_equal_scores_without_filter_weigh_nothing() -> None:
+    for norm in ("mass", "none", "std"):
+        arguments = RankArguments(human_weight=0.0, reward="identity", weight_norm=norm, filter_groups=False)
+        assert weights(group(0.7, 0.7, 0.7), arguments) == [0, 0, 0]
+
+
+@pytest.mark.parametrize("filter_groups", [True, False])
+@pytest.mark.parametrize("reward", ["identity", "softmax", "rank", "bt"])
+@pytest.mark.parametrize("scores", [(), (0.3,), (NAN, NAN, NAN), (NAN, 0.3)], ids=str)
+def test_nothing_to_compare(scores: tuple[float, ...], reward: str, filter_groups: bool) -> None:
+    arguments = RankArguments(human_weight=0.0, reward=reward, filter_groups=filter_groups)
+    g = group(*scores, chosen=1.0, rejected=0.0)
+    assert weights(g, arguments) == [0.0] * len(g.members) and not g.kept
+
+
+def test_all_candidates_without_score_leave_the_pair() -> None:
+    g = group(NAN, NAN, chosen=2.0, rejected=-2.0)
+    got = weights(g)
+    assert g.kept and got[:2] == [0, 0] and got[2] > 0 > got[3]
+
+
+# --- phase one --------------------------------------------------------------------------------------------------------
+
+
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=EOS, pad_token_id=0, initializer_range=0.4,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def examples() -> list[Example]:
+    full = Example("1", [1, 8], [9, 10, EOS], [9, 11, EOS])
+    own = Example("2", [1, 9, 8], [9, EOS], candidate_ids=[[7, EOS], [8, 8, EOS], [10, 10]])
+    return [full, own, Example("3", [1], [])]
+
+
+def make(seed: int = 0, reference: Any = None, policy: Any = None, **changes: Any) -> list[Group]:
+    rollout = RolloutArguments(group_size=3, max_new_tokens=6)
+    tokenizer = build_tokenizer()
+    maker = GroupMaker(
+        policy or model(), tokenizer, rollout, ScoreArguments(**changes), RankArguments(), reference=reference
+    )
+    torch.manual_seed(seed)
+    return maker(examples())
+
+
+def test_group_maker() -> None:
+    found = make()
+    assert [[m.role for m in g.members] for g in found] == [
+        ["candidate"] * 3 + ["chosen", "rejected"],
+        ["candidate"] * 3 + ["chosen"],
+        ["candidate"] * 3,
+    ]
+    assert [m.ids for m in found[1].members] == [[7, EOS], [8, 8, EOS], [10, 10], [9, EOS]]
+    assert [m.truncated for m in found[1].members] == [False, False, True, False]
+    assert [g.prompt for g in found] == ["1", "2", "3"]
+    for member in (m for g in found for m in g.members):
+        assert len(member.logprobs) == len(member.entropies) == len(member.ids)
+        assert math.isfinite(member.weight)
+    assert make() == make() or str(make()) == str(make())  # NaN differs from itself
+    assert str(make(1)) != str(make(2))
+
+
+def test_reference_and_policy_each_do_their_part() -> None:
+    policy, reference = model(), model()
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(0.3)
+    own, frozen = (make(policy=policy, reference=reference, score_with=s) for s in ("policy", "reference"))
+    alone = make(policy=policy)
+    for a, b, c in zip(*([m for g in found for m in g.members] for found in (own, frozen, alone)), strict=True):
+        assert a.ids == b.ids == c.ids and a.logprobs == b.logprobs != c.logprobs  # of the reference
+        assert a.entropies == c.entropies != b.entropies
+
+
+def test_pairs_alone() -> None:
+    maker = GroupMaker(
+        model(), build_tokenizer(), RolloutArguments(group_size=0), ScoreArguments(), RankArguments(human_weight=8.0)
+    )
+    (found,) = maker(examples()[:1])
+    assert [m.role for m in found.members] == ["chosen", "rejected"]
+    assert found.members[0].logprobs and math.isfinite(found.members[0].weight)
+
+
+def test_pair_group() -> None:
+    full, own, none = map(pair_group, examples())
+    assert [m.role for m in full.members] == ["chosen", "rejected"] and [m.role for m in own.members] == ["chosen"]
+    assert none.members == [] and full.prompt_ids == [1, 8]

@@ -1,0 +1,335 @@
+"""GEMTrainer: its loss against plain torch, accumulation, resuming after a kill, online groups, the guard rails."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from gem.cli import newest_checkpoint
+from gem.config import GuardArguments, LossArguments, RankArguments, RolloutArguments, ScoreArguments
+from gem.data import Example
+from gem.demo import build_tokenizer
+from gem.groups import Group, Member
+from gem.pipeline import GroupMaker, pair_group
+from gem.score import token_stats
+from gem.trainer import CollapseGuard, GEMTrainer, group_loss, has_fallen
+
+ROOT = Path(__file__).parent.parent
+EOS = 2
+
+
+def tiny_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=17,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            bos_token_id=1,
+            eos_token_id=EOS,
+            pad_token_id=0,
+        )
+    )
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def examples(n: int) -> list[Example]:
+    return [Example("", [1, 7 + i % 9], [3, 4, 7 + i % 9, EOS], [3, 8, EOS]) for i in range(n)]
+
+
+def groups_of(model: Any, n: int) -> list[Group]:
+    """Groups of three members with made-up weights and the model's own log-probs as reference."""
+    groups = []
+    for i, e in enumerate(examples(n)):
+        members = [
+            Member("candidate", [5, 5, 6 + i, EOS], weight=0.5 + 0.1 * i),
+            Member("chosen", e.chosen_ids, weight=0.4),
+            Member("rejected", e.rejected_ids, weight=-0.9 - 0.1 * i),
+        ]
+        groups.append(Group("", e.prompt_ids, members))
+    sequences = [(g.prompt_ids, m.ids) for g in groups for m in g.members]
+    stats = token_stats(model, trainer_head(model), sequences, batch_tokens=64)
+    for member, s in zip((m for g in groups for m in g.members), stats, strict=True):
+        member.logprobs = (s.logprob - 0.05).tolist()  # as if the policy had moved a little
+    return groups
+
+
+def trainer_head(model: Any) -> Any:
+    from gem.head import check_head
+
+    return check_head(model)
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    defaults = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "save_strategy": "no"}
+    return TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+        lr_scheduler_type="constant",
+        **{**defaults, **changes},
+    )
+
+
+def make_trainer(folder: Path, loss: LossArguments, *, model: Any = None, data: Any = None, **kw: Any) -> GEMTrainer:
+    args = arguments(folder, **kw.pop("args", {}))
+    model = model or tiny_model()
+    data = groups_of(model, 8) if data is None else data
+    return GEMTrainer(
+        model,
+        args,
+        loss=loss,
+        guard=kw.pop("guard", GuardArguments()),
+        train_dataset=data,
+        processing_class=build_tokenizer(),
+        **kw,
+    )
+
+
+def naive_loss(model: Any, groups: list[Group], loss: LossArguments) -> torch.Tensor:
+    """The same loss, one sequence at a time through the model's own logits."""
+    total = torch.zeros(())
+    for group in groups:
+        logprobs, refs = [], []
+        for m in group.members:
+            ids = torch.tensor([group.prompt_ids + m.ids])
+            logits = model(ids).logits[0, len(group.prompt_ids) - 1 : -1].log_softmax(-1)
+            logprobs.append(logits.gather(1, torch.tensor(m.ids)[:, None])[:, 0])
+            refs.append(torch.tensor(m.logprobs))
+        candidate, chosen, rejected = logprobs
+        gap = (chosen.sum() - rejected.sum()) - (refs[1].sum() - refs[2].sum())
+        if loss.loss == "dpo":
+            total = total - torch.nn.functional.logsigmoid(loss.beta * gap)
+        elif loss.loss == "ipo":
+            total = total + (gap - 1 / (2 * loss.beta)) ** 2
+        else:
+            for member, lp, ref in zip(group.members, logprobs, refs, strict=True):
+                w = member.weight
+                if w < 0 and loss.taper:
+                    w *= float(torch.exp(lp.sum() - ref.sum()).clamp(max=1).detach())
+                total = total - w * (lp.mean() if loss.length_norm == "tokens" else lp.sum())
+            x = refs[0] - candidate
+            total = total + loss.kl_weight * (x.exp() - 1 - x).sum()
+        total = total - loss.sft_weight * chosen.mean()
+    return total / len(groups)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossArguments(),
+        LossArguments(taper=False, kl_weight=0.0, sft_weight=0.0),
+        LossArguments(length_norm="tokens"),
+        LossArguments(loss="dpo"),
+        LossArguments(loss="ipo", sft_weight=0.0),
+    ],
+    ids=["sega", "literal", "length_norm", "dpo", "ipo"],
+)
+def test_loss_and_gradient_equal_plain_torch(tmp_path: Path, loss: LossArguments) -> None:
+    trainer = make_trainer(tmp_path, loss)
+    groups = trainer.train_dataset[:3]
+    (batch,), items = trainer.get_batch_samples(iter([groups]), 1, torch.device("cpu"))
+    model: Any = trainer.model
+    ours = trainer.compute_loss(model, batch, num_items_in_batch=items)
+    ours.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    expected = naive_loss(model, groups, loss)
+    expected.backward()
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    for g, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(g, p.grad, atol=2e-5 * float(p.grad.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sega", "listwise_dpo", "dpo", "ipo", "pro"])
+def test_every_preference_loss_widens_the_gap(tmp_path: Path, name: str) -> None:
+    trainer = make_trainer(tmp_path, LossArguments(loss=name, kl_weight=0.0, sft_weight=0.0), args={"max_steps": 8})
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "logprob_chosen" in entry]
+    gap = [entry["logprob_chosen"] - entry["logprob_rejected"] for entry in log]
+    assert gap[-1] > gap[0] + 0.1
+
+
+def test_sft_is_the_mean_negative_log_likelihood_of_the_tokens(tmp_path: Path) -> None:
+    groups = [pair_group(e) for e in examples(5)]
+    for group in groups:
+        group.members = group.members[:1]
+    trainer = make_trainer(tmp_path, LossArguments(loss="sft"), data=groups)
+    (batch,), items = trainer.get_batch_samples(iter([groups]), 1, torch.device("cpu"))
+    model: Any = trainer.model
+    logprobs = []
+    for g in groups:
+        ids = torch.tensor([g.prompt_ids + g.members[0].ids])
+        labels = ids.clone()
+        labels[:, : len(g.prompt_ids)] = -100
+        logprobs.append(model(ids, labels=labels).loss)  # every completion here has as many tokens
+    ours = trainer.compute_loss(model, batch, num_items_in_batch=items)
+    torch.testing.assert_close(ours, torch.stack(logprobs).mean(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sega", "sft"])
+def test_gradient_accumulation_changes_nothing(tmp_path: Path, name: str) -> None:
+    model = tiny_model()
+    data = groups_of(model, 8)
+    if name == "sft":
+        for group in data:
+            group.members = [group.members[1]]
+    weights = []
+    for size, steps in ((8, 1), (2, 4)):
+        changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 3}
+        trainer = make_trainer(
+            tmp_path / str(size), LossArguments(loss=name), model=copy.deepcopy(model), data=data, args=changes
+        )
+        trainer.train()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    torch.testing.assert_close(*weights, atol=2e-5, rtol=1e-4)
+
+
+def test_online_groups_are_fresh_and_on_policy(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(), build_tokenizer()
+    reference = copy.deepcopy(model).requires_grad_(False)
+    rollout = RolloutArguments(group_size=3, max_new_tokens=6)
+    maker = GroupMaker(model, tokenizer, rollout, ScoreArguments(), RankArguments(), reference)
+    seen: list[list[Group]] = []
+
+    def make_groups(batch: list[Example]) -> list[Group]:
+        seen.append(maker(batch))
+        return seen[-1]
+
+    trainer = make_trainer(
+        tmp_path, LossArguments(), model=model, data=examples(8), make_groups=make_groups, args={"max_steps": 3}
+    )
+    trainer.train()
+    assert [len(groups) for groups in seen] == [4, 4, 4]
+    member = seen[-1][0].members[0]
+    assert member.role == "candidate"
+    assert (
+        member.logprobs
+        != token_stats(model, maker.head, [(seen[-1][0].prompt_ids, member.ids)], batch_tokens=64)[0].logprob.tolist()
+    )  # the reference's, not the policy's
+    logged = trainer.state.log_history[0]
+    for name in ("kl", "weight_positive", "weight_negative", "score", "final_entropy", "branch_entropy", "length"):
+        assert name in logged, name
+    for name in ("truncated", "span_fallback", "distinct", "kept", "logprob_chosen", "logprob_rejected"):
+        assert name in logged, name
+
+
+def test_taper_ends_the_push_on_what_the_policy_no_longer_says() -> None:
+    role, sequence = torch.tensor([1, 2]), torch.tensor([0, 1])
+    weight, fresh = torch.tensor([1.0, -1.0]), torch.tensor([False, False])
+    for drop, expected in ((0.0, 1.0), (2.0, 2.718281828**-2.0), (100.0, 0.0)):
+        logprob = torch.tensor([-1.0, -1.0 - drop], requires_grad=True)
+        terms = group_loss(
+            logprob, torch.tensor([-1.0, -1.0]), sequence, weight, role, fresh, LossArguments(sft_weight=0.0)
+        )
+        terms["loss"].backward()
+        torch.testing.assert_close(logprob.grad, torch.tensor([-1.0, expected]))
+
+
+def test_has_fallen() -> None:
+    guard = GuardArguments(stop_patience=2, stop_margin=0.05)
+    assert not has_fallen([0.5, 0.6], guard)
+    assert not has_fallen([0.6, 0.5, 0.57], guard)
+    assert has_fallen([0.4, 0.6, 0.5, 0.5], guard)
+    assert not has_fallen([0.6, 0.1, 0.1], GuardArguments(stop_patience=0))
+
+
+def test_guard_stops_and_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values = iter([0.9, 0.88, 0.2, 0.2, 0.2, 0.2, 0.2])
+    trainer = make_trainer(
+        tmp_path,
+        LossArguments(),
+        guard=GuardArguments(stop_patience=2),
+        evaluation=lambda model: {"accuracy_sampled": next(values), "auroc": 0.4},
+        args={"max_steps": 20, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True},
+    )
+    with caplog.at_level(logging.WARNING, logger="gem.trainer"):
+        trainer.train()
+    assert trainer.state.global_step == 3  # evaluations at 0, 1, 2, 3: two in a row below 0.9 - 0.05
+    assert "S orders 0.40 of the pairs rightly" in caplog.text
+    assert "accuracy_sampled fell to 0.200" in caplog.text
+    assert CollapseGuard.WATCHED[0] == "eval_accuracy_sampled"
+
+
+def test_evaluation_does_not_move_the_training_random_numbers(tmp_path: Path) -> None:
+    losses = []
+    for every in (1, 100):
+        model, tokenizer = tiny_model(), build_tokenizer()
+        rollout = RolloutArguments(group_size=2, max_new_tokens=5)
+        maker = GroupMaker(model, tokenizer, rollout, ScoreArguments(), RankArguments())
+        trainer = make_trainer(
+            tmp_path / str(every),
+            LossArguments(),
+            model=model,
+            data=examples(8),
+            make_groups=maker,
+            evaluation=lambda m: {"noise": float(torch.rand(()))},
+            args={"eval_strategy": "steps", "eval_steps": every},
+        )
+        trainer.train()
+        losses.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+    assert losses[0] == losses[1]
+
+
+def test_bad_arguments(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="loss must be one of .*, got 'ppo'"):
+        make_trainer(tmp_path, LossArguments(loss="ppo"))
+    with pytest.raises(ValueError, match="evaluation must be given with eval_strategy"):
+        make_trainer(tmp_path, LossArguments(), args={"eval_strategy": "steps", "eval_steps": 1})
+    trainer = make_trainer(tmp_path, LossArguments(loss="dpo"))
+    groups = trainer.train_dataset[:1]
+    groups[0].members = groups[0].members[:2]
+    (batch,), items = trainer.get_batch_samples(iter([groups]), 1, torch.device("cpu"))
+    with pytest.raises(ValueError, match="loss=dpo needs groups with"):
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
+
+
+def test_kill_and_resume_ends_as_an_uninterrupted_run(tmp_path: Path) -> None:
+    """kill -9 in the middle of `gem-kernels sft`; the same command again gives the same losses to 1e-6."""
+    model = tiny_model()
+    model.config.to_json_file(tmp_path / "model.json")
+    build_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    rows = [{"prompt": f"{i % 9 + 1}+{i % 7}=", "completion": f"#### {i % 9 + 1 + i % 7}"} for i in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+    def command(folder: str) -> list[str]:
+        flags = ["--model", str(tmp_path / "model.json"), "--tokenizer", str(tmp_path / "tokenizer")]
+        flags += ["--data", str(tmp_path / "data.jsonl"), "--output_dir", str(tmp_path / folder), "--use_cpu"]
+        flags += ["--max_steps", "300", "--save_steps", "20", "--learning_rate", "1e-3", "--disable_tqdm", "true"]
+        return [sys.executable, "-m", "gem", "sft", *flags]
+
+    def losses(folder: str) -> list[float]:
+        state = json.loads((tmp_path / folder / "trainer_state.json").read_text())
+        return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+    subprocess.run(command("whole"), cwd=ROOT, check=True, capture_output=True, timeout=120)
+    killed = subprocess.Popen(command("killed"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while newest_checkpoint(tmp_path / "killed") is None and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert killed.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    again = subprocess.run(command("killed"), cwd=ROOT, check=True, capture_output=True, text=True, timeout=120)
+    assert "train_steps" in again.stdout
+    assert len(losses("whole")) == 300
+    assert losses("killed") == pytest.approx(losses("whole"), abs=1e-6)
