@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import html
 import math
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 
 from gem.curves import Panel, columns_of, panels_of, plot_curves
+from gem.files import replacing
 from gem.runs import Run, by_method
 
 # metrics of the headline table -> its column; every other metric goes to the second table under its own key
@@ -113,14 +113,9 @@ def write_report(path: Path, runs: Sequence[Run], *, title: str, notes: Sequence
     if isinstance(notes, str):
         raise TypeError(f"notes: expected a sequence of strings, got the string {notes!r}")
     # "replace", as a completion may hold half of a surrogate pair
-    page = _page(runs, title, notes).encode("utf-8", errors="replace")
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(page)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    page = _page(runs, title, notes).encode("utf-8", errors="replace").decode("utf-8")
+    with replacing(Path(path)) as out:
+        out.write(page)
 
 
 def _page(runs: Sequence[Run], title: str, notes: Sequence[str]) -> str:

@@ -12,9 +12,8 @@ from gem_kernels.tiles import CHUNKED
 from gem_kernels.types import LogitTransform, TokenStats, Upstream
 
 
-def _kept_rows(targets: Tensor, columns: int, ignore_index: int) -> Iterator[tuple[slice, Tensor]]:
+def _blocks(kept: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of the rows that are not ignored, and where those rows stand."""
-    kept = (targets != ignore_index).nonzero().squeeze(1)
     for rows in ranges(kept.shape[0], max(1, CHUNKED.block // columns)):
         yield rows, kept[rows]
 
@@ -27,26 +26,23 @@ def forward(
     logits: Tensor, targets: Tensor, transform: LogitTransform, ignore_index: int
 ) -> tuple[TokenStats, tuple[Tensor, ...]]:
     """logits (N, V) -> statistics (N,), and the tensors that backward wants to see again."""
-    online = OnlineStats.start(targets[targets != ignore_index])
-    full = [torch.zeros(targets.shape, device=logits.device) for _ in TokenStats._fields]
-    for rows, at in _kept_rows(targets, logits.shape[1], ignore_index):
-        online.update(_transformed(logits, at, transform), rows, 0)
     kept = (targets != ignore_index).nonzero().squeeze(1)
+    online = OnlineStats.start(targets[kept])
+    full = [torch.zeros(targets.shape, device=logits.device) for _ in TokenStats._fields]
+    for rows, at in _blocks(kept, logits.shape[1]):
+        online.update(_transformed(logits, at, transform), rows, 0)
     for zeros, values in zip(full, online.finish(), strict=True):
         zeros[kept] = values
-    return TokenStats(*full), (targets, *online)
+    return TokenStats(*full), (kept, *online)
 
 
-def backward(
-    logits: Tensor, saved: Sequence[Tensor], upstream: Upstream, transform: LogitTransform, ignore_index: int
-) -> Tensor:
+def backward(logits: Tensor, saved: Sequence[Tensor], upstream: Upstream, transform: LogitTransform) -> Tensor:
     """dL/dlogits (N, V) in the dtype of the logits, 0 in ignored rows."""
-    targets, *online = saved
-    kept = (targets != ignore_index).nonzero().squeeze(1)
+    kept, *online = saved
     gradient = LogitGradient(
         OnlineStats(*online), Upstream(*(None if g is None else g[kept] for g in upstream)), transform
     )
     dlogits = torch.zeros_like(logits)
-    for rows, at in _kept_rows(targets, logits.shape[1], ignore_index):
+    for rows, at in _blocks(kept, logits.shape[1]):
         dlogits[at] = gradient.apply_(_transformed(logits, at, transform), rows, 0).to(logits.dtype)
     return dlogits

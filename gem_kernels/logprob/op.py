@@ -62,8 +62,8 @@ class _Logprob(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
         from gem_kernels.logprob import chunked
 
-        targets, ctx.transform, ctx.ignore_index = args
-        stats, saved = chunked.forward(logits, targets, ctx.transform, ctx.ignore_index)
+        targets, ctx.transform, ignore_index = args
+        stats, saved = chunked.forward(logits, targets, ctx.transform, ignore_index)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, *saved)
         return tuple(stats)
@@ -75,5 +75,5 @@ class _Logprob(torch.autograd.Function):
 
         logits, *saved = ctx.saved_tensors
         with autocast_off(logits):
-            grad = chunked.backward(logits, saved, Upstream(*upstream), ctx.transform, ctx.ignore_index)
+            grad = chunked.backward(logits, saved, Upstream(*upstream), ctx.transform)
         return grad, None, None, None
