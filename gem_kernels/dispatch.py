@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import get_args
 
 import torch
+from torch import Tensor
 
+from gem_kernels.compat import HAS_TRITON, on_triton
 from gem_kernels.types import Impl
 
+# Off CUDA the fastest is chunked. On CUDA the choice is by counting bytes until it is measured (docs/kernels.md): a GEMM
+# library beats our own GEMM, one launch that reads everything once beats several.
+_ON_CUDA: dict[str, Impl] = {"logprob_entropy": "triton", "topm_mean": "triton", "gem_score": "triton"}
 
-def choose_impl(op: str, impl: str, dtype: torch.dtype) -> Impl:
-    """Resolve `impl` for an op on tensors of `dtype`.
 
-    auto is `chunked`, except for fp64, which only the reference computes in fp64. (Measured on CPU: chunked is the faster
-    one from a few hundred vocabulary entries on, see benchmarks.)
+def choose_impl(op: str, impl: str, source: Tensor) -> Impl:
+    """Resolve `impl` for an op whose inputs have the dtype and the device of `source`.
+
+    auto is `chunked`, and on CUDA `triton` for the ops without a GEMM; fp64 only the reference computes in fp64.
 
     Raises:
         ValueError: unknown impl, or one that cannot serve the call; the message lists those that can.
@@ -21,11 +26,21 @@ def choose_impl(op: str, impl: str, dtype: torch.dtype) -> Impl:
     known = get_args(Impl)
     if impl not in known:
         raise ValueError(f"impl must be one of {', '.join(known)}, got {impl!r}")
-    able: tuple[Impl, ...] = ("reference",) if dtype == torch.float64 else ("reference", "chunked")
+    fp64 = source.dtype == torch.float64
+    able: list[Impl] = ["reference"] if fp64 else ["reference", "chunked"]
+    if not fp64 and on_triton(source.device):
+        able.append("triton")
     if impl == "auto":
-        return able[-1]
+        if source.device.type == "cuda" and "triton" in able:
+            return _ON_CUDA.get(op, "chunked")
+        return "reference" if fp64 else "chunked"
     for candidate in able:
         if impl == candidate:
             return candidate
-    reason = "it computes in fp32" if impl == "chunked" else "this release has no Triton kernel for it"
-    raise ValueError(f"impl={impl!r} cannot serve {op} on {dtype}: {reason}; these can: {', '.join(able)}")
+    if fp64:
+        reason = "it computes in fp32"
+    elif not HAS_TRITON:
+        reason = "triton is not installed"
+    else:
+        reason = f"Triton kernels need CUDA tensors, or TRITON_INTERPRET=1 on the CPU, and these are on {source.device}"
+    raise ValueError(f"impl={impl!r} cannot serve {op} on {source.dtype}: {reason}; these can: {', '.join(able)}")

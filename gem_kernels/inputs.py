@@ -2,50 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from gem_kernels.types import LogitTransform, LowRank, Operands, TokenStats
+from gem_kernels.types import LogitTransform, LowRank, Operands, Upstream
 from gem_kernels.validation import check_linear, check_transform
 
 
 class LinearInputs(NamedTuple):
     """Checked, cast and flattened arguments of a linear op."""
 
-    hidden: Tensor  # (M, D), M = all tokens, ignored ones included
-    weight: Tensor  # (V, D)
+    operands: Operands  # hidden (M, D): M = all tokens, ignored ones included
     targets: Tensor  # (M,)
-    bias: Tensor | None
-    low_rank: LowRank | None
-    ignore_index: int
     batch_shape: torch.Size
 
-    def compact(self) -> tuple[Operands, Tensor, Tensor]:
-        """(operands, targets, kept): the N tokens that are not ignored, and where they stand among the M.
 
-        They are left out before the GEMM, not masked in it: they cost nothing, and a NaN in one stays there.
-        """
-        kept = (self.targets != self.ignore_index).nonzero().squeeze(1)
-        hidden, targets = self.hidden, self.targets
-        if kept.shape[0] != targets.shape[0]:
-            hidden, targets = hidden.index_select(0, kept), targets.index_select(0, kept)
-        low_hidden = low_weight = None
-        if self.low_rank is not None:
-            # fp32 whatever the dtype: rounding s h a^T to bf16 would be a second rounding of the logits, and rounding the
-            # two terms of dhidden (through weight, through a) before their sum would leave noise where they cancel.
-            hidden = hidden.float()
-            low_hidden = self.low_rank.scale * (hidden @ self.low_rank.a.float().T)
-            low_weight = self.low_rank.b
-        return Operands(hidden, self.weight, self.bias, low_hidden, low_weight), targets, kept
+class Kept(NamedTuple):
+    """The tokens that take part: N of the M of a batch.
 
-    def expand(self, stats: TokenStats, kept: Tensor) -> TokenStats:
-        """Statistics of the N kept tokens -> of all M tokens in the caller's batch shape, 0 where ignored."""
-        if kept.shape[0] != self.targets.shape[0]:
-            zeros = stats.logprob.new_zeros(self.targets.shape)
-            stats = TokenStats(*(zeros.index_copy(0, kept, s) for s in stats))
-        return TokenStats(*(s.view(self.batch_shape) for s in stats))
+    Either the others are left out (they cost nothing; their number has to be read back from the device), or, where `at` is
+    None, N = M and the others become zeros, so that a NaN in an ignored token stays there.
+    """
+
+    at: Tensor | None  # (N,) int64, rising
+    ignored: Tensor  # (M,) bool
+
+    @staticmethod
+    def compacted(targets: Tensor, ignore_index: int) -> Kept:
+        ignored = targets == ignore_index
+        return Kept(ignored.logical_not().nonzero().squeeze(1), ignored)
+
+    @staticmethod
+    def masked(targets: Tensor, ignore_index: int) -> Kept:
+        """Without reading anything back."""
+        return Kept(None, targets == ignore_index)
+
+    def positions(self) -> Tensor:
+        return torch.arange(self.ignored.shape[0], device=self.ignored.device) if self.at is None else self.at
+
+    def offsets(self, cu: Sequence[int]) -> list[int]:
+        """Offsets into the M tokens -> into the N."""
+        return list(cu) if self.at is None else torch.searchsorted(self.at, self.at.new_tensor(cu)).tolist()
+
+    def part(self, rows: slice, tokens: slice) -> Kept:
+        """Those of the tokens [start, stop), which are the rows [start, stop) of the N."""
+        return Kept(None if self.at is None else self.at[rows] - tokens.start, self.ignored[tokens])
+
+    def rows(self, t: Tensor) -> Tensor:
+        """(M, ...) -> (N, ...) as they are."""
+        return t if self.at is None or self.at.shape[0] == t.shape[0] else t.index_select(0, self.at)
+
+    def take(self, t: Tensor) -> Tensor:
+        """(M, ...) -> (N, ...), zeros where an ignored token is still among them."""
+        return self.rows(t) if self.at is not None else t.masked_fill(self._ignored_like(t), 0)
+
+    def put(self, t: Tensor) -> Tensor:
+        """(N, ...) -> (M, ...), 0 where ignored."""
+        if self.at is None:
+            return t.masked_fill(self._ignored_like(t), 0)
+        m = self.ignored.shape[0]
+        return t if self.at.shape[0] == m else t.new_zeros(m, *t.shape[1:]).index_copy_(0, self.at, t)
+
+    def _ignored_like(self, t: Tensor) -> Tensor:
+        return self.ignored.view(-1, *[1] * (t.ndim - 1))
+
+    def upstream(self, upstream: Upstream) -> Upstream:
+        return Upstream(*(None if g is None else self.take(g) for g in upstream))
 
 
 _T = TypeVar("_T")
@@ -74,15 +99,9 @@ def linear_inputs(
             low_rank = LowRank(_autocast(low_rank.a, dtype), _autocast(low_rank.b, dtype), low_rank.scale)
     check_transform(transform)
     check_linear(hidden, weight, targets, bias, low_rank, ignore_index)
-    return LinearInputs(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        targets.reshape(-1),
-        bias,
-        low_rank,
-        ignore_index,
-        targets.shape,
-    )
+    # Matrices keep their strides, vectors are dense.
+    flat = Operands(hidden.reshape(-1, hidden.shape[-1]), weight, None if bias is None else bias.contiguous(), low_rank)
+    return LinearInputs(flat, targets.reshape(-1).contiguous(), targets.shape)
 
 
 def autocast_off(t: Tensor) -> torch.autocast:

@@ -1,9 +1,10 @@
-"""The vocabulary streamed through one tile of logits: the torch engine under every `chunked` implementation.
+"""The vocabulary streamed through one tile of logits: the engine under every `chunked` implementation.
 
-Three steps, each once: a tile of logits, the online statistics of its rows, the gradient of its rows. The row steps walk
+Three steps, each once: a tile of logits (GEMM library), the online statistics of its rows, the gradient of its rows. Where
+Triton runs, each row step is one kernel that reads the tile once (row_kernels.py). Elsewhere it is torch operations that walk
 the tile in blocks that stay in the level-2 cache: one block is passed over several times, memory only once.
 
-N tokens (ignored ones already dropped), D hidden size, V vocabulary, r rank of the adapter. All arithmetic is fp32.
+N tokens, D hidden size, V vocabulary, r rank of the adapter. Logits, statistics and sums are fp32.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gem_kernels.tiles import CHUNKED
+from gem_kernels import compat
+from gem_kernels.tiles import CHUNKED, chunk_tile
 from gem_kernels.types import LogitTransform, Operands, TokenStats, Upstream
 
 # exp(-87) is the smallest normal fp32 number. Flooring z - max there moves a row's sum by less than V * 2e-38, far below
@@ -27,75 +29,81 @@ def ranges(total: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, total))
 
 
-def apply_transform_(z: Tensor, transform: LogitTransform) -> Tensor:
-    """z' = cap tanh(scale z / cap) / temperature, in place."""
-    if transform.softcap is not None:
-        z.mul_(transform.scale / transform.softcap).tanh_().mul_(transform.softcap / transform.temperature)
-    elif transform.scale != transform.temperature:
-        z.mul_(transform.scale / transform.temperature)
-    return z
+class Transform(NamedTuple):
+    """LogitTransform as the arithmetic needs it: z' = limit tanh(gain z), or gain z without a softcap."""
 
+    gain: float
+    limit: float
+    softcap: bool
 
-def _transform_slope(z: Tensor, transform: LogitTransform) -> Tensor | float:
-    """dz'/dz as a function of z': scale (1 - (z' / limit)^2) / temperature with limit = cap / temperature.
+    @staticmethod
+    def of(t: LogitTransform) -> Transform:
+        if t.softcap is None:
+            return Transform(t.scale / t.temperature, 1.0, False)
+        return Transform(t.scale / t.softcap, t.softcap / t.temperature, True)
 
-    As (limit - z') (limit + z'): near saturation that difference is exact, where 1 - tanh^2 would lose its last digits.
-    """
-    factor = transform.scale / transform.temperature
-    if transform.softcap is None:
-        return factor
-    limit = transform.softcap / transform.temperature
-    return (limit - z).mul_(z + limit).mul_(factor / limit**2)
+    def apply_(self, z: Tensor) -> Tensor:
+        if self.softcap:
+            return z.mul_(self.gain).tanh_().mul_(self.limit)
+        return z if self.gain == 1 else z.mul_(self.gain)
+
+    def slope(self, z: Tensor) -> Tensor:
+        """dz'/dz of the softcap as a function of z': gain limit (1 - (z' / limit)^2).
+
+        As (limit - z') (limit + z'): near saturation that difference is exact, where 1 - tanh^2 would lose its last digits.
+        """
+        return (self.limit - z).mul_(z + self.limit).mul_(self.gain / self.limit)
 
 
 class OnlineStats(NamedTuple):
-    """Running maximum m, sum s = Σ e^(z-m), weighted sum t = Σ e^(z-m)(z-m) and target logit of N rows.
+    """Running maximum m, sum s = Σ e^(z-m), weighted sum t = Σ e^(z-m)(z-m) and target logit z_y of N rows.
 
     A tile with maximum m' moves (m, s, t) to the new maximum M = max(m, m'): s e^(m-M), e^(m-M) (t + (m-M) s).
     """
 
-    targets: Tensor
-    maximum: Tensor
-    total: Tensor
-    weighted: Tensor
-    target_logit: Tensor
+    targets: Tensor  # (N,)
+    values: Tensor  # (4, N) fp32: m, s, t, z_y
 
     @staticmethod
     def start(targets: Tensor) -> OnlineStats:
-        n, device = targets.shape[0], targets.device
-        lowest = torch.full((n,), torch.finfo(torch.float32).min, device=device)
-        unseen = torch.full((n,), float("nan"), device=device)  # so a target out of range gives NaN
-        return OnlineStats(targets, lowest, torch.zeros(n, device=device), torch.zeros(n, device=device), unseen)
+        values = torch.zeros(4, targets.shape[0], device=targets.device)
+        values[0] = torch.finfo(torch.float32).min
+        values[3] = float("nan")  # not seen yet: a target out of range gives NaN
+        return OnlineStats(targets, values)
 
-    def update(self, z: Tensor, rows: slice, first_col: int) -> None:
-        """Take in logits z (R, C) fp32 of these rows and of the columns from first_col on; z is left as it is."""
+    def rows(self, rows: slice) -> OnlineStats:
+        return OnlineStats(self.targets[rows], self.values[:, rows])
+
+    def update(self, z: Tensor, first_col: int) -> None:
+        """Take in transformed logits z (N, C) of the columns from first_col on, in torch; z is left as it is."""
         columns = z.shape[1]
+        maximum, total, weighted, target_logit = self.values
         step = max(1, CHUNKED.block // columns)
         shifted_buffer, exp_buffer = z.new_empty(step * columns), z.new_empty(step * columns)
-        for block in ranges(z.shape[0], step):
-            zb = z[block]
-            at = slice(rows.start + block.start, rows.start + block.stop)
+        for at in ranges(z.shape[0], step):
+            zb = z[at]
             shifted, exps = (b[: zb.numel()].view_as(zb) for b in (shifted_buffer, exp_buffer))
-            old = self.maximum[at]
+            old = maximum[at]
             new = torch.maximum(old, zb.amax(1))
             torch.sub(zb, new[:, None], out=shifted).clamp_(min=_FLOOR)
             torch.exp(shifted, out=exps)
             drop = (old - new).clamp_(min=_FLOOR)
             decay = drop.exp()
-            self.weighted[at] = decay * (self.weighted[at] + drop * self.total[at])
-            self.total[at] = decay * self.total[at] + exps.sum(1)
-            self.weighted[at] += exps.mul_(shifted).sum(1)
-            self.maximum[at] = new
-        hit, column = target_columns(self.targets[rows], first_col, columns)
-        self.target_logit[rows.start + hit] = z[hit, column]
+            weighted[at] = decay * (weighted[at] + drop * total[at])
+            total[at] = decay * total[at] + exps.sum(1)
+            weighted[at] += exps.mul_(shifted).sum(1)
+            maximum[at] = new
+        hit, column = target_columns(self.targets, first_col, columns)
+        target_logit[hit] = z[hit, column]
 
     def finish(self) -> TokenStats:
         """log p = (z_y - m) - log s; H = log s - t / s: both shifted, so nothing cancels at large |z|."""
-        log_total = self.total.log()
+        maximum, total, weighted, target_logit = self.values
+        log_total = total.log()
         return TokenStats(
-            logprob=(self.target_logit - self.maximum) - log_total,
-            entropy=log_total - self.weighted / self.total,
-            lse=self.maximum + log_total,
+            logprob=(target_logit - maximum) - log_total,
+            entropy=log_total - weighted / total,
+            lse=maximum + log_total,
         )
 
 
@@ -106,38 +114,46 @@ def target_columns(targets: Tensor, first_col: int, columns: int) -> tuple[Tenso
     return hit, column[hit]
 
 
-class LogitGradient:
+class LogitGradient(NamedTuple):
     """dL/dz of N rows for upstream a = dL/dlogprob, b = dL/dH, c = dL/dlse.
 
     dz_v = a (1[v = y] - p_v) - b p_v (log p_v + H) + c p_v, times the transform's derivative. With d = z - m this is
-    p̃ (α + β d), p̃ = e^d, where α = (c - a + b (log s - H)) / s and β = -b / s: no pass over the row normalises it.
+    e^d (constant + slope d), constant = (c - a + b (log s - H)) / s and slope = -b / s: no pass over the row normalises it.
     The target's entry is a (1 - p_y) = -a expm1(log p_y), which keeps its digits when p_y -> 1.
     """
 
-    def __init__(self, online: OnlineStats, upstream: Upstream, transform: LogitTransform) -> None:
+    targets: Tensor  # (N,), and so are the others
+    maximum: Tensor
+    constant: Tensor
+    slope: Tensor | None  # None: the loss does not look at the entropy
+    at_target: Tensor
+
+    @staticmethod
+    def of(online: OnlineStats, upstream: Upstream, transform: Transform) -> LogitGradient:
         stats = online.finish()
+        maximum, total, _, target_logit = online.values
         zero = torch.zeros_like(stats.logprob)
         a, b, c = (zero if g is None else g.float() for g in upstream)
-        log_total, probability = online.total.log(), stats.logprob.exp()
-        self.online, self.transform = online, transform
-        self.constant = (c - a + b * (log_total - stats.entropy)) / online.total
-        self.slope = None if upstream.entropy is None else -b / online.total
+        constant = (c - a + b * (total.log() - stats.entropy)) / total
+        slope = None if upstream.entropy is None else -b / total
         log_p = stats.logprob.clamp_min(_FLOOR)  # a target of probability 0: p log p is 0, not 0 * -inf
-        self.at_target = (c - b * (log_p + stats.entropy)) * probability - a * stats.logprob.expm1()
-        self.at_target *= _transform_slope(online.target_logit, transform)
-        if transform.softcap is None:  # then the derivative is one number, folded into the row's coefficients
-            factor = transform.scale / transform.temperature
-            self.constant *= factor
-            self.slope = None if self.slope is None else self.slope * factor
+        at_target = (c - b * (log_p + stats.entropy)) * stats.logprob.exp() - a * stats.logprob.expm1()
+        if transform.softcap:
+            at_target *= transform.slope(target_logit)
+        else:  # then the derivative is one number, folded into the row's coefficients
+            constant, at_target = constant * transform.gain, at_target * transform.gain
+            slope = None if slope is None else slope * transform.gain
+        return LogitGradient(online.targets, maximum, constant, slope, at_target)
 
-    def apply_(self, z: Tensor, rows: slice, first_col: int) -> Tensor:
-        """Turn transformed logits z (R, C) into dL/d(raw logits), in place."""
-        step = max(1, CHUNKED.block // z.shape[1])
-        for block in ranges(z.shape[0], step):
-            zb = z[block]
-            at = slice(rows.start + block.start, rows.start + block.stop)
-            derivative = None if self.transform.softcap is None else _transform_slope(zb, self.transform)
-            zb.sub_(self.online.maximum[at, None])
+    def rows(self, rows: slice) -> LogitGradient:
+        return LogitGradient(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
+
+    def apply_(self, z: Tensor, first_col: int, transform: Transform) -> Tensor:
+        """Turn transformed logits z (N, C) into dL/d(raw logits), in place, in torch."""
+        for at in ranges(z.shape[0], max(1, CHUNKED.block // z.shape[1])):
+            zb = z[at]
+            derivative = transform.slope(zb) if transform.softcap else None
+            zb.sub_(self.maximum[at, None])
             if self.slope is None:
                 zb.exp_().mul_(self.constant[at, None])
             else:
@@ -145,97 +161,190 @@ class LogitGradient:
                 zb.clamp_(min=_FLOOR).mul_(self.slope[at, None]).add_(self.constant[at, None]).mul_(exps)
             if derivative is not None:
                 zb.mul_(derivative)
-        hit, column = target_columns(self.online.targets[rows], first_col, z.shape[1])
-        z[hit, column] = self.at_target[rows.start + hit]
+        hit, column = target_columns(self.targets, first_col, z.shape[1])
+        z[hit, column] = self.at_target[hit]
         return z
 
 
+def adapter_hidden(x: Operands) -> Tensor | None:
+    """scale h a^T (N, r). fp32 whatever the dtype: rounding it to bf16 would be a second rounding of the logits."""
+    return None if x.low_rank is None else x.low_rank.scale * (x.hidden.float() @ x.low_rank.a.float().T)
+
+
+def padded(columns: int) -> int:
+    """Columns of a buffer whose rows begin on 16 bytes in every dtype, as the fast kernels of a GEMM library ask."""
+    return -(-columns // 8) * 8
+
+
+def matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """(rows, columns) at the start of a buffer, each row padded."""
+    return buffer[: rows * padded(columns)].view(rows, padded(columns))[:, :columns]
+
+
 class LogitTiles:
-    """Tiles of the transformed logits of all N rows, columns outermost, and the weight rows that made them."""
+    """Tiles of the logits of all N rows, columns outermost, and the weight rows that made them."""
 
-    def __init__(self, x: Operands, transform: LogitTransform) -> None:
+    def __init__(self, x: Operands, transform: Transform) -> None:
         self.x, self.transform = x, transform
-        self.hidden = x.hidden.float()
+        self.row_kernels = compat.on_triton(x.hidden.device)
+        self.hidden, self.low_hidden = compat.gemm_operand(x.hidden), adapter_hidden(x)
         n, v = x.hidden.shape[0], x.weight.shape[0]
-        self.buffer = self.hidden.new_empty(min(n, CHUNKED.rows) * min(v, CHUNKED.cols))
+        self.shape = chunk_tile(x.hidden)
+        size = min(n, self.shape.rows) * padded(min(v, self.shape.cols))
+        self.buffer = torch.empty(size, device=x.hidden.device)
+        # The gradient becomes an operand of the next GEMMs: in place for fp32, in the operands' dtype beside it otherwise.
+        narrow = self.row_kernels and x.gradient_dtype() != torch.float32
+        self.gradient_buffer = x.weight.new_empty(size) if narrow else self.buffer
 
-    def columns(self) -> Iterator[tuple[slice, Tensor]]:
-        """Column ranges and their weight rows in fp32 (C, D)."""
-        for cols in ranges(self.x.weight.shape[0], CHUNKED.cols):
-            yield cols, self.x.weight[cols].float()
+    def columns(self) -> Iterator[tuple[slice, Operands]]:
+        """Column ranges and the operands of those columns, ready for the GEMM library."""
+        for cols in ranges(self.x.weight.shape[0], self.shape.cols):
+            part = self.x.columns(cols)
+            yield cols, part._replace(hidden=self.hidden, weight=compat.gemm_operand(part.weight))
 
     def rows(self) -> Iterator[slice]:
-        return ranges(self.x.hidden.shape[0], CHUNKED.rows)
+        return ranges(self.x.hidden.shape[0], self.shape.rows)
 
-    def tile(self, rows: slice, cols: slice, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        """(R, C) fp32 logits, in `out` or in the one buffer that the next tile overwrites."""
-        shape = (rows.stop - rows.start, cols.stop - cols.start)
+    def tile(self, rows: slice, part: Operands, out: Tensor | None = None) -> Tensor:
+        """(R, C) fp32 logits, in `out` or in the one buffer that the next tile overwrites. The row kernels apply bias and
+        transform to what they read; without them they are applied here."""
         if out is None:
-            out = self.buffer[: shape[0] * shape[1]].view(shape)
-        torch.mm(self.hidden[rows], weight.t(), out=out)
-        if self.x.low_hidden is not None and self.x.low_weight is not None:
-            out.addmm_(self.x.low_hidden[rows].float(), self.x.low_weight[cols].float().t())
-        if self.x.bias is not None:
-            out.add_(self.x.bias[cols].float())
-        return apply_transform_(out, self.transform)
+            out = matrix(self.buffer, rows.stop - rows.start, part.weight.shape[0])
+        compat.mm(self.hidden[rows], part.weight.t(), out)
+        if self.low_hidden is not None and part.low_rank is not None:
+            out.addmm_(self.low_hidden[rows], part.low_rank.b.float().t())
+        if self.row_kernels:
+            return out
+        if part.bias is not None:
+            out.add_(part.bias.float())
+        return self.transform.apply_(out)
+
+    def update(self, online: OnlineStats, z: Tensor, part: Operands, first_col: int) -> None:
+        """Take the tile z into the statistics of its rows."""
+        if self.row_kernels:
+            from gem_kernels import row_kernels
+
+            row_kernels.update_statistics(z, part.bias, online, first_col, self.transform)
+        else:
+            online.update(z, first_col)
+
+    def gradient(self, gradient: LogitGradient, z: Tensor, part: Operands, first_col: int) -> Tensor:
+        """The tile z -> dL/d(raw logits) of its rows; z is used up."""
+        if self.row_kernels:
+            from gem_kernels import row_kernels
+
+            out = z if z.dtype == self.gradient_buffer.dtype else matrix(self.gradient_buffer, *z.shape)
+            return row_kernels.logit_gradient(z, part.bias, gradient, first_col, self.transform, out)
+        return gradient.apply_(z, first_col, self.transform)
 
 
 class Gradients:
-    """fp32 accumulators of the gradients of Operands, only of those that are needed.
+    """fp32 accumulators of the gradients of Operands (hidden, weight, bias, a, b), only of those that are needed.
 
     `passes`: how often each vocabulary column is visited. With one pass a narrow weight gradient is accumulated in a
     tile and rounded once on its way out; with several it needs a whole fp32 accumulator.
     """
 
     def __init__(self, x: Operands, needed: Sequence[bool], passes: int) -> None:
-        weight_dtype = x.weight.dtype if passes == 1 else torch.float32
-        dtypes = (torch.float32, weight_dtype, torch.float32, torch.float32, torch.float32)
-        self.hidden, self.weight, self.bias, self.low_hidden, self.low_weight = (
-            torch.zeros(t.shape, dtype=dtype, device=t.device) if need and t is not None else None
-            for t, need, dtype in zip(x, needed, dtypes, strict=True)
-        )
+        self.x, (need_hidden, need_weight, need_bias, self.need_a, need_b) = x, needed
 
-    def like(self, x: Operands) -> list[Tensor | None]:
-        """In the order and the dtypes of Operands."""
-        pairs = zip((self.hidden, self.weight, self.bias, self.low_hidden, self.low_weight), x, strict=True)
-        return [None if g is None or t is None else g.to(t.dtype) for g, t in pairs]
+        def zeros(need: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+            return torch.zeros(shape, dtype=dtype, device=x.hidden.device) if need else None
+
+        (n, d), v = x.hidden.shape, x.weight.shape[0]
+        rank = 0 if x.low_rank is None else x.low_rank.a.shape[0]
+        self.hidden = zeros(need_hidden, n, d)
+        self.weight = zeros(need_weight, v, d, dtype=x.weight.dtype if passes == 1 else torch.float32)
+        self.bias = zeros(need_bias, v)
+        self.low_hidden = zeros(rank > 0 and (need_hidden or self.need_a), n, rank)
+        self.b = zeros(need_b, v, rank)
+
+    def open(self, cols: slice) -> Tensor | None:
+        """The fp32 tile that collects dweight of these columns: a view of an fp32 gradient, else to be rounded by close."""
+        return None if self.weight is None else self.weight[cols].float()
+
+    def add_hidden(self, dz: Tensor, part: Operands, rows: slice) -> None:
+        """dhidden += dz W for dz (R, C) of these rows, and the same through the adapter."""
+        if self.hidden is not None:
+            compat.addmm_(self.hidden[rows], dz.to(part.weight.dtype), part.weight)
+        if self.low_hidden is not None and part.low_rank is not None:
+            self.low_hidden[rows].addmm_(dz.float(), part.low_rank.b.float())
+
+    def scale_hidden_(self, rows: slice, coefficient: Tensor) -> None:
+        """Rows of dhidden, which this slab alone adds to, times a number each (R, 1)."""
+        for t in (self.hidden, self.low_hidden):
+            if t is not None:
+                t[rows] *= coefficient
+
+    def add_weight(
+        self,
+        dz: Tensor,
+        hidden: Tensor,
+        low_hidden: Tensor | None,
+        cols: slice,
+        dweight: Tensor | None,
+        coefficient: Tensor | None = None,
+    ) -> None:
+        """dweight += dz^T hidden for dz (R, C) of these columns, and the same for bias and adapter.
+
+        With a coefficient (R, 1) dL/dz is coefficient dz, and the hidden states have it in them already.
+        """
+        if dweight is not None:
+            compat.addmm_(dweight, dz.to(hidden.dtype).t(), hidden)
+        if self.bias is not None and coefficient is not None:
+            compat.addmm_(self.bias[cols].unsqueeze(0), coefficient.t().to(dz.dtype), dz)
+        elif self.bias is not None:
+            self.bias[cols] += dz.sum(0, dtype=torch.float32)
+        if self.b is not None and low_hidden is not None:
+            self.b[cols].addmm_(dz.float().t(), low_hidden)
+
+    def close(self, cols: slice, dweight: Tensor | None) -> None:
+        if self.weight is not None and dweight is not None and self.weight.dtype != torch.float32:
+            self.weight[cols] = dweight.to(self.weight.dtype)
+
+    def finish(self) -> list[Tensor | None]:
+        """[hidden, weight, bias, a, b] in their own dtypes. The two terms of dhidden are rounded after their sum."""
+        x, a, low = self.x, None, self.x.low_rank
+        if low is not None and self.low_hidden is not None:
+            self.low_hidden *= low.scale
+            if self.hidden is not None:
+                self.hidden.addmm_(self.low_hidden, low.a.float())
+            if self.need_a:
+                a = (self.low_hidden.t() @ x.hidden.float()).to(low.a.dtype)
+        return [
+            None if self.hidden is None else self.hidden.to(x.hidden.dtype),
+            None if self.weight is None else self.weight.to(x.weight.dtype),
+            None if self.bias is None or x.bias is None else self.bias.to(x.bias.dtype),
+            a,
+            None if self.b is None or low is None else self.b.to(low.b.dtype),
+        ]
 
 
 def statistics(tiles: LogitTiles, targets: Tensor, cache: list[Tensor] | None = None) -> OnlineStats:
     """One pass over the vocabulary. With a `cache` the tiles are kept there for the gradient pass."""
     online = OnlineStats.start(targets)
-    for cols, weight in tiles.columns():
+    for cols, part in tiles.columns():
         for rows in tiles.rows():
             out = None
             if cache is not None:
-                out = weight.new_empty(rows.stop - rows.start, cols.stop - cols.start)
+                out = torch.empty(rows.stop - rows.start, cols.stop - cols.start, device=targets.device)
                 cache.append(out)
-            online.update(tiles.tile(rows, cols, weight, out), rows, cols.start)
+            tiles.update(online.rows(rows), tiles.tile(rows, part, out), part, cols.start)
     return online
 
 
 def accumulate_gradients(
-    tiles: LogitTiles, dlogits: LogitGradient, into: Gradients, first_row: int = 0, cache: list[Tensor] | None = None
+    tiles: LogitTiles, gradient: LogitGradient, into: Gradients, first_row: int = 0, cache: list[Tensor] | None = None
 ) -> None:
-    """dhidden += dz W, dweight += dz^T hidden, and so on, tile by tile (recomputed, or from the cache)."""
-    x = tiles.x
+    """Every tile (recomputed, or from the cache) -> its gradient -> the accumulators, whose rows begin at first_row."""
     cached = iter(cache or ())
-    for cols, weight in tiles.columns():
-        # A view for an fp32 gradient, a tile to be rounded for a narrow one.
-        dweight = None if into.weight is None else into.weight[cols].float()
+    for cols, part in tiles.columns():
+        dweight = into.open(cols)
         for rows in tiles.rows():
+            z = next(cached) if cache is not None else tiles.tile(rows, part)
+            dz = tiles.gradient(gradient.rows(rows), z, part, cols.start)
+            low_hidden = None if tiles.low_hidden is None else tiles.low_hidden[rows]
             out_rows = slice(first_row + rows.start, first_row + rows.stop)
-            z = next(cached) if cache is not None else tiles.tile(rows, cols, weight)
-            dz = dlogits.apply_(z, rows, cols.start)
-            if into.hidden is not None:
-                into.hidden[out_rows].addmm_(dz, weight)
-            if dweight is not None:
-                dweight.addmm_(dz.t(), tiles.hidden[rows])
-            if into.bias is not None:
-                into.bias[cols] += dz.sum(0)
-            if into.low_hidden is not None and x.low_weight is not None:
-                into.low_hidden[out_rows].addmm_(dz, x.low_weight[cols].float())
-            if into.low_weight is not None and x.low_hidden is not None:
-                into.low_weight[cols].addmm_(dz.t(), x.low_hidden[rows].float())
-        if into.weight is not None and dweight is not None and into.weight.dtype != torch.float32:
-            into.weight[cols] = dweight.to(into.weight.dtype)
+            into.add_hidden(dz, part, out_rows)
+            into.add_weight(dz, tiles.hidden[rows], low_hidden, cols, dweight)
+        into.close(cols, dweight)

@@ -1,8 +1,20 @@
-"""How much of the logits is in hand at a time: one table, read by the launchers and the benchmarks."""
+"""Launch tables: how much of a problem one program, or one GEMM, takes at a time.
+
+Read by the launchers, the compile report (gem_kernels.aot), the sweep and the benchmarks. First key: compute capability; a
+device takes the entry of the nearest one not above its own. Second key: bytes of an element, unless said otherwise. 0 is the
+interpreter: tiles smaller than the tests' shapes, so that every loop runs several times and ends on a ragged step.
+
+What is not marked "measured" was chosen by counting bytes and by what compiles without spilling registers.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+
+from gem_kernels import compat
 
 
 class ChunkTile(NamedTuple):
@@ -13,7 +25,124 @@ class ChunkTile(NamedTuple):
     cols: int
     """vocabulary entries per GEMM"""
     block: int
-    """elements that one row function touches at a time, so that its passes stay in the level-2 cache"""
+    """elements that one row function of torch ops touches at a time, so that its passes stay in the level-2 cache"""
 
 
-CHUNKED = ChunkTile(rows=1024, cols=4096, block=1 << 17)
+class FusedTile(NamedTuple):
+    """The tile of logits that one Triton program holds in registers."""
+
+    block_n: int
+    """tokens"""
+    block_v: int
+    """vocabulary entries"""
+    block_d: int
+    """hidden entries per step of the inner loop"""
+    group_n: int
+    """row blocks that are in flight together: they share a tile of the weight, and their hidden rows stay in the cache"""
+    warps: int
+    stages: int
+    """loads in flight ahead of the tensor cores"""
+
+
+class RowTile(NamedTuple):
+    """One program reads a few rows (or one span) in blocks."""
+
+    rows: int
+    block: int
+    """elements of a row per step"""
+    warps: int
+
+
+CHUNKED = ChunkTile(rows=1024, cols=4096, block=1 << 17)  # CPU, measured
+
+# CUDA: (capability, D at least) -> rows x cols of fp32 logits. Wide states keep the GEMM busy for long, so 64 MiB; for narrow
+# ones the tile's own traffic counts, so 32 MiB, which stays in the level-2 cache between the GEMM and the row kernel.
+_CHUNKED_CUDA = {
+    (0, 0): ChunkTile(rows=97, cols=203, block=0),
+    (80, 0): ChunkTile(rows=2048, cols=4096, block=0),
+    (80, 2048): ChunkTile(rows=4096, cols=4096, block=0),
+}
+
+# (capability, bytes of an element, demand). What beside the product has to be in registers decides how big a tile can be
+# before it spills (gem_kernels.aot): 0, nothing, tiles are read through descriptors; 1, a bias, a softcap or addresses;
+# 2, an adapter, or masks because D is ragged. A missing demand takes the next higher one.
+LINEAR_FORWARD = {
+    (0, 2, 2): FusedTile(block_n=64, block_v=128, block_d=32, group_n=2, warps=4, stages=1),
+    (0, 4, 2): FusedTile(block_n=64, block_v=128, block_d=32, group_n=2, warps=4, stages=1),
+    (80, 2, 1): FusedTile(block_n=128, block_v=128, block_d=64, group_n=16, warps=8, stages=3),
+    (80, 2, 2): FusedTile(block_n=64, block_v=128, block_d=32, group_n=16, warps=8, stages=3),
+    (80, 4, 2): FusedTile(block_n=64, block_v=64, block_d=32, group_n=16, warps=8, stages=3),
+    (90, 2, 0): FusedTile(block_n=128, block_v=256, block_d=128, group_n=16, warps=8, stages=2),
+    (90, 2, 1): FusedTile(block_n=128, block_v=128, block_d=64, group_n=16, warps=8, stages=3),
+    (90, 2, 2): FusedTile(block_n=64, block_v=128, block_d=32, group_n=16, warps=8, stages=3),
+    (90, 4, 0): FusedTile(block_n=64, block_v=128, block_d=32, group_n=16, warps=4, stages=3),
+    (90, 4, 2): FusedTile(block_n=64, block_v=64, block_d=32, group_n=16, warps=8, stages=3),
+    (100, 2, 1): FusedTile(block_n=128, block_v=128, block_d=64, group_n=16, warps=8, stages=3),
+    (100, 2, 2): FusedTile(block_n=64, block_v=128, block_d=32, group_n=16, warps=8, stages=3),
+    (100, 4, 0): FusedTile(block_n=64, block_v=128, block_d=32, group_n=16, warps=8, stages=3),
+    (100, 4, 2): FusedTile(block_n=64, block_v=64, block_d=32, group_n=16, warps=8, stages=3),
+}
+LINEAR_BACKWARD = {
+    **LINEAR_FORWARD,
+    (100, 2, 0): FusedTile(block_n=128, block_v=256, block_d=64, group_n=16, warps=8, stages=3),
+}
+RAGGED = 64  # D is ragged when this, a multiple of every block_d that reads through addresses, does not divide it
+
+# By element size: about 16 KiB of a row per step keeps enough loads in flight.
+_ROWS = {
+    (0, 2): RowTile(rows=64, block=128, warps=4),
+    (0, 4): RowTile(rows=64, block=128, warps=4),
+    (80, 2): RowTile(rows=1, block=8192, warps=8),
+    (80, 4): RowTile(rows=1, block=4096, warps=8),
+}
+
+# Spans of up to `block` tokens stay in registers.
+SPANS = {
+    (0, 4): RowTile(rows=1, block=128, warps=4),
+    (80, 4): RowTile(rows=1, block=2048, warps=4),
+}
+
+_Tile = TypeVar("_Tile")
+
+
+def nearest(table: Mapping[tuple[int, int], _Tile], arch: int, size: int) -> _Tile:
+    """The entry of the nearest architecture, then the nearest second key, not above; never the interpreter's for a GPU."""
+    mine = [key for key in table if (key[0] == 0) == (arch == 0)]
+    best = max((key[0] for key in mine if key[0] <= arch), default=min(mine)[0])
+    return table[best, max(key[1] for key in mine if key[0] == best and key[1] <= size)]
+
+
+def linear_tile(table: Mapping[tuple[int, int, int], FusedTile], hidden: Tensor, demand: int) -> FusedTile:
+    """The entry of LINEAR_FORWARD or LINEAR_BACKWARD for hidden (N, D)."""
+    arch, size = compat.arch(hidden.device), hidden.element_size()
+    mine = {key for key in table if key[1] == size and (key[0] == 0) == (arch == 0)}
+    best = max((key[0] for key in mine if key[0] <= arch), default=min(mine)[0])
+    return table[best, size, min(key[2] for key in mine if key[0] == best and key[2] >= demand)]
+
+
+def rows_of(z: Tensor) -> RowTile:
+    return nearest(_ROWS, compat.arch(z.device), z.element_size())
+
+
+def chunk_tile(hidden: Tensor) -> ChunkTile:
+    """The tile of logits for hidden (N, D)."""
+    if not compat.on_triton(hidden.device):
+        return CHUNKED
+    return nearest(_CHUNKED_CUDA, compat.arch(hidden.device), hidden.shape[1])
+
+
+def vocabulary_splits(row_blocks: int, tiles: int, processors: int) -> int:
+    """Into how many parts the vocabulary is split so that `row_blocks` x parts programs fill the processors evenly.
+
+    Few parts are enough once there are several rounds of programs; a half-empty last round is what costs. So: the least
+    parts that keep 95 % of the processors busy, else the busiest, with no part shorter than one tile.
+    """
+    best, best_share = 1, 0.0
+    for splits in range(1, min(tiles, 4 * processors) + 1):
+        rounds = row_blocks * splits / processors
+        share = rounds / -(-rounds // 1)
+        if share > best_share + 1e-9:
+            best, best_share = splits, share
+        if share >= 0.95:
+            break
+    return best

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -76,13 +77,36 @@ class LogitTransform:
 
 
 class Operands(NamedTuple):
-    """The tensors that a tile of logits is made of: z = hidden W^T + bias + low_hidden low_weight^T."""
+    """What logits are made of: z = hidden W^T + bias + scale (hidden a^T) b^T. The dtypes are the caller's."""
 
-    hidden: Tensor  # (N, D), fp32 beside an adapter, else of weight's dtype
+    hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
-    low_hidden: Tensor | None  # (N, r) fp32: scale * hidden a^T
-    low_weight: Tensor | None  # (V, r)
+    low_rank: LowRank | None
+
+    def flatten(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
+        """As the arguments of a torch operator, which knows no tuples of tensors and numbers."""
+        return (self.hidden, self.weight, self.bias, *(self.low_rank or (None, None, 1.0)))
+
+    @staticmethod
+    def unflatten(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
+    ) -> Operands:
+        return Operands(hidden, weight, bias, None if a is None or b is None else LowRank(a, b, scale))
+
+    def gradient_dtype(self) -> torch.dtype:
+        """Of dL/dlogits as an operand of the gradient GEMMs: that of the operands, the widest where an adapter differs."""
+        return self.weight.dtype if self.low_rank is None else self.low_rank.a.dtype
+
+    def columns(self, cols: slice) -> Operands:
+        """The same for a slice of the vocabulary."""
+        low = self.low_rank
+        return Operands(
+            self.hidden,
+            self.weight[cols],
+            None if self.bias is None else self.bias[cols],
+            None if low is None else low._replace(b=low.b[cols]),
+        )
 
 
 class Upstream(NamedTuple):

@@ -9,11 +9,13 @@ from typing import get_args
 import pytest
 import torch
 
+from gem_kernels.compat import INTERPRETED
 from gem_kernels.tiles import ChunkTile
 from gem_kernels.types import Impl
 
 _EXERCISED = "gem_kernels_exercised"
 _IMPLS = tuple(name for name in get_args(Impl) if name != "auto")
+_REQUIRED = ("chunked", "triton") if INTERPRETED else ("chunked",)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -68,11 +70,11 @@ def _exercised(config: pytest.Config) -> tuple[set[str], Counter[tuple[str, str]
     return ops, passed
 
 
-def _not_exercised(config: pytest.Config) -> list[str]:
-    """Ops whose tests ran without one pass of `chunked`; a session narrowed by hand is not asked."""
+def _not_exercised(config: pytest.Config) -> list[tuple[str, str]]:
+    """(op, impl) whose tests ran without one pass; a session narrowed by hand is not asked."""
     narrowed = config.option.keyword or config.option.markexpr or any("::" in arg for arg in config.args)
     ops, passed = _exercised(config)
-    return [] if narrowed else sorted(op for op in ops if not passed[op, "chunked"])
+    return [] if narrowed else [(op, impl) for op in sorted(ops) for impl in _REQUIRED if not passed[op, impl]]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -85,8 +87,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     used = {impl for (_, impl), count in passed.items() if count}
     idle = [f"{impl}: none" for impl in _IMPLS if impl not in used]
     terminalreporter.write_line("implementations exercised: " + "; ".join(counts + idle))
-    for op in _not_exercised(config):
-        terminalreporter.write_line(f"ERROR: {op} had tests, and none passed with impl='chunked'", red=True)
+    for op, impl in _not_exercised(config):
+        terminalreporter.write_line(f"ERROR: {op} had tests, and none passed with impl={impl!r}", red=True)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from gem_kernels import IGNORE_INDEX, LogitTransform, LowRank, TokenStats, linear_logprob_entropy
+from gem_kernels.compat import INTERPRETED
 
-IMPLS = ("reference", "chunked")
+IMPLS = ("reference", "chunked", "triton") if INTERPRETED else ("reference", "chunked")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATS = TokenStats._fields
 BAND = 2.0

@@ -32,6 +32,7 @@ from gem_kernels import (
     linear_logprob_entropy,
     sega_loss,
 )
+from gem_kernels.compat import INTERPRETED
 from gem_kernels.group_loss.chunked import plan_slabs
 from gem_kernels.streaming import Gradients
 
@@ -330,7 +331,7 @@ def test_every_pattern_of_needed_gradients(impl: str, cache_bytes: int, monkeypa
         if impl == "chunked":
             (g,) = made
             hidden, weight, bias, a, b = needs
-            allocated = [t is not None for t in (g.hidden, g.weight, g.bias, g.low_hidden, g.low_weight)]
+            allocated = [t is not None for t in (g.hidden, g.weight, g.bias, g.low_hidden, g.b)]
             assert allocated == [hidden, weight, bias, hidden or a, b], needs
 
 
@@ -362,7 +363,7 @@ def test_second_backward_raises_even_with_retain_graph() -> None:
     x = make_case(N, D, V).leaves()
     loss = group_loss(x, "chunked", likelihood).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="linear_group_loss ran before"):
+    with pytest.raises(RuntimeError, match="group loss ran before"):
         loss.backward()
 
 
@@ -604,8 +605,9 @@ def test_dispatch(call: Callable[[Case, str], GroupLoss]) -> None:
     assert torch.equal(call(case, "auto").loss, call(case, "chunked").loss)
     with pytest.raises(ValueError, match=r"impl='chunked' cannot serve .*these can: reference$"):
         call(case.double(), "chunked")
-    with pytest.raises(ValueError, match=r"impl='triton' cannot serve .*these can: reference, chunked$"):
-        call(case, "triton")
+    if not INTERPRETED:
+        with pytest.raises(ValueError, match=r"impl='triton' cannot serve .*these can: reference, chunked$"):
+            call(case, "triton")
     with pytest.raises(ValueError, match="impl must be one of"):
         call(case, "cuda")
 

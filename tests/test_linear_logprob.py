@@ -26,6 +26,7 @@ from numerics import (
 from torch import Tensor
 
 from gem_kernels import IGNORE_INDEX, LogitTransform, LowRank, TokenStats, linear_logprob_entropy
+from gem_kernels.compat import INTERPRETED
 from gem_kernels.streaming import Gradients
 
 pytestmark = pytest.mark.op("linear_logprob_entropy")
@@ -289,7 +290,7 @@ def test_every_pattern_of_needed_gradients(impl: str, monkeypatch: pytest.Monkey
         if impl == "chunked" and any(needs):
             (g,) = made
             hidden, weight, bias, a, b = needs
-            allocated = [t is not None for t in (g.hidden, g.weight, g.bias, g.low_hidden, g.low_weight)]
+            allocated = [t is not None for t in (g.hidden, g.weight, g.bias, g.low_hidden, g.b)]
             assert allocated == [hidden, weight, bias, hidden or a, b], needs
 
 
@@ -325,7 +326,7 @@ def test_second_order_gradients_raise(squared: bool) -> None:
     logprob = op(x, "chunked").logprob
     value = logprob.square().sum() if squared else logprob.sum()
     (dhidden,) = torch.autograd.grad(value, x.hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="second-order"):
         (dhidden.square().sum() + x.hidden.sum()).backward()
 
 
@@ -547,5 +548,7 @@ def test_an_explicit_impl_never_falls_back() -> None:
     case = make_case(8, 4, 20)
     with pytest.raises(ValueError, match=r"impl must be one of auto, reference, chunked, triton, got 'fast'"):
         op(case, "fast")
+    if INTERPRETED:
+        return
     with pytest.raises(ValueError, match=r"impl='triton' cannot serve .*: .*these can: reference, chunked$"):
         op(case, "triton")

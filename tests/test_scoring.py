@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from numerics import IMPLS, assert_all_close, assert_close
 from torch import Tensor
 
 from gem_kernels import Score, gem_score, topm_mean
+from gem_kernels.compat import INTERPRETED
 
 pytestmark = pytest.mark.op("topm_mean")
 
@@ -61,7 +62,7 @@ def test_by_hand(impl: str) -> None:
 def test_fraction_counts_are_those_of_exact_arithmetic(impl: str) -> None:
     """m length is a float: 0.07 * 100 is 7.000000000000001, whose ceil is 8. What was meant is 7."""
     assert math.ceil(0.07 * 100) == 8
-    for percent in range(1, 101):
+    for percent in (7, 57) if impl == "triton" else range(1, 101):  # the interpreter is slow
         lengths = [1, 3, 10, 20, 25, 30, 70, 75, 100, 300, 1100]
         values = torch.cat([torch.arange(float(n), dtype=torch.float32) for n in lengths])
         exact = [max(1, -(-percent * n // 100)) for n in lengths]  # ceil in integers
@@ -84,22 +85,68 @@ def test_ties_go_by_position(impl: str) -> None:
     assert many.grad.nonzero().flatten().tolist() == [*range(15), *range(150, 155)]
 
 
+SPECIAL = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, -math.nan, 1e-45, -1e-45, 3.4e38, -3.4e38]
+
+
+@pytest.mark.parametrize("m", [1, 2, 7, 0.3])
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.usefixtures("small_tiles")
+def test_selects_what_a_stable_sort_selects(impl: str, m: int | float) -> None:
+    """Ties, signs, both zeros, denormals, infinities and NaN; one token, none, and lengths around a block's."""
+    g = torch.Generator().manual_seed(0)
+    lengths = [1, 0, 2, 12, 31, 32, 33, 0, 150]
+    draw = torch.randint(0, len(SPECIAL), (sum(lengths),), generator=g)
+    values = torch.where(torch.rand(draw.shape, generator=g) < 0.5, torch.tensor(SPECIAL)[draw], (draw % 3).float() - 1)
+    values[: lengths[0]] = math.nan
+    values[-100:] = torch.randint(-2, 2, (100,), generator=g).float()
+    ends = list(itertools.accumulate(lengths))
+    means, dvalues = torch.zeros(len(lengths)), torch.zeros_like(values)
+    for i, (end, length) in enumerate(zip(ends, lengths, strict=True)):
+        ordered, order = values[end - length : end].sort(descending=True, stable=True)
+        count = min(m, length) if isinstance(m, int) else math.ceil(m * length - 1e-9)
+        if length:
+            means[i] = ordered[:count].double().mean()
+            dvalues[end - length + order[:count]] = torch.tensor(1.0) / count
+    leaf = values.clone().requires_grad_()
+    got = topm_mean(leaf, offsets(lengths), m, impl=impl)  # type: ignore[arg-type]
+    got.sum().backward()
+    torch.testing.assert_close(got.detach(), means, equal_nan=True)
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, dvalues)
+
+
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
+def test_the_same_input_gives_the_same_bits(impl: str) -> None:
+    values, cu = torch.randn(120), offsets([70, 0, 50])
+    branch, answer = spans((0, 100), (40, 60), (0, 100)), spans((50, 120), (100, 110), (3, 4))
+
+    def run() -> list[Tensor]:
+        leaf = values.clone().requires_grad_()
+        score = gem_score(leaf, branch, answer, m=0.3, impl=impl).score  # type: ignore[arg-type]
+        means = topm_mean(leaf, cu, 0.2, impl=impl)  # type: ignore[arg-type]
+        (score.sum() + (means * means).sum()).backward()
+        assert leaf.grad is not None
+        return [score.detach(), means.detach(), leaf.grad]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("m", [1, 3, 1000, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.usefixtures("small_tiles")
 def test_matches_gold(impl: str, m: int | float, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
-    lengths = torch.randint(0, 60, (70,), generator=g).tolist()
+    lengths = torch.randint(0, 60, (12 if impl == "triton" else 70,), generator=g).tolist()
     values = torch.rand(sum(lengths), generator=g).to(dtype)
     check_topm(values, offsets(lengths), m, impl)
-    check_topm(values, offsets(lengths, torch.int64), m, impl)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_thousands_of_short_sequences_and_a_long_one(impl: str) -> None:
     g = torch.Generator().manual_seed(0)
-    lengths = [*torch.randint(0, 12, (1500,), generator=g).tolist(), 100_000, 3]
+    short, long = (150, 5_000) if impl == "triton" else (1500, 100_000)
+    lengths = [*torch.randint(0, 12, (short,), generator=g).tolist(), long, 3]
     check_topm(torch.randn(sum(lengths), generator=g), offsets(lengths), 0.1, impl)
 
 
@@ -205,9 +252,10 @@ def test_empty_spans(impl: str) -> None:
 def test_score_matches_gold(impl: str, m: int | float) -> None:
     """Ragged, unordered, overlapping and shared spans, with the gradient through both terms."""
     g = torch.Generator().manual_seed(0)
-    n, s = 700, 60
+    n, s = (150, 12) if impl == "triton" else (700, 60)
     entropy = torch.rand(n, generator=g) * 5
     branch, answer = (torch.randint(0, n + 1, (s, 2), generator=g).sort(1).values.int() for _ in range(2))
+    branch[:4] = torch.tensor([[0, n], [n // 3, n // 2], [n // 3, n // 2], [0, 1]])  # one over all, two identical
     answer[:, 1] = (answer[:, 1] + 1).clamp(max=n)
     answer[:, 0] = torch.minimum(answer[:, 0], answer[:, 1] - 1)
     upstream = torch.randn(3, s, generator=g, dtype=torch.float64)
@@ -263,7 +311,51 @@ def test_dispatch() -> None:
         assert torch.equal(call(values, "auto"), call(values, "chunked"))
         with pytest.raises(ValueError, match=r"impl='chunked' cannot serve .*these can: reference$"):
             call(values.double(), "chunked")
-        with pytest.raises(ValueError, match=r"impl='triton' cannot serve .*these can: reference, chunked$"):
-            call(values, "triton")
+        with pytest.raises(ValueError, match=r"impl='triton' cannot serve .*these can: reference(, chunked)?$"):
+            call(values.double() if INTERPRETED else values, "triton")
         with pytest.raises(ValueError, match="impl must be one of"):
             call(values, "numpy")
+
+
+# --- as torch operators -----------------------------------------------------------------------------------------------
+
+
+def topm_and_score(values: Tensor, cu: Tensor, branch: Tensor, answer: Tensor, impl: str) -> Tensor:
+    means = topm_mean(values * 2, cu, 3, impl=impl)  # type: ignore[arg-type]
+    out = gem_score(values, branch, answer, m=0.3, impl=impl)  # type: ignore[arg-type]
+    return (means * means).sum() + (out.score * out.final_entropy).sum() + out.branch_entropy.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
+def test_compiles_to_one_graph_with_the_same_numbers(impl: str, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(topm_and_score, fullgraph=True, backend="aot_eager")
+    for n in (30, 45):  # the second length is compiled with symbolic shapes
+        values, cu = torch.rand(n).to(dtype), offsets([10, 0, n - 10])
+        branch, answer = spans((0, 5), (10, 10), (10, 20)), spans((5, 9), (9, 10), (15, n))
+        results = []
+        for fn in (topm_and_score, compiled):
+            leaf = values.clone().requires_grad_()
+            out = fn(leaf, cu, branch, answer, impl)
+            out.backward()
+            results.append((out.detach(), leaf.grad))
+        (eager, deager), (got, dgot) = results
+        assert torch.equal(got, eager) and torch.equal(dgot, deager)
+
+
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
+def test_operators_keep_the_rules_of_torch(impl: str) -> None:
+    """Schemas, fake implementations and gradients; a second derivative is refused, not silently zero."""
+    values, counts = torch.rand(20, requires_grad=True), torch.tensor([2, 1, 4])
+    span = spans((0, 9), (9, 10), (3, 7))
+    op: Callable[..., tuple[Tensor, ...]] = torch.ops.gem_kernels.span_topm_mean.default
+    torch.library.opcheck(op, (values, span, counts, impl))
+    mean, threshold, cut = op(values, span, counts, impl)
+    assert mean.requires_grad and not threshold.requires_grad and not cut.requires_grad
+    backward = torch.ops.gem_kernels.span_topm_mean_backward.default
+    saved = (torch.rand(3), values.detach(), span, counts, threshold, cut)
+    torch.library.opcheck(backward, (*saved, impl))
+    (dvalues,) = torch.autograd.grad(mean[0], values, create_graph=True)
+    with pytest.raises(RuntimeError, match="second-order"):
+        dvalues.sum().backward()

@@ -3,6 +3,8 @@
 Consecutive groups whose logits fit `cache_bytes` form a slab. A slab is: logits GEMM into the cache -> statistics ->
 loss_fn of each group and its gradient with respect to the statistics -> dlogits in place -> the two gradient GEMMs.
 A group too large for the cache is a slab of its own whose logits are computed twice (8NDV), in tiles.
+
+With Triton and bf16 operands the cache holds exponentials in bf16 (exponentials.py), elsewhere logits in fp32.
 """
 
 from __future__ import annotations
@@ -14,12 +16,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gem_kernels.streaming import Gradients, LogitGradient, LogitTiles, accumulate_gradients, statistics
-from gem_kernels.types import LogitTransform, Operands, TokenStats, Upstream
+from gem_kernels import compat
+from gem_kernels.inputs import Kept
+from gem_kernels.streaming import (
+    Gradients,
+    LogitGradient,
+    LogitTiles,
+    OnlineStats,
+    Transform,
+    accumulate_gradients,
+    padded,
+    statistics,
+)
+from gem_kernels.types import Operands, TokenStats, Upstream
 
 
 class Slab(NamedTuple):
-    """Groups [first, last) whose kept tokens are rows [start, stop) of the compacted batch."""
+    """Groups [first, last) whose kept tokens are rows [start, stop) of the kept ones."""
 
     first: int
     last: int
@@ -39,52 +52,69 @@ def plan_slabs(row_offsets: Sequence[int], row_bytes: int, cache_bytes: int) -> 
     return slabs
 
 
+class _Logits:
+    """A slab's statistics and, where `cached`, its fp32 logits, tile by tile."""
+
+    def __init__(self, x: Operands, targets: Tensor, transform: Transform, cached: bool) -> None:
+        self.tiles = LogitTiles(x, transform)
+        self.cache: list[Tensor] | None = [] if cached else None
+        self.online: OnlineStats = statistics(self.tiles, targets, self.cache)
+
+    def backward(self, upstream: Upstream, into: Gradients, first_row: int) -> None:
+        gradient = LogitGradient.of(self.online, upstream, self.tiles.transform)
+        accumulate_gradients(self.tiles, gradient, into, first_row, self.cache)
+
+
 def forward_backward(
     x: Operands,
     targets: Tensor,
-    kept: Tensor,
-    n_tokens: int,
+    ignore_index: int,
     cu_groups: Sequence[int],
     loss_and_upstream: Callable[[TokenStats, int], tuple[Tensor, Upstream]],
-    transform: LogitTransform,
+    transform: Transform,
     cache_bytes: int,
     needed: Sequence[bool],
 ) -> tuple[Tensor, TokenStats, list[Tensor | None]]:
-    """(loss, statistics of all n_tokens, gradients in the order of Operands).
+    """(loss, statistics of all M tokens, gradients of (hidden, weight, bias, a, b)) for x and targets of all M tokens.
 
-    x, targets: the N kept tokens; kept (N,): where they stand among the n_tokens that cu_groups speaks of.
     loss_and_upstream: the statistics of one group -> its loss and dloss/dstatistics.
     """
-    row_offsets = torch.searchsorted(kept, torch.tensor(cu_groups, device=kept.device)).tolist()
-    row_bytes = 4 * x.weight.shape[0]
+    # Leaving tokens out costs a read-back, and there are none in a captured graph; the groups' offsets were read back anyway.
+    static = targets.is_cuda and torch.cuda.is_current_stream_capturing()
+    kept = (Kept.masked if static else Kept.compacted)(targets, ignore_index)
+    mine, my_targets = x._replace(hidden=kept.take(x.hidden)), kept.rows(targets)
+    # bf16 has the range of fp32, which exponentials with a common reference need; fp16 has not.
+    exponentials = x.weight.dtype == x.gradient_dtype() == torch.bfloat16 and compat.on_triton(x.weight.device)
+    row_bytes = 2 * padded(x.weight.shape[0]) if exponentials else 4 * x.weight.shape[0]
+    row_offsets = kept.offsets(cu_groups)
     slabs = plan_slabs(row_offsets, row_bytes, cache_bytes)
-    gradients = Gradients(x, needed, passes=len(slabs))
-    stats = TokenStats(*(torch.zeros(n_tokens, device=x.hidden.device) for _ in TokenStats._fields))
-    loss = torch.zeros((), device=x.hidden.device)
+    gradients = Gradients(mine, needed, passes=len(slabs))
+    stats = TokenStats(*(torch.zeros(targets.shape, device=targets.device) for _ in TokenStats._fields))
+    loss = torch.zeros((), device=targets.device)
     for slab in slabs:
-        rows = slice(slab.start, slab.stop)
-        part = x._replace(hidden=x.hidden[rows], low_hidden=None if x.low_hidden is None else x.low_hidden[rows])
-        tiles = LogitTiles(part, transform)
-        fits = row_bytes * (slab.stop - slab.start) <= cache_bytes
-        cache: list[Tensor] | None = [] if fits and any(needed) else None
-        online = statistics(tiles, targets[rows], cache)
-        for full, values in zip(stats, online.finish(), strict=True):
-            full[kept[rows]] = values
+        rows, tokens = slice(slab.start, slab.stop), slice(cu_groups[slab.first], cu_groups[slab.last])
+        in_slab = kept.part(rows, tokens)
+        part = mine._replace(hidden=mine.hidden[rows])
+        cached = any(needed) and row_bytes * (slab.stop - slab.start) <= cache_bytes
+        if cached and exponentials:
+            from gem_kernels.group_loss.exponentials import Exponentials
+
+            logits: _Logits | Exponentials = Exponentials(part, my_targets[rows], transform)
+        else:
+            logits = _Logits(part, my_targets[rows], transform, cached)
+        for full, values in zip(stats, logits.online.finish(), strict=True):
+            full[tokens] = in_slab.put(values)
 
         upstreams = []
         for group in range(slab.first, slab.last):
-            tokens = slice(cu_groups[group], cu_groups[group + 1])
-            group_loss, upstream = loss_and_upstream(TokenStats(*(s[tokens] for s in stats)), group)
+            of_group = slice(cu_groups[group], cu_groups[group + 1])
+            group_loss, upstream = loss_and_upstream(TokenStats(*(s[of_group] for s in stats)), group)
             loss += group_loss
             upstreams.append(upstream)
         if any(needed):
-            base = cu_groups[slab.first]
-            rows_in_slab = kept[rows] - base
-            slab_upstream = Upstream(
-                *(None if g is None else g[rows_in_slab] for g in _concatenate(upstreams, cu_groups, slab.first))
-            )
-            accumulate_gradients(tiles, LogitGradient(online, slab_upstream, transform), gradients, slab.start, cache)
-    return loss, stats, gradients.like(x)
+            logits.backward(in_slab.upstream(_concatenate(upstreams, cu_groups, slab.first)), gradients, slab.start)
+    dhidden, *others = gradients.finish()
+    return loss, stats, [None if dhidden is None else kept.put(dhidden), *others]
 
 
 def _concatenate(upstreams: Sequence[Upstream], cu_groups: Sequence[int], first: int) -> Upstream:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from gem_kernels.autograd import first_order_only
+from gem_kernels.autograd import define_operator, first_order_only
 from gem_kernels.dispatch import choose_impl
 from gem_kernels.inputs import autocast_off, linear_inputs
-from gem_kernels.linear_logprob.op import linear_logprob_entropy
+from gem_kernels.linear_logprob.op import N_OPERANDS, OPERATOR_ARGUMENTS, linear_logprob_entropy
+from gem_kernels.streaming import Transform
 from gem_kernels.types import IGNORE_INDEX, GroupLoss, Impl, LogitTransform, LowRank, Operands, TokenStats, Upstream
 from gem_kernels.validation import check_cache_bytes, check_offsets, check_seq_weight
 
@@ -62,43 +63,66 @@ def linear_group_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
+    # loss_fn is Python: under torch.compile all of this stays outside the graph, in one break.
+    run = _outside_graphs if torch.compiler.is_compiling() else _linear_group_loss
+    return run(hidden, weight, targets, cu_groups, loss_fn, bias, transform, low_rank, ignore_index, cache_bytes, impl)
+
+
+def _linear_group_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    cu_groups: Tensor,
+    loss_fn: LossFn,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    low_rank: LowRank | None,
+    ignore_index: int,
+    cache_bytes: int,
+    impl: Impl,
+) -> GroupLoss:
     inputs = linear_inputs(hidden, weight, targets, bias, transform, low_rank, ignore_index)
     check_offsets("cu_groups", cu_groups, inputs.targets.shape[0], allow_empty=False)
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
     check_cache_bytes(cache_bytes)
-    match choose_impl("linear_group_loss", impl, inputs.hidden.dtype):
-        case "reference":
-            from gem_kernels.group_loss import reference
+    x = inputs.operands
+    chosen = choose_impl("linear_group_loss", impl, x.hidden)
+    if chosen == "reference":
+        from gem_kernels.group_loss import reference
 
-            stats = linear_logprob_entropy(
-                hidden,
-                weight,
-                targets,
-                bias=bias,
-                transform=transform,
-                low_rank=low_rank,
-                ignore_index=ignore_index,
-                impl="reference",
-            )
-            flat = TokenStats(*(s.reshape(-1) for s in stats))
-            loss = reference.linear_group_loss(flat, cu_groups, partial(_scalar_loss, loss_fn))
-            return GroupLoss(loss, TokenStats(*(s.detach() for s in stats)))
-        case _:
-            with autocast_off(hidden):
-                operands, kept_targets, kept = inputs.compact()
-                loss, *flat_stats = _GroupLoss.apply(
-                    *operands,
-                    kept_targets,
-                    kept,
-                    inputs.targets.shape[0],
-                    cu_groups.tolist(),
-                    loss_fn,
-                    transform,
-                    cache_bytes,
-                    torch.is_grad_enabled(),
-                )
-            return GroupLoss(loss, TokenStats(*(s.view(inputs.batch_shape) for s in flat_stats)))
+        stats = linear_logprob_entropy(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            transform=transform,
+            low_rank=low_rank,
+            ignore_index=ignore_index,
+            impl="reference",
+        )
+        flat = TokenStats(*(s.reshape(-1) for s in stats))
+        loss = reference.linear_group_loss(flat, cu_groups, partial(_scalar_loss, loss_fn))
+        return GroupLoss(loss, TokenStats(*(s.detach() for s in stats)))
+    *tensors, low_scale = x.flatten()
+    with autocast_off(hidden):
+        loss, *flat_stats = _GroupLoss.apply(
+            *tensors,
+            low_scale,
+            inputs.targets,
+            ignore_index,
+            cu_groups.tolist(),
+            loss_fn,
+            Transform.of(transform),
+            cache_bytes,
+            torch.is_grad_enabled(),
+            chosen,
+        )
+    return GroupLoss(loss, TokenStats(*(s.view(inputs.batch_shape) for s in flat_stats)))
+
+
+def _outside_graphs(*args: Any) -> GroupLoss:
+    return cast(GroupLoss, torch.compiler.disable(_linear_group_loss)(*args))
 
 
 def sega_loss(
@@ -130,46 +154,135 @@ def sega_loss(
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
     inputs = linear_inputs(hidden, weight, targets, bias, transform, low_rank, ignore_index)
-    total = inputs.targets.shape[0]
+    x, total = inputs.operands, inputs.targets.shape[0]
     check_offsets("cu_seqlens", cu_seqlens, total, allow_empty=False)
     w = check_seq_weight(seq_weight, cu_seqlens.shape[0] - 1, hidden)
     check_cache_bytes(cache_bytes)
     token_weight = w.repeat_interleave(cu_seqlens.diff().to(w.device), output_size=total)
-    rows = max(1, cache_bytes // (4 * weight.shape[0]))
+    chosen = choose_impl("sega_loss", impl, x.hidden)
+    if chosen == "reference":
+        stats = linear_logprob_entropy(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            transform=transform,
+            low_rank=low_rank,
+            ignore_index=ignore_index,
+            impl="reference",
+        )
+        logprob = stats.logprob.reshape(-1)
+        return GroupLoss(-(token_weight.to(logprob.dtype) * logprob).sum(), TokenStats(*(s.detach() for s in stats)))
+    needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in x.flatten()[:5]]
+    with autocast_off(hidden):
+        loss, *columns = weighted_logprob(
+            *x.flatten(),
+            inputs.targets,
+            *Transform.of(transform),
+            ignore_index,
+            chosen,
+            token_weight.float(),
+            cache_bytes,
+            needed,
+        )
+    return GroupLoss(loss, TokenStats(*(s.view(inputs.batch_shape) for s in columns[:3])))
+
+
+# --- sega_loss as a torch operator, which torch.compile keeps in its graph -----------------------------------------------
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    """-Σ token_weight logprob, the statistics, and the gradients of the loss (empty where not needed)."""
+    *operands, targets, gain, limit, softcap, ignore_index, impl, token_weight, cache_bytes, needed = args
+    x, total = Operands.unflatten(*operands), targets.shape[0]
+    rows = max(1, cache_bytes // (4 * x.weight.shape[0]))  # a piece fits the cache, whatever the sequences are
     pieces = [*range(0, total, rows), total] if total else [0]
 
-    def piece_loss(stats: TokenStats, piece: int) -> Tensor:
-        weights = token_weight[pieces[piece] : pieces[piece + 1]].to(stats.logprob.dtype)
-        return -(weights * stats.logprob).sum()
+    def piece_loss(stats: TokenStats, piece: int) -> tuple[Tensor, Upstream]:
+        weights = token_weight[pieces[piece] : pieces[piece + 1]]
+        return -(weights * stats.logprob).sum(), Upstream(-weights, None, None)
 
-    return linear_group_loss(
-        hidden,
-        weight,
-        targets,
-        torch.tensor(pieces, device=cu_seqlens.device),
-        piece_loss,
-        bias=bias,
-        transform=transform,
-        low_rank=low_rank,
-        ignore_index=ignore_index,
-        cache_bytes=cache_bytes,
-        impl=impl,
+    loss, stats, grads = _implementation(impl).forward_backward(
+        x, targets, ignore_index, pieces, piece_loss, Transform(gain, limit, softcap), cache_bytes, needed
     )
+    return (loss, *stats, *(loss.new_empty(0) if g is None else g for g in grads))
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    targets, needed = args[N_OPERANDS], args[-1]
+    stats = (targets.new_empty(targets.shape, dtype=torch.float32) for _ in TokenStats._fields)
+    grads = (
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        if need
+        else targets.new_empty(0, dtype=torch.float32)
+        for t, need in zip(args, needed, strict=False)
+    )
+    return (targets.new_empty((), dtype=torch.float32), *stats, *grads)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.needed, ctx.n_inputs = inputs[-1], len(inputs)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.gradients = output[4:]
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = _hand_over(
+        ctx, [g if need else None for g, need in zip(ctx.gradients or (), ctx.needed, strict=False)], grad_loss
+    )
+    return (*grads, *(None,) * (ctx.n_inputs - len(grads)))
+
+
+weighted_logprob = define_operator(
+    "weighted_logprob",
+    f"({OPERATOR_ARGUMENTS}, Tensor token_weight, int cache_bytes, bool[] needed) -> (Tensor loss, Tensor logprob, "
+    "Tensor entropy, Tensor lse, Tensor hidden, Tensor weight, Tensor bias, Tensor low_a, Tensor low_b)",
+    _forward,
+    _forward_fake,
+    _backward,
+    _setup_context,
+)
+
+
+def _hand_over(ctx: Any, gradients: Sequence[Tensor | None], grad_loss: Tensor | None) -> list[Tensor | None]:
+    """The gradients made in forward, times that of the loss. Not copied: that keeps one dweight in memory, so once."""
+    if ctx.gradients is None:
+        raise RuntimeError("backward of a group loss ran before; its gradients were handed over, call the op again")
+    ctx.gradients = None
+    if grad_loss is None:
+        return [None] * len(gradients)
+    return [None if g is None else g.mul_(grad_loss) for g in gradients]
+
+
+def _implementation(impl: str) -> Any:
+    if impl == "triton":
+        from gem_kernels.group_loss import triton
+
+        return triton
+    from gem_kernels.group_loss import chunked
+
+    return chunked
 
 
 class _GroupLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        from gem_kernels.group_loss import chunked
-
-        *operands, targets, kept, n_tokens, cu_groups, loss_fn, transform, cache_bytes, grad_enabled = args
+        *operands, targets, ignore_index, cu_groups, loss_fn, transform, cache_bytes, grad_enabled, impl = args
         needed = [grad_enabled and need for need in ctx.needs_input_grad[:5]]
 
         def loss_and_upstream(stats: TokenStats, group: int) -> tuple[Tensor, Upstream]:
             return _differentiate(loss_fn, stats, group, any(needed))
 
-        loss, stats, ctx.gradients = chunked.forward_backward(
-            Operands(*operands), targets, kept, n_tokens, cu_groups, loss_and_upstream, transform, cache_bytes, needed
+        loss, stats, ctx.gradients = _implementation(impl).forward_backward(
+            Operands.unflatten(*operands),
+            targets,
+            ignore_index,
+            cu_groups,
+            loss_and_upstream,
+            transform,
+            cache_bytes,
+            needed,
         )
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
@@ -178,18 +291,7 @@ class _GroupLoss(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "backward of linear_group_loss ran before; its gradients were handed over, call the op again"
-            )
-        # Handing over (not copying) keeps one dweight in memory; scaling in place is safe because it happens once.
-        gradients, ctx.gradients = ctx.gradients, None
-        if grad_loss is None:
-            return (None,) * 13
-        for g in gradients:
-            if g is not None:
-                g.mul_(grad_loss)
-        return (*gradients, *(None,) * 8)
+        return (*_hand_over(ctx, ctx.gradients, grad_loss), *(None,) * 9)
 
 
 def _scalar_loss(loss_fn: LossFn, stats: TokenStats, group: int) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gem_kernels.autograd import first_order_only
+from gem_kernels.autograd import define_operator
 from gem_kernels.dispatch import choose_impl
 from gem_kernels.inputs import autocast_off, linear_inputs
+from gem_kernels.streaming import OnlineStats, Transform
 from gem_kernels.types import IGNORE_INDEX, Impl, LogitTransform, LowRank, Operands, TokenStats, Upstream
 
 _IDENTITY = LogitTransform()
@@ -57,38 +58,97 @@ def linear_logprob_entropy(
     dz_v = a (1[v = y] - p_v) - b p_v (log p_v + H) + c p_v.
     """
     inputs = linear_inputs(hidden, weight, targets, bias, transform, low_rank, ignore_index)
+    x = inputs.operands
+    chosen = choose_impl("linear_logprob_entropy", impl, x.hidden)
     with autocast_off(hidden):
-        match choose_impl("linear_logprob_entropy", impl, inputs.hidden.dtype):
-            case "reference":
-                from gem_kernels.linear_logprob import reference
+        if chosen == "reference":
+            from gem_kernels.linear_logprob import reference
 
-                stats = reference.linear_logprob_entropy(
-                    inputs.hidden, inputs.weight, inputs.targets, inputs.bias, transform, inputs.low_rank, ignore_index
-                )
-                return TokenStats(*(s.view(inputs.batch_shape) for s in stats))
-            case _:
-                operands, kept_targets, kept = inputs.compact()
-                return inputs.expand(TokenStats(*_LinearLogprob.apply(*operands, kept_targets, transform)), kept)
+            stats = reference.linear_logprob_entropy(
+                x.hidden, x.weight, inputs.targets, x.bias, transform, x.low_rank, ignore_index
+            )
+        else:
+            stats = TokenStats(
+                *linear_logprob(*x.flatten(), inputs.targets, *Transform.of(transform), ignore_index, chosen)[:3]
+            )
+        return TokenStats(*(s.view(inputs.batch_shape) for s in stats))
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        from gem_kernels.linear_logprob import chunked
+# --- the same as torch operators, which torch.compile keeps in its graph ------------------------------------------------
 
-        *operands, targets, transform = args
-        stats, saved = chunked.forward(Operands(*operands), targets, transform)
-        ctx.set_materialize_grads(False)
-        ctx.transform = transform
-        ctx.save_for_backward(*operands, *saved)
-        return tuple(stats)
+OPERATOR_ARGUMENTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_a, Tensor? low_b, float low_scale, "
+    "Tensor targets, float gain, float limit, bool softcap, int ignore_index, str impl"
+)
+N_OPERANDS = 6  # of OPERATOR_ARGUMENTS, before the targets
 
-    @staticmethod
-    @first_order_only
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        from gem_kernels.linear_logprob import chunked
 
-        operands, saved = Operands(*ctx.saved_tensors[:5]), ctx.saved_tensors[5:]
-        with autocast_off(operands.hidden):
-            grads = chunked.backward(operands, saved, Upstream(*upstream), ctx.transform, ctx.needs_input_grad[:5])
-        return (*grads, None, None)
+def _implementation(impl: str) -> Any:
+    if impl == "triton":
+        from gem_kernels.linear_logprob import triton
+
+        return triton
+    from gem_kernels.linear_logprob import chunked
+
+    return chunked
+
+
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    """Statistics (M,) fp32 of every token, and (m, s, t, z_y) (4, M) for the backward."""
+    *operands, targets, gain, limit, softcap, ignore_index, impl = args
+    transform = Transform(gain, limit, softcap)
+    online = _implementation(impl).forward(Operands.unflatten(*operands), targets, transform, ignore_index)
+    stats = OnlineStats(targets, online).finish()
+    return (*(s.masked_fill(targets == ignore_index, 0) for s in stats), online)
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+    targets = args[N_OPERANDS]
+    return tuple(targets.new_empty(shape, dtype=torch.float32) for shape in [targets.shape] * 3 + [(4, *targets.shape)])
+
+
+def _gradients(*args: Any) -> list[Tensor]:
+    """Those gradients of (hidden, weight, bias, low_a, low_b) that are needed, given those of the statistics."""
+    *upstream, online = args[:4]
+    *operands, targets, gain, limit, softcap, ignore_index, impl, needed = args[4:]
+    x, transform = Operands.unflatten(*operands), Transform(gain, limit, softcap)
+    grads = _implementation(impl).backward(x, targets, online, Upstream(*upstream), transform, ignore_index, needed)
+    return [g for g in grads if g is not None]
+
+
+def _gradients_fake(*args: Any) -> list[Tensor]:
+    pairs = zip(args[4:], args[-1], strict=False)
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in pairs if need]
+
+
+linear_logprob_backward = define_operator(
+    "linear_logprob_backward",
+    f"(Tensor? logprob, Tensor? entropy, Tensor? lse, Tensor online, {OPERATOR_ARGUMENTS}, bool[] needed) -> Tensor[]",
+    _gradients,
+    _gradients_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *operands, ctx.low_scale = inputs[:N_OPERANDS]
+    targets, *ctx.rest = inputs[N_OPERANDS:]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[3])
+    ctx.save_for_backward(*operands, targets, output[3])
+
+
+def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    *operands, targets, online = ctx.saved_tensors
+    needed = list(ctx.needs_input_grad[: len(operands)])
+    grads = iter(linear_logprob_backward(*upstream[:3], online, *operands, ctx.low_scale, targets, *ctx.rest, needed))
+    return (*(next(grads) if need else None for need in needed), *(None,) * (2 + len(ctx.rest)))
+
+
+linear_logprob = define_operator(
+    "linear_logprob",
+    f"({OPERATOR_ARGUMENTS}) -> (Tensor logprob, Tensor entropy, Tensor lse, Tensor online)",
+    _forward,
+    _forward_fake,
+    _backward,
+    _setup_context,
+)

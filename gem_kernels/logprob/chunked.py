@@ -2,47 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from gem_kernels.streaming import LogitGradient, OnlineStats, apply_transform_, ranges
+from gem_kernels.inputs import Kept
+from gem_kernels.streaming import LogitGradient, OnlineStats, Transform, ranges
 from gem_kernels.tiles import CHUNKED
-from gem_kernels.types import LogitTransform, TokenStats, Upstream
+from gem_kernels.types import Upstream
 
 
-def _blocks(kept: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
-    """Blocks of the rows that are not ignored, and where those rows stand."""
-    for rows in ranges(kept.shape[0], max(1, CHUNKED.block // columns)):
-        yield rows, kept[rows]
+def _blocks(logits: Tensor, at: Tensor, transform: Transform) -> Iterator[tuple[slice, tuple[Tensor, Tensor], Tensor]]:
+    """Blocks of the kept rows `at` (N,): which of them, where they stand in the batch, their transformed logits in fp32."""
+    per_batch, columns = logits.shape[1:]
+    for rows in ranges(at.shape[0], max(1, CHUNKED.block // columns)):
+        where = at[rows] // per_batch, at[rows] % per_batch
+        yield rows, where, transform.apply_(logits[where].float())
 
 
-def _transformed(logits: Tensor, at: Tensor, transform: LogitTransform) -> Tensor:
-    return apply_transform_(logits.index_select(0, at).float(), transform)
+def forward(logits: Tensor, targets: Tensor, transform: Transform, ignore_index: int) -> Tensor:
+    """logits (B, T, V), any strides; targets (B T,) -> (m, s, t, z_y) (4, B T) fp32."""
+    kept = Kept.compacted(targets, ignore_index)
+    online = OnlineStats.start(kept.rows(targets))
+    for rows, _, z in _blocks(logits, kept.positions(), transform):
+        online.rows(rows).update(z, 0)
+    return kept.put(online.values.t()).t().contiguous()
 
 
-def forward(
-    logits: Tensor, targets: Tensor, transform: LogitTransform, ignore_index: int
-) -> tuple[TokenStats, tuple[Tensor, ...]]:
-    """logits (N, V) -> statistics (N,), and the tensors that backward wants to see again."""
-    kept = (targets != ignore_index).nonzero().squeeze(1)
-    online = OnlineStats.start(targets[kept])
-    full = [torch.zeros(targets.shape, device=logits.device) for _ in TokenStats._fields]
-    for rows, at in _blocks(kept, logits.shape[1]):
-        online.update(_transformed(logits, at, transform), rows, 0)
-    for zeros, values in zip(full, online.finish(), strict=True):
-        zeros[kept] = values
-    return TokenStats(*full), (kept, *online)
-
-
-def backward(logits: Tensor, saved: Sequence[Tensor], upstream: Upstream, transform: LogitTransform) -> Tensor:
-    """dL/dlogits (N, V) in the dtype of the logits, 0 in ignored rows."""
-    kept, *online = saved
-    gradient = LogitGradient(
-        OnlineStats(*online), Upstream(*(None if g is None else g[kept] for g in upstream)), transform
-    )
-    dlogits = torch.zeros_like(logits)
-    for rows, at in _blocks(kept, logits.shape[1]):
-        dlogits[at] = gradient.apply_(_transformed(logits, at, transform), rows, 0).to(logits.dtype)
-    return dlogits
+def backward(
+    logits: Tensor,
+    targets: Tensor,
+    online: Tensor,
+    upstream: Upstream,
+    transform: Transform,
+    ignore_index: int,
+    out: Tensor,
+) -> None:
+    """out = dL/dlogits (B, T, V), 0 in ignored rows; `out` may be the logits."""
+    kept = Kept.compacted(targets, ignore_index)
+    stats = OnlineStats(kept.rows(targets), kept.rows(online.t()).t())
+    gradient = LogitGradient.of(stats, kept.upstream(upstream), transform)
+    for rows, where, z in _blocks(logits, kept.positions(), transform):
+        out[where] = gradient.rows(rows).apply_(z, 0, transform).to(out.dtype)
+    out[kept.ignored.view(out.shape[:2])] = 0

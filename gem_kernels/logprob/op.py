@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gem_kernels.autograd import first_order_only
+from gem_kernels.autograd import define_operator
 from gem_kernels.dispatch import choose_impl
 from gem_kernels.inputs import autocast_off
+from gem_kernels.streaming import OnlineStats, Transform
 from gem_kernels.types import IGNORE_INDEX, Impl, LogitTransform, TokenStats, Upstream
 from gem_kernels.validation import check_float, check_targets, check_transform
 
@@ -22,6 +24,7 @@ def logprob_entropy(
     *,
     transform: LogitTransform = _IDENTITY,
     ignore_index: int = IGNORE_INDEX,
+    inplace_backward: bool = False,
     impl: Impl = "auto",
 ) -> TokenStats:
     """Log-probability of the target, entropy and log-sum-exp of every row of logits, all differentiable.
@@ -30,8 +33,11 @@ def logprob_entropy(
     fp32 copies of the logits.
 
     Args:
-        logits: (..., V) bfloat16, float16, float32 (float64: `reference` only), any strides.
+        logits: (..., V) bfloat16, float16, float32 (float64: `reference` only), any strides; a view of a (B, T, V) batch
+            such as logits[:, :-1] is read where it lies.
         targets: (...) int64 or int32 in [0, V), or `ignore_index`; already shifted.
+        inplace_backward: the gradient overwrites the logits, so that no second (..., V) tensor exists. For logits that
+            nobody reads any more; backward can run once.
         transform, ignore_index, impl: as for `linear_logprob_entropy`.
 
     Returns:
@@ -45,35 +51,132 @@ def logprob_entropy(
         raise ValueError(f"logits must be (..., V) with V >= 1, got {tuple(z.shape)}")
     check_transform(transform)
     check_targets(targets, z.shape[:-1], z.shape[-1], ignore_index, z)
-    chosen = choose_impl("logprob_entropy", impl, z.dtype)
-    rows, flat_targets = z.reshape(-1, z.shape[-1]), targets.reshape(-1)
+    chosen = choose_impl("logprob_entropy", impl, z)
+    if inplace_backward:
+        _check_overwritable(z, chosen)
+    flat_targets = targets.reshape(-1).contiguous()
     with autocast_off(z):
         if chosen == "reference":
             from gem_kernels.logprob import reference
 
+            rows = z.reshape(-1, z.shape[-1])
             stats = reference.logprob_entropy(rows, flat_targets, transform, ignore_index)
         else:
-            stats = TokenStats(*_Logprob.apply(rows, flat_targets, transform, ignore_index))
+            # (B, T, V) is as far as the kernels follow strides: a view of any batch such as logits[:, :-1]
+            shape = (*[1] * (3 - z.ndim), *z.shape) if z.ndim < 3 else (math.prod(z.shape[:-2]), *z.shape[-2:])
+            batch = z.reshape(shape)
+            results = logprob(batch, flat_targets, *Transform.of(transform), ignore_index, inplace_backward, chosen)
+            stats = TokenStats(*results[:3])
     return TokenStats(*(s.view(targets.shape) for s in stats))
 
 
-class _Logprob(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        from gem_kernels.logprob import chunked
+def _check_overwritable(logits: Tensor, impl: str) -> None:
+    if impl == "reference":
+        raise ValueError("inplace_backward needs impl 'chunked' or 'triton', the reference keeps its logits")
+    if logits.is_leaf and logits.requires_grad:
+        raise ValueError("inplace_backward would overwrite logits that are a leaf with a gradient of their own")
+    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(f"inplace_backward needs logits without expanded dimensions, got strides {logits.stride()}")
 
-        targets, ctx.transform, ignore_index = args
-        stats, saved = chunked.forward(logits, targets, ctx.transform, ignore_index)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, *saved)
-        return tuple(stats)
 
-    @staticmethod
-    @first_order_only
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        from gem_kernels.logprob import chunked
+# --- the same as torch operators, which torch.compile keeps in its graph ------------------------------------------------
 
-        logits, *saved = ctx.saved_tensors
-        with autocast_off(logits):
-            grad = chunked.backward(logits, saved, Upstream(*upstream), ctx.transform)
-        return grad, None, None, None
+_TRANSFORM = "float gain, float limit, bool softcap, int ignore_index"
+
+
+def _implementation(impl: str) -> Any:
+    if impl == "triton":
+        from gem_kernels.logprob import triton
+
+        return triton
+    from gem_kernels.logprob import chunked
+
+    return chunked
+
+
+def _forward(
+    logits: Tensor,
+    targets: Tensor,
+    gain: float,
+    limit: float,
+    softcap: bool,
+    ignore_index: int,
+    inplace: bool,
+    impl: str,
+) -> tuple[Tensor, ...]:
+    """Statistics (N,) fp32 of logits (B, T, V), N = B T, and (m, s, t, z_y) (4, N) for the backward."""
+    online = _implementation(impl).forward(logits, targets, Transform(gain, limit, softcap), ignore_index)
+    stats = OnlineStats(targets, online).finish()
+    return (*(s.masked_fill(targets == ignore_index, 0) for s in stats), online)
+
+
+def _forward_fake(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(targets.new_empty(shape, dtype=torch.float32) for shape in [targets.shape] * 3 + [(4, *targets.shape)])
+
+
+def _write_gradient(logits: Tensor, args: tuple[Any, ...], out: Tensor) -> None:
+    *upstream, online, targets, gain, limit, softcap, ignore_index, impl = args
+    transform = Transform(gain, limit, softcap)
+    _implementation(impl).backward(logits, targets, online, Upstream(*upstream), transform, ignore_index, out)
+
+
+def _gradient(logits: Tensor, *args: Any) -> Tensor:
+    """dL/dlogits (B, T, V), dense, in the dtype of the logits."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _write_gradient(logits, args, out)
+    return out
+
+
+def _gradient_fake(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _gradient_inplace(logits: Tensor, *args: Any) -> None:
+    _write_gradient(logits, args, logits)
+    torch.autograd.graph.increment_version(logits)  # whoever else saved them for a backward is told
+
+
+def _gradient_inplace_fake(*_: Any) -> None:
+    return None
+
+
+_GRADIENT_ARGUMENTS = (
+    f"Tensor? logprob, Tensor? entropy, Tensor? lse, Tensor online, Tensor targets, {_TRANSFORM}, str impl"
+)
+
+logprob_backward = define_operator(
+    "logprob_backward", f"(Tensor logits, {_GRADIENT_ARGUMENTS}) -> Tensor", _gradient, _gradient_fake
+)
+logprob_backward_ = define_operator(
+    "logprob_backward_",
+    f"(Tensor(a!) logits, {_GRADIENT_ARGUMENTS}) -> ()",
+    _gradient_inplace,
+    _gradient_inplace_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, *ctx.transform, ctx.inplace, ctx.impl = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[3])
+    ctx.save_for_backward(logits, targets, output[3])
+
+
+def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, targets, online = ctx.saved_tensors  # raises where the logits have been overwritten
+    if ctx.inplace and torch.is_grad_enabled():
+        raise RuntimeError("logprob_entropy(inplace_backward=True): second-order gradients are not implemented")
+    write = logprob_backward_ if ctx.inplace else logprob_backward
+    grad = write(logits, *upstream[:3], online, targets, *ctx.transform, ctx.impl)
+    return (logits if ctx.inplace else grad, *(None,) * 7)
+
+
+logprob = define_operator(
+    "logprob",
+    f"(Tensor logits, Tensor targets, {_TRANSFORM}, bool inplace_backward, str impl) "
+    "-> (Tensor logprob, Tensor entropy, Tensor lse, Tensor online)",
+    _forward,
+    _forward_fake,
+    _backward,
+    _setup_context,
+)

@@ -1,4 +1,7 @@
-"""topm_mean over ragged spans: spans of similar length are sorted together as the rows of one padded matrix."""
+"""topm_mean over ragged spans: spans of similar length are the rows of one padded matrix.
+
+selected(t) = key_t > threshold, or key_t == threshold and t <= cut: the key and the token of the last one that a span selects.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ from torch import Tensor
 
 from gem_kernels.tiles import CHUNKED
 
+_INFINITY = 0x7F800000
 
-def _counts(m: int | float, lengths: Tensor) -> Tensor:
-    """How many values of each span are averaged: m at most the length, or max(1, ceil(m * length)); 0 if empty."""
-    if isinstance(m, int):
-        return lengths.clamp(max=m)
-    # -1e-9: 0.07 * 100 is 7.000000000000001 in floats, and 7 is meant
-    return (lengths.double() * m - 1e-9).ceil().long().clamp(min=1).minimum(lengths)
+
+def _order_key(values: Tensor) -> Tensor:
+    """int32 that orders fp32 as torch.sort does: -0.0 equals 0.0, and NaN is the largest of all."""
+    bits = values.view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    return torch.where(bits < 0, -magnitude, magnitude).masked_fill(magnitude > _INFINITY, _INFINITY + 1)
 
 
 def plan_buckets(lengths: Sequence[int], block: int) -> Iterator[slice]:
@@ -29,33 +33,40 @@ def plan_buckets(lengths: Sequence[int], block: int) -> Iterator[slice]:
         yield slice(start, len(lengths))
 
 
-def forward(values: Tensor, spans: Tensor, m: int | float) -> tuple[Tensor, Tensor, Tensor]:
-    """values (N,), spans (S, 2) -> (mean (S,), token of each selected value (K,), span of each selected value (K,))."""
+def _padded_rows(spans: Tensor, n_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Every span that is not empty, in buckets: span (R,), token of each of its places (R, longest), place inside it?"""
     starts, lengths = spans[:, 0].long(), (spans[:, 1] - spans[:, 0]).long()
-    counts = _counts(m, lengths)
-    mean = torch.full((spans.shape[0],), float("nan"), device=values.device)
-    tokens, owners = [], []
     order = lengths.argsort(stable=True)
     order = order[lengths[order] > 0]
     for bucket in plan_buckets(lengths[order].tolist(), CHUNKED.block):
         rows = order[bucket]
-        width = torch.arange(int(lengths[rows[-1]]), device=values.device)
-        inside = width < lengths[rows, None]
-        at = (starts[rows, None] + width).clamp(max=values.shape[0] - 1)
-        padded = values[at].masked_fill(~inside, float("-inf"))
-        largest = int(counts[rows].max())
-        ordered, column = padded.sort(dim=1, descending=True, stable=True)  # stable: ties go by position
-        chosen = width[:largest] < counts[rows, None]
-        total = ordered[:, :largest].masked_fill(~chosen, 0.0).sum(1)
-        mean[rows] = total / counts[rows]
-        tokens.append((starts[rows, None] + column[:, :largest])[chosen])
-        owners.append(rows.repeat_interleave(counts[rows]))
-    empty = starts.new_zeros(0)
-    return mean, torch.cat([empty, *tokens]), torch.cat([empty, *owners])
+        width = torch.arange(int(lengths[rows[-1]]), device=spans.device)
+        yield rows, (starts[rows, None] + width).clamp(max=n_tokens - 1), width < lengths[rows, None]
 
 
-def backward(grad: Tensor, tokens: Tensor, owners: Tensor, spans: Tensor, n_tokens: int, m: int | float) -> Tensor:
-    """d/dvalues (N,): each selected value gets its span's gradient over the span's count."""
-    counts = _counts(m, (spans[:, 1] - spans[:, 0]).long())
-    share = grad / counts.clamp(min=1)
-    return torch.zeros(n_tokens, device=grad.device).index_add_(0, tokens, share[owners])
+def forward(values: Tensor, spans: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """values (N,) fp32, spans (S, 2), counts (S,) int64 -> mean (S,) fp32, threshold (S,) int32 key, cut (S,) int64 token."""
+    mean = values.new_full(counts.shape, float("nan"))
+    threshold, cut = counts.new_zeros(counts.shape, dtype=torch.int32), torch.zeros_like(counts)
+    for rows, at, inside in _padded_rows(spans, values.shape[0]):
+        padded = values[at].masked_fill_(~inside, float("-inf"))
+        taken = counts[rows, None]
+        largest = padded.topk(int(taken.max()), dim=1).values  # falling; which token of equal values it took is open
+        rank = torch.arange(largest.shape[1], device=values.device)
+        mean[rows] = largest.masked_fill(rank >= taken, 0.0).sum(1) / counts[rows]
+        key, last = _order_key(padded), _order_key(largest.gather(1, taken - 1))
+        kept = taken - (key > last).sum(1, keepdim=True)  # of those equal to the last, the first in position
+        column = ((key == last).cumsum(1) == kept).int().argmax(1, keepdim=True)
+        threshold[rows], cut[rows] = last[:, 0], at.gather(1, column)[:, 0]
+    return mean, threshold, cut
+
+
+def backward(grad: Tensor, values: Tensor, spans: Tensor, counts: Tensor, threshold: Tensor, cut: Tensor) -> Tensor:
+    """d/dvalues (N,): each selected value gets its span's gradient over the span's count; spans may overlap."""
+    key, share = _order_key(values), grad / counts.clamp(min=1)
+    dvalues = torch.zeros_like(values)
+    for rows, at, inside in _padded_rows(spans, values.shape[0]):
+        here, last = key[at], threshold[rows, None]
+        chosen = inside & ((here > last) | ((here == last) & (at <= cut[rows, None])))
+        dvalues.index_add_(0, at.flatten(), torch.where(chosen, share[rows, None], 0.0).flatten())
+    return dvalues

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gem_kernels.autograd import define_operator
 from gem_kernels.dispatch import choose_impl
 from gem_kernels.types import Impl, Score
 from gem_kernels.validation import check_float, check_m, check_offsets, check_same_device, check_spans
@@ -36,7 +36,8 @@ def topm_mean(values: Tensor, cu_seqlens: Tensor, m: int | float, *, impl: Impl 
     check_same_device("cu_seqlens", cu_seqlens, "values", values)
     check_m(m)
     spans = torch.stack((cu_seqlens[:-1], cu_seqlens[1:]), dim=1)
-    return _empty_is_zero(_span_topm_mean("topm_mean", values, spans, m, impl), spans)
+    (mean,) = _means("topm_mean", values, [(spans, m)], impl)
+    return _empty_is_zero(mean, spans)
 
 
 def gem_score(
@@ -78,8 +79,8 @@ def gem_score(
             f"answer_span must have the shape of branch_span {tuple(branch_span.shape)}, got {tuple(answer_span.shape)}"
         )
     check_m(m)
-    branch = _empty_is_zero(_span_topm_mean("gem_score", entropy, branch_span, m, impl), branch_span)
-    final = _span_topm_mean("gem_score", entropy, answer_span, 1.0, impl)  # all of them: the mean
+    branch, final = _means("gem_score", entropy, [(branch_span, m), (answer_span, 1.0)], impl)  # 1.0: the mean of all
+    branch = _empty_is_zero(branch, branch_span)
     return Score(branch_weight * branch - final_weight * final, final, branch)
 
 
@@ -94,32 +95,84 @@ def _empty_is_zero(mean: Tensor, spans: Tensor) -> Tensor:
     return mean.masked_fill(spans[:, 0] == spans[:, 1], 0.0)
 
 
-def _span_topm_mean(op: str, values: Tensor, spans: Tensor, m: int | float, impl: Impl) -> Tensor:
-    """(S,) means, NaN where a span is empty."""
-    match choose_impl(op, impl, values.dtype):
-        case "reference":
-            from gem_kernels.scoring import reference
+def _means(op: str, values: Tensor, spans_m: list[tuple[Tensor, int | float]], impl: Impl) -> tuple[Tensor, ...]:
+    """For each (spans (S, 2), m) the means (S,), NaN where a span is empty."""
+    chosen = choose_impl(op, impl, values)
+    if chosen == "reference":
+        from gem_kernels.scoring import reference
 
-            return reference.topm_mean(values if values.dtype == torch.float64 else values.float(), spans, m)
-        case _:
-            mean: Tensor = _SpanTopmMean.apply(values.float(), spans, m)
-            return mean
+        wide = values if values.dtype == torch.float64 else values.float()
+        return tuple(reference.topm_mean(wide, spans, m) for spans, m in spans_m)
+    spans = torch.cat([spans for spans, _ in spans_m])
+    counts = torch.cat([_counts(m, s[:, 1] - s[:, 0]) for s, m in spans_m])
+    mean, _, _ = _span_topm_mean(values.float().contiguous(), spans, counts, chosen)
+    return tuple(mean.split([s.shape[0] for s, _ in spans_m]))
 
 
-class _SpanTopmMean(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, spans: Tensor, m: int | float) -> Tensor:
-        from gem_kernels.scoring import chunked
+def _counts(m: int | float, lengths: Tensor) -> Tensor:
+    """How many values of each span are averaged: m at most the length, or max(1, ceil(m * length)); 0 if empty."""
+    lengths = lengths.long()
+    if isinstance(m, int):
+        return lengths.clamp(max=m)
+    # -1e-9: 0.07 * 100 is 7.000000000000001 in floats, and 7 is meant
+    return (lengths.double() * m - 1e-9).ceil().long().clamp(min=1).minimum(lengths)
 
-        mean, tokens, owners = chunked.forward(values, spans, m)
-        ctx.m, ctx.n_tokens = m, values.shape[0]
-        ctx.save_for_backward(tokens, owners, spans)
-        return mean
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        from gem_kernels.scoring import chunked
+# --- the same as torch operators, which torch.compile keeps in its graph: of fixed shapes, whatever is selected -------
 
-        tokens, owners, spans = ctx.saved_tensors
-        return chunked.backward(grad, tokens, owners, spans, ctx.n_tokens, ctx.m), None, None
+
+def _implementation(impl: str) -> Any:
+    if impl == "triton":
+        from gem_kernels.scoring import triton
+
+        return triton
+    from gem_kernels.scoring import chunked
+
+    return chunked
+
+
+def _forward(values: Tensor, spans: Tensor, counts: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    means: tuple[Tensor, Tensor, Tensor] = _implementation(impl).forward(values, spans, counts)
+    return means
+
+
+def _forward_fake(values: Tensor, spans: Tensor, counts: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    return values.new_empty(counts.shape), counts.new_empty(counts.shape, dtype=torch.int32), torch.empty_like(counts)
+
+
+def _gradient(grad: Tensor, *saved: Any) -> Tensor:
+    *tensors, impl = saved
+    dvalues: Tensor = _implementation(impl).backward(grad, *tensors)
+    return dvalues
+
+
+def _gradient_fake(grad: Tensor, values: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(values)
+
+
+_span_topm_mean_backward = define_operator(
+    "span_topm_mean_backward",
+    "(Tensor grad, Tensor values, Tensor spans, Tensor counts, Tensor threshold, Tensor cut, str impl) -> Tensor",
+    _gradient,
+    _gradient_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    values, spans, counts, ctx.impl = inputs
+    _, threshold, cut = output
+    ctx.save_for_backward(values, spans, counts, threshold, cut)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None, None]:
+    return _span_topm_mean_backward(grad, *ctx.saved_tensors, ctx.impl), None, None, None
+
+
+_span_topm_mean = define_operator(
+    "span_topm_mean",
+    "(Tensor values, Tensor spans, Tensor counts, str impl) -> (Tensor mean, Tensor threshold, Tensor cut)",
+    _forward,
+    _forward_fake,
+    _backward,
+    _setup_context,
+)

@@ -1,0 +1,111 @@
+"""What depends on the version of torch or triton, on the device, or on the interpreter: here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+"""Kernels run as NumPy on CPU tensors. triton reads the variable when a kernel's module is imported: set it before."""
+
+HAS_TRITON = find_spec("triton") is not None
+
+_compile: Callable[..., None] | None = None
+_compile_arch = 0
+
+
+def on_triton(device: torch.device) -> bool:
+    """Whether Triton kernels can read tensors of this device (a meta tensor stands for one while kernels are compiled)."""
+    return HAS_TRITON and (device.type == "cuda" or INTERPRETED or _compile is not None)
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def arch(device: torch.device) -> int:
+    """Compute capability as in sm_90: 90. 0: the interpreter."""
+    if _compile is not None:
+        return _compile_arch
+    return _capability(device) if device.type == "cuda" else 0
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU. 2 under the interpreter: enough for a kernel to be split."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 2 if INTERPRETED else 132
+
+
+@contextmanager
+def compiling(arch: int, compile_kernel: Callable[..., None]) -> Iterator[None]:
+    """Inside, launches hand (kernel, grid, args, meta) to `compile_kernel` for sm_<arch> and run nothing."""
+    global _compile, _compile_arch
+    before = _compile, _compile_arch
+    _compile, _compile_arch = compile_kernel, arch
+    try:
+        yield
+    finally:
+        _compile, _compile_arch = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """kernel[grid](*args, **meta) on the device of the first tensor, which need not be the current one."""
+    if _compile is not None:
+        _compile(kernel, grid, args, meta)
+        return
+    if 0 in grid:
+        return
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **meta)
+
+
+def takes_descriptors(*tensors: Tensor) -> bool:
+    """Whether the copy engine (TMA) can read tiles of these matrices: Hopper or later, dense rows, 16-byte strides."""
+    import triton.language as tl
+
+    return hasattr(tl, "make_tensor_descriptor") and all(
+        (arch(t.device) >= 90 or INTERPRETED)
+        and t.stride(1) == 1
+        and (t.stride(0) * t.element_size()) % 16 == 0
+        and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
+
+
+def allow_descriptors(device: torch.device) -> None:
+    """Descriptors built inside a kernel live in a workspace that the caller of triton provides, in every thread anew."""
+    if _compile is None and device.type == "cuda":
+        import triton
+
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+
+
+def gemm_operand(t: Tensor) -> Tensor:
+    """t in the dtype in which the GEMM library multiplies it with fp32 sums and an fp32 result: its own on CUDA."""
+    return t if t.device.type == "cuda" else t.float()
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a b for fp32 `out`: exact products, fp32 sums, no rounding to the operands' dtype."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
+
+
+def addmm_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a b, likewise."""
+    if a.device.type == "cuda" and a.dtype != torch.float32:
+        return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    return out.addmm_(a.float(), b.float())

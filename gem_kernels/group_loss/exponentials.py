@@ -1,0 +1,253 @@
+"""The cache of a slab in bf16: e^(z - reference) of every token and vocabulary entry, written while z is still in the cache.
+
+For a loss of log-probabilities alone (SEGA, DPO, GRPO) and no softcap, dL/dz_n is a number times the cached row, once the
+target's entry is corrected. That number goes into the hidden states of dweight = cache^T (number hidden) and onto the rows of
+dhidden = number (cache W), so that nothing passes over N x V any more: it is read by the two GEMMs and that is all. A loss
+that looks at entropy or lse, and a softcap, take one pass in place.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gem_kernels import compat
+from gem_kernels.primitives import FLOOR, LOWEST, dlogits, online_update, pick_target, transform_logits
+from gem_kernels.row_kernels import Rows
+from gem_kernels.streaming import Gradients, LogitGradient, LogitTiles, OnlineStats, Transform, matrix, padded, ranges
+from gem_kernels.types import Operands, Upstream
+
+# A row of cached exponentials is rescaled when its maximum has risen this far above the reference: far from the end of
+# bf16's range (e^88), far above what a trained model does.
+_MAX_GAP = tl.constexpr(60.0)
+
+
+@triton.jit
+def _row_exponentials_kernel(
+    z_ptr,  # (N, C) fp32
+    bias_ptr,  # (C,)
+    targets_ptr,  # (N,)
+    online_ptr,  # (4, N)
+    reference_ptr,  # (N,) fp32
+    cache_ptr,  # (N, V)
+    n_rows,
+    n_cols,
+    first_col,
+    stride_online,
+    stride_z_n,
+    stride_cache_n,
+    gain,
+    limit,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    FRESH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < n_rows
+    targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
+    online = online_ptr + rows.to(tl.int64)
+    if FRESH:
+        maximum = tl.full((BLOCK_N,), LOWEST, tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        weighted = tl.zeros((BLOCK_N,), tl.float32)
+        target_logit = tl.full((BLOCK_N,), float("nan"), tl.float32)
+        reference = maximum
+    else:
+        maximum = tl.load(online, mask=inside, other=0.0)
+        total = tl.load(online + stride_online, mask=inside, other=1.0)
+        weighted = tl.load(online + 2 * stride_online, mask=inside, other=0.0)
+        target_logit = tl.load(online + 3 * stride_online, mask=inside, other=0.0)
+        reference = tl.load(reference_ptr + rows, mask=inside, other=0.0)
+    base = z_ptr + rows.to(tl.int64) * stride_z_n
+    cache = cache_ptr + rows.to(tl.int64) * stride_cache_n
+    for start in range(0, n_cols, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        mask = inside[:, None] & (cols < n_cols)[None, :]
+        z = tl.load(base[:, None] + cols[None, :], mask=mask, other=0.0)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
+        z = tl.where(mask, transform_logits(z, gain, limit, SOFTCAP), float("-inf"))
+        width = tl.minimum(BLOCK_V, n_cols - start)
+        target_logit = pick_target(target_logit, z, targets, first_col + cols, first_col + start, width)
+        maximum, total, weighted, exps = online_update(maximum, total, weighted, z)
+        if FRESH and start == 0:
+            reference = maximum
+        outgrown = maximum - reference > _MAX_GAP
+        if tl.max(outgrown.to(tl.int32), 0) > 0:  # rare: what these rows have cached is brought to the new reference
+            factor = tl.where(outgrown, tl.exp(tl.maximum(reference - maximum, FLOOR)), 1.0)
+            reference = tl.where(outgrown, maximum, reference)
+            tl.debug_barrier()  # other threads of this program may have written what this one reads
+            for earlier in range(0, first_col + start, BLOCK_V):
+                old_cols = earlier + tl.arange(0, BLOCK_V)
+                old_mask = inside[:, None] & (old_cols < first_col + start)[None, :]
+                old = tl.load(cache[:, None] + old_cols[None, :], mask=old_mask, other=0.0).to(tl.float32)
+                old *= factor[:, None]
+                tl.store(cache[:, None] + old_cols[None, :], old.to(cache_ptr.dtype.element_ty), mask=old_mask)
+            tl.debug_barrier()
+        exps *= tl.exp(maximum - reference)[:, None]
+        tl.store(cache[:, None] + (first_col + cols)[None, :], exps.to(cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(online, maximum, mask=inside)
+    tl.store(online + stride_online, total, mask=inside)
+    tl.store(online + 2 * stride_online, weighted, mask=inside)
+    tl.store(online + 3 * stride_online, target_logit, mask=inside)
+    tl.store(reference_ptr + rows, reference, mask=inside)
+
+
+def cache_exponentials(
+    z: Tensor,
+    bias: Tensor | None,
+    online: OnlineStats,
+    reference: Tensor,
+    cache: Tensor,
+    first_col: int,
+    transform: Transform,
+) -> None:
+    """`update_statistics`, and cache[:, first_col:][:, :C] = e^(z - reference) in the same read of z (N, C).
+
+    reference (N,): near the row's maximum, at most _MAX_GAP below it, and the same for all columns of the cache (N, V) bf16,
+    whose range is fp32's: so the cached row times one number is the row's softmax.
+    """
+    rows = Rows(z)
+    if rows.n_rows == 0:
+        return
+    compat.launch(
+        _row_exponentials_kernel,
+        rows.grid,
+        z,
+        bias if bias is not None else z,
+        online.targets,
+        online.values,
+        reference,
+        cache,
+        rows.n_rows,
+        rows.n_cols,
+        first_col,
+        online.values.stride(0),
+        z.stride(0),
+        cache.stride(0),
+        transform.gain,
+        transform.limit,
+        HAS_BIAS=bias is not None,
+        SOFTCAP=transform.softcap,
+        FRESH=first_col == 0,
+        **rows.blocks,
+    )
+
+
+@triton.jit
+def _exponentials_gradient_kernel(
+    cache_ptr,  # (N, V): e^(z - reference) in, dL/dz out
+    targets_ptr,  # (N,), and so are the next five
+    reference_ptr,
+    maximum_ptr,
+    constant_ptr,
+    slope_ptr,
+    at_target_ptr,
+    n_rows,
+    n_cols,
+    stride_cache_n,
+    gain,
+    limit,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < n_rows
+    targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
+    reference = tl.load(reference_ptr + rows, mask=inside, other=0.0)
+    maximum = tl.load(maximum_ptr + rows, mask=inside, other=0.0)
+    constant = tl.load(constant_ptr + rows, mask=inside, other=0.0)
+    slope = tl.load(slope_ptr + rows, mask=inside, other=0.0) if ENTROPY else constant
+    at_target = tl.load(at_target_ptr + rows, mask=inside, other=0.0)
+    cache = cache_ptr + rows.to(tl.int64) * stride_cache_n
+    for start in range(0, n_cols, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        mask = inside[:, None] & (cols < n_cols)[None, :]
+        exps = tl.load(cache[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        # Rounded to bf16, the logarithm is 2^-9 off: an error of p, not of log p, so no larger than the rounding of dz.
+        z = tl.log(exps) + reference[:, None]
+        is_target = cols[None, :] == targets[:, None]
+        dz = dlogits(z, maximum, constant, slope, at_target, is_target, gain, limit, SOFTCAP, ENTROPY)
+        dz = tl.where((exps > 0) | is_target, dz, 0.0)
+        tl.store(cache[:, None] + cols[None, :], dz.to(cache_ptr.dtype.element_ty), mask=mask)
+
+
+def exponentials_gradient_(cache: Tensor, reference: Tensor, gradient: LogitGradient, transform: Transform) -> None:
+    """Turn cached exponentials (N, V) into dL/d(raw logits), in place."""
+    rows = Rows(cache)
+    if rows.n_rows == 0:
+        return
+    compat.launch(
+        _exponentials_gradient_kernel,
+        rows.grid,
+        cache,
+        gradient.targets,
+        reference,
+        gradient.maximum,
+        gradient.constant,
+        gradient.slope if gradient.slope is not None else gradient.constant,
+        gradient.at_target,
+        rows.n_rows,
+        rows.n_cols,
+        cache.stride(0),
+        transform.gain,
+        transform.limit,
+        SOFTCAP=transform.softcap,
+        ENTROPY=gradient.slope is not None,
+        **rows.blocks,
+    )
+
+
+def fold_target_(cache: Tensor, reference: Tensor, online: OnlineStats, gradient: LogitGradient) -> Tensor:
+    """Make dL/dz_n = coefficient_n cache_n for a loss of log-probs alone, without a pass over the cache (N, V).
+
+    dz = -a gain (p - 1[y]) = coefficient (e^(z - reference) - 1[y] s e^(m - reference)): the target's entry alone changes, to
+    (p_y - 1) s e^(m - reference) = expm1(log p_y) ..., which keeps its digits. Returns the coefficient (N,).
+    """
+    rescale = (online.values[0] - reference).exp()
+    entry = online.finish().logprob.expm1() * online.values[1] * rescale
+    # A target out of range (unchecked on CUDA) must not write anywhere else: its column's own value is put back.
+    inside = (online.targets >= 0) & (online.targets < cache.shape[1])
+    column = torch.where(inside, online.targets, 0).long()[:, None]
+    entry = torch.where(inside[:, None], entry[:, None].to(cache.dtype), cache.gather(1, column))
+    cache.scatter_(1, column, entry)
+    return gradient.constant / rescale
+
+
+class Exponentials:
+    """A slab's statistics and its cached exponentials (R, V)."""
+
+    def __init__(self, x: Operands, targets: Tensor, transform: Transform) -> None:
+        self.tiles, self.online = LogitTiles(x, transform), OnlineStats.start(targets)
+        n, v = x.hidden.shape[0], x.weight.shape[0]
+        self.reference = torch.empty(n, device=targets.device)
+        self.cache = matrix(x.weight.new_empty(n * padded(v)), n, v)
+        for cols, part in self.tiles.columns():
+            for rows in self.tiles.rows():
+                z, online = self.tiles.tile(rows, part), self.online.rows(rows)
+                cache_exponentials(z, part.bias, online, self.reference[rows], self.cache[rows], cols.start, transform)
+
+    def backward(self, upstream: Upstream, into: Gradients, first_row: int) -> None:
+        tiles = self.tiles
+        gradient = LogitGradient.of(self.online, upstream, tiles.transform)
+        hidden, low_hidden, coefficient = tiles.x.hidden, tiles.low_hidden, None
+        if upstream.entropy is None and upstream.lse is None and not tiles.transform.softcap:
+            coefficient = fold_target_(self.cache, self.reference, self.online, gradient)[:, None]
+            hidden = (hidden * coefficient).to(hidden.dtype)  # fp32 times bf16, then rounded once
+            low_hidden = None if low_hidden is None else low_hidden * coefficient
+        else:
+            exponentials_gradient_(self.cache, self.reference, gradient, tiles.transform)
+        rows = slice(first_row, first_row + self.cache.shape[0])
+        into.add_hidden(self.cache, tiles.x, rows)  # one GEMM: no accumulator is read again
+        if coefficient is not None:
+            into.scale_hidden_(rows, coefficient)
+        for cols in ranges(self.cache.shape[1], tiles.shape.cols):
+            dweight = into.open(cols)
+            into.add_weight(self.cache[:, cols], hidden, low_hidden, cols, dweight, coefficient)
+            into.close(cols, dweight)

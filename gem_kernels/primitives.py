@@ -1,0 +1,173 @@
+"""The mathematical steps that the Triton kernels are made of, each once. Imported by files that hold kernels only.
+
+BLOCK_N tokens, BLOCK_V vocabulary entries, BLOCK_D hidden entries. Logits, statistics and sums are fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from gem_kernels.compat import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+# The running maximum starts finite and z - max is floored where it multiplies: -inf logits (masked or padded vocabulary) then
+# give exp = 0 and 0 * -87, never 0 * inf or inf - inf. exp(-87) is the smallest normal fp32 number.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+FLOOR = tl.constexpr(-87.0)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b in fp32. fp32 operands go through the tensor cores as three TF32 products, which keeps 22 bits of each."""
+    if _INTERPRETED:  # tl.dot of bf16 returns garbage there
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision="tf32x3")
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to 1.3 units in the last place: 1 - 2 / (e^2x + 1) cancels near 0, where this is x + x^3 P(x^2)."""
+    size = tl.abs(x)
+    square = x * x
+    series = -0.0062763886526227 * square + 0.021116213873028755
+    series = series * square - 0.053875137120485306
+    series = series * square + 0.13332924246788025
+    series = series * square - 0.3333333134651184
+    large = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    return tl.where(size < 0.6, x + x * square * series, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def transform_logits(z, gain, limit, SOFTCAP: tl.constexpr):
+    """z' = limit tanh(gain z), or gain z: LogitTransform as `streaming.Transform` hands it over."""
+    if SOFTCAP:
+        return limit * tanh(z * gain)
+    return z * gain
+
+
+@triton.jit
+def transform_slope(z, gain, limit):
+    """dz'/dz of the softcap as a function of z'; near saturation the two factors are exact where 1 - tanh^2 is not."""
+    return (limit - z) * (limit + z) * (gain / limit)
+
+
+@triton.jit
+def online_update(maximum, total, weighted, z):
+    """Take logits z (BLOCK_N, BLOCK_V), -inf where there are none, into m, s = Σ e^(z-m), t = Σ e^(z-m) (z-m).
+
+    Returns the new (m, s, t) and e^(z-m).
+    """
+    new = tl.maximum(maximum, tl.max(z, 1))
+    shifted = z - new[:, None]
+    exps = tl.exp(shifted)
+    drop = tl.maximum(maximum - new, FLOOR)
+    decay = tl.exp(drop)
+    weighted = decay * (weighted + drop * total) + tl.sum(exps * tl.maximum(shifted, FLOOR), 1)
+    total = decay * total + tl.sum(exps, 1)
+    return new, total, weighted, exps
+
+
+@triton.jit
+def online_merge(maximum, total, weighted, other_maximum, other_total, other_weighted):
+    """(m, s, t) of two disjoint parts of a row -> of both."""
+    new = tl.maximum(maximum, other_maximum)
+    drop = tl.maximum(maximum - new, FLOOR)
+    other_drop = tl.maximum(other_maximum - new, FLOOR)
+    decay = tl.exp(drop)
+    other_decay = tl.exp(other_drop)
+    weighted = decay * (weighted + drop * total) + other_decay * (other_weighted + other_drop * other_total)
+    return new, decay * total + other_decay * other_total, weighted
+
+
+@triton.jit
+def pick_target(target_logit, z, targets, cols, first_col, n_cols):
+    """The target's logit where its column is among [first_col, first_col + n_cols); what it was elsewhere."""
+    here = (targets >= first_col) & (targets < first_col + n_cols)
+    found = tl.sum(tl.where(cols[None, :] == targets[:, None], z, 0.0), 1)
+    return tl.where(here, found, target_logit)
+
+
+@triton.jit
+def dlogits(
+    z, maximum, constant, slope, at_target, is_target, gain, limit, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr
+):
+    """dL/d(raw logits) = e^(z-m) (constant + slope (z - m)), at_target in the target's column (streaming.LogitGradient)."""
+    shifted = z - maximum[:, None]
+    dz = tl.exp(shifted)
+    if ENTROPY:
+        dz *= constant[:, None] + slope[:, None] * tl.maximum(shifted, FLOOR)
+    else:
+        dz *= constant[:, None]
+    if SOFTCAP:
+        dz *= transform_slope(z, gain, limit)
+    return tl.where(is_target, at_target[:, None], dz)
+
+
+@triton.jit
+def logits_tile(
+    hidden,  # pointer (N, D), or its descriptor with blocks (BLOCK_N, BLOCK_D)
+    weight,  # pointer (V, D), or its descriptor with blocks (BLOCK_V, BLOCK_D)
+    bias_ptr,
+    low_hidden_ptr,  # (N, R) fp32, dense
+    low_weight_ptr,  # (V, R), dense
+    first_row,
+    first_col,
+    n_rows,
+    n_cols,
+    D,
+    R,
+    stride_hidden_n,
+    stride_hidden_d,
+    stride_weight_v,
+    stride_weight_d,
+    gain,
+    limit,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # 0: no adapter
+):
+    """Transformed logits (BLOCK_N, BLOCK_V) of the rows and columns from first_row, first_col on; -inf beyond n_cols."""
+    cols = first_col + tl.arange(0, BLOCK_V)
+    # Beyond the edge the last row or column is read again: a clamp costs nothing, a mask would slow every load.
+    safe_rows = tl.minimum(first_row + tl.arange(0, BLOCK_N), n_rows - 1).to(tl.int64)
+    safe_cols = tl.minimum(cols, n_cols - 1).to(tl.int64)
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    if USE_TMA:
+        for d in range(0, D, BLOCK_D):
+            acc = dot(hidden.load([first_row, d]), weight.load([first_col, d]).T, acc)
+    else:
+        inner = tl.arange(0, BLOCK_D)
+        hidden_tile = hidden + safe_rows[:, None] * stride_hidden_n + inner[None, :] * stride_hidden_d
+        weight_tile = weight + safe_cols[None, :] * stride_weight_v + inner[:, None] * stride_weight_d
+        for d in range(0, D, BLOCK_D):
+            if EVEN_D:
+                acc = dot(tl.load(hidden_tile), tl.load(weight_tile), acc)
+            else:
+                h = tl.load(hidden_tile, mask=inner[None, :] < D - d, other=0.0)
+                w = tl.load(weight_tile, mask=inner[:, None] < D - d, other=0.0)
+                acc = dot(h, w, acc)
+            hidden_tile += BLOCK_D * stride_hidden_d
+            weight_tile += BLOCK_D * stride_weight_d
+    if BLOCK_R > 0:
+        for r in range(0, R, BLOCK_R):
+            inner_r = r + tl.arange(0, BLOCK_R)
+            low_hidden = tl.load(
+                low_hidden_ptr + safe_rows[:, None] * R + inner_r[None, :], mask=inner_r[None, :] < R, other=0.0
+            )
+            low_weight = tl.load(
+                low_weight_ptr + safe_cols[None, :] * R + inner_r[:, None], mask=inner_r[:, None] < R, other=0.0
+            )
+            acc = dot(low_hidden, low_weight.to(tl.float32), acc)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + safe_cols).to(tl.float32)[None, :]
+    z = transform_logits(acc, gain, limit, SOFTCAP)
+    return tl.where((cols < n_cols)[None, :], z, float("-inf"))

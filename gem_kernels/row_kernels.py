@@ -1,0 +1,229 @@
+"""Triton kernels over rows of logits that exist: a tile of `chunked`, or the whole matrix of logprob_entropy.
+
+Memory-bound, so what counts is bytes: the statistics read each logit once, the gradient reads and writes it once (in place if
+asked). A program owns BLOCK_N rows and walks their columns; fp32 in registers whatever the dtype in memory.
+
+Rows of a matrix (N, V), or of a strided batch (B, T, V): row n is at (n // T) stride_b + (n % T) stride_t.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gem_kernels import compat, tiles
+from gem_kernels.primitives import LOWEST, dlogits, online_update, pick_target, transform_logits
+from gem_kernels.streaming import LogitGradient, OnlineStats, Transform
+
+
+@triton.jit
+def _row_statistics_kernel(
+    z_ptr,
+    bias_ptr,  # (C,)
+    targets_ptr,  # (N,)
+    online_ptr,  # (4, N): m, s, t, z_y
+    n_rows,
+    n_cols,
+    first_col,  # of these columns in the vocabulary
+    ignore_index,
+    stride_online,
+    rows_per_batch,
+    stride_b,
+    stride_t,
+    stride_v,
+    gain,
+    limit,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    IGNORES: tl.constexpr,
+    FRESH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < n_rows
+    targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
+    read = inside & (targets != ignore_index) if IGNORES else inside
+    online = online_ptr + rows.to(tl.int64)
+    if FRESH:
+        maximum = tl.full((BLOCK_N,), LOWEST, tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        weighted = tl.zeros((BLOCK_N,), tl.float32)
+        target_logit = tl.full((BLOCK_N,), float("nan"), tl.float32)
+    else:
+        maximum = tl.load(online, mask=inside, other=0.0)
+        total = tl.load(online + stride_online, mask=inside, other=1.0)
+        weighted = tl.load(online + 2 * stride_online, mask=inside, other=0.0)
+        target_logit = tl.load(online + 3 * stride_online, mask=inside, other=0.0)
+    base = z_ptr + (rows // rows_per_batch).to(tl.int64) * stride_b + (rows % rows_per_batch).to(tl.int64) * stride_t
+    for start in range(0, n_cols, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        mask = read[:, None] & (cols < n_cols)[None, :]
+        z = tl.load(base[:, None] + cols.to(tl.int64)[None, :] * stride_v, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
+        z = tl.where(mask, transform_logits(z, gain, limit, SOFTCAP), float("-inf"))
+        width = tl.minimum(BLOCK_V, n_cols - start)
+        target_logit = pick_target(target_logit, z, targets, first_col + cols, first_col + start, width)
+        maximum, total, weighted, _ = online_update(maximum, total, weighted, z)
+    tl.store(online, maximum, mask=inside)
+    tl.store(online + stride_online, total, mask=inside)
+    tl.store(online + 2 * stride_online, weighted, mask=inside)
+    tl.store(online + 3 * stride_online, target_logit, mask=inside)
+
+
+class Rows:
+    """Addresses of the rows of a matrix (N, V) or a batch (B, T, V), as the kernels take them."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.n_cols = z.shape[-1]
+        self.n_rows = z.shape[0] if z.ndim == 2 else z.shape[0] * z.shape[1]
+        self.tile = tiles.rows_of(z)
+        self.grid = (triton.cdiv(self.n_rows, self.tile.rows),)
+        per_batch, strides = (self.n_rows, (0, *z.stride())) if z.ndim == 2 else (z.shape[1], z.stride())
+        self.address = (max(per_batch, 1), *strides)
+        self.blocks = {
+            "BLOCK_N": self.tile.rows,
+            "BLOCK_V": min(self.tile.block, triton.next_power_of_2(self.n_cols)),
+            "num_warps": self.tile.warps,
+        }
+
+
+def update_statistics(
+    z: Tensor,
+    bias: Tensor | None,
+    online: OnlineStats,
+    first_col: int,
+    transform: Transform,
+    ignore_index: int | None = None,
+) -> None:
+    """Take raw logits z (N, C) or (B, T, C) of the columns from first_col on into `online`; first_col = 0 starts anew.
+
+    Rows whose target is ignore_index are not read.
+    """
+    rows = Rows(z)
+    if rows.n_rows == 0:
+        return
+    compat.launch(
+        _row_statistics_kernel,
+        rows.grid,
+        z,
+        bias if bias is not None else z,
+        online.targets,
+        online.values,
+        rows.n_rows,
+        rows.n_cols,
+        first_col,
+        0 if ignore_index is None else ignore_index,
+        online.values.stride(0),
+        *rows.address,
+        transform.gain,
+        transform.limit,
+        HAS_BIAS=bias is not None,
+        SOFTCAP=transform.softcap,
+        IGNORES=ignore_index is not None,
+        FRESH=first_col == 0,
+        **rows.blocks,
+    )
+
+
+@triton.jit
+def _row_gradient_kernel(
+    z_ptr,
+    bias_ptr,  # (C,)
+    targets_ptr,  # (N,), and so are the next four
+    maximum_ptr,
+    constant_ptr,
+    slope_ptr,
+    at_target_ptr,
+    out_ptr,  # may be z_ptr: every element is read before its place is written, by the same program
+    n_rows,
+    n_cols,
+    first_col,
+    ignore_index,
+    rows_per_batch,
+    stride_b,
+    stride_t,
+    stride_v,
+    stride_out_b,
+    stride_out_t,
+    stride_out_v,
+    gain,
+    limit,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    IGNORES: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < n_rows
+    targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
+    read = inside & (targets != ignore_index) if IGNORES else inside
+    maximum = tl.load(maximum_ptr + rows, mask=read, other=0.0)
+    constant = tl.load(constant_ptr + rows, mask=read, other=0.0)
+    slope = tl.load(slope_ptr + rows, mask=read, other=0.0) if ENTROPY else constant
+    at_target = tl.load(at_target_ptr + rows, mask=read, other=0.0)
+    batch = (rows // rows_per_batch).to(tl.int64)
+    member = (rows % rows_per_batch).to(tl.int64)
+    base = z_ptr + batch * stride_b + member * stride_t
+    out = out_ptr + batch * stride_out_b + member * stride_out_t
+    for start in range(0, n_cols, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        mask = (cols < n_cols)[None, :] & inside[:, None]
+        wide = cols.to(tl.int64)[None, :]
+        z = tl.load(base[:, None] + wide * stride_v, mask=mask & read[:, None], other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
+        z = transform_logits(z, gain, limit, SOFTCAP)
+        is_target = (first_col + cols)[None, :] == targets[:, None]
+        dz = dlogits(z, maximum, constant, slope, at_target, is_target, gain, limit, SOFTCAP, ENTROPY)
+        if IGNORES:
+            dz = tl.where(read[:, None], dz, 0.0)
+        tl.store(out[:, None] + wide * stride_out_v, dz.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def logit_gradient(
+    z: Tensor,
+    bias: Tensor | None,
+    gradient: LogitGradient,
+    first_col: int,
+    transform: Transform,
+    out: Tensor,
+    ignore_index: int | None = None,
+) -> Tensor:
+    """out = dL/dz for raw logits z (N, C) or (B, T, C) of the columns from first_col on, in the dtype of `out`.
+
+    `out` may be z. Rows whose target is ignore_index are not read and become 0.
+    """
+    rows, out_rows = Rows(z), Rows(out)
+    if rows.n_rows == 0:
+        return out
+    compat.launch(
+        _row_gradient_kernel,
+        rows.grid,
+        z,
+        bias if bias is not None else z,
+        gradient.targets,
+        gradient.maximum,
+        gradient.constant,
+        gradient.slope if gradient.slope is not None else gradient.constant,
+        gradient.at_target,
+        out,
+        rows.n_rows,
+        rows.n_cols,
+        first_col,
+        0 if ignore_index is None else ignore_index,
+        *rows.address,
+        *out_rows.address[1:],
+        transform.gain,
+        transform.limit,
+        HAS_BIAS=bias is not None,
+        SOFTCAP=transform.softcap,
+        IGNORES=ignore_index is not None,
+        ENTROPY=gradient.slope is not None,
+        **rows.blocks,
+    )
+    return out
