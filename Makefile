@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench aot clean
 
 demo: $(VENV)/.train
 	$(BIN)/gem-kernels demo --output_dir runs/demo
 
+# Once as on any CPU (the kernels are compiled for every architecture), once with the Triton kernels interpreted.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
+
+KERNEL_TESTS := $(addprefix tests/test_, $(addsuffix .py, \
+	kernels compile linear_logprob logprob group_loss scoring layouts))
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -19,6 +24,10 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks
+
+# Every kernel compiled for every architecture, without a GPU: registers, spills, shared memory.
+aot: $(VENV)/.test
+	$(BIN)/python -m gem_kernels.aot --markdown docs/aot.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

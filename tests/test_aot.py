@@ -1,0 +1,145 @@
+"""The compile report: every kernel of the library, compiled for every architecture, stays within its budget."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from gem_kernels import aot
+
+ROOT = Path(__file__).parent.parent
+# Kernels that meet one dtype only: entropies are fp32, cached exponentials bf16.
+ONLY = {
+    "_span_topm_mean_fwd_kernel": ["fp32"],
+    "_span_topm_mean_bwd_kernel": ["fp32"],
+    "_row_exponentials_kernel": ["bf16"],
+    "_exponentials_gradient_kernel": ["bf16"],
+}
+ROW = aot.Row(
+    kernel="_some_kernel",
+    case="case",
+    variant="128x256 SOFTCAP",
+    dtype="bf16",
+    arch=90,
+    threads=256,
+    registers=128,
+    spills=0,
+    shared=100 << 10,
+    tensor_memory=0,
+    multiplies=True,
+    instructions=["wgmma.mma_async"],
+    blocks=2,
+)
+
+
+def report(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own: kernels that were imported interpreted cannot be compiled."""
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "gem_kernels.aot", *args]
+    return subprocess.run(command, cwd=ROOT, env=inherited | env, capture_output=True, text=True, timeout=900)
+
+
+def kernels() -> set[str]:
+    """Names of the functions under @triton.jit that are launched, by the naming rule `_*_kernel`."""
+    return {
+        node.name
+        for path in (ROOT / "gem_kernels").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        and node.name.startswith("_")
+        and node.name.endswith("_kernel")
+        and any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    }
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_within_its_budget_on_every_architecture(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = report("--json", str(tmp_path / "aot.json"), "--markdown", str(tmp_path / "aot.md"))
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    rows = [aot.Row(**row) for row in json.loads((tmp_path / "aot.json").read_text())["rows"]]
+    assert not [what for row in rows for what in aot.violations(row)]
+    assert min(row.blocks for row in rows) >= 1
+    assert {row.kernel for row in rows} == kernels(), "gem_kernels.aot.CASES launches what the library launches"
+    for kernel in kernels():
+        compiled = {(row.dtype, row.arch) for row in rows if row.kernel == kernel}
+        assert compiled == set(product(ONLY.get(kernel, aot.DTYPES), aot.MULTIPROCESSORS)), kernel
+    table = (tmp_path / "aot.md").read_text()
+    assert all(f"| {kernel} " in table for kernel in kernels())
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_row_within_budget_violates_nothing() -> None:
+    assert aot.violations(ROW) == []
+    assert aot.violations(ROW._replace(multiplies=False, instructions=[])) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"spills": 8}, "spills 8 bytes of registers"),
+        ({"shared": (227 << 10) + 1}, "needs 232449 bytes of shared memory, of 232448"),
+        (
+            {"arch": 80, "shared": 164 << 10, "instructions": ["mma.sync"]},
+            "needs 167936 bytes of shared memory, of 166912",
+        ),
+        ({"arch": 100, "tensor_memory": 784}, "needs 784 columns of tensor memory, of 512"),
+        ({"instructions": []}, "multiplies matrices without wgmma.mma_async"),
+        ({"instructions": ["mma.sync"]}, "multiplies matrices without wgmma.mma_async"),
+    ],
+)
+def test_what_breaks_the_budget_is_said(change: dict[str, object], said: str) -> None:
+    row = ROW._replace(**change)
+    assert aot.violations(row) == [f"_some_kernel (case, 128x256 SOFTCAP, bf16, sm_{row.arch}) {said}"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "threads", "registers", "shared", "tensor_memory", "blocks"),
+    [
+        (80, 128, 32, 0, 0, 16),  # threads: 2048 / 128
+        (80, 32, 16, 0, 0, 32),  # 32 blocks, whatever they are
+        (90, 256, 128, 0, 0, 2),  # registers: 65536 / (256 * 128)
+        (90, 256, 129, 0, 0, 1),  # allocated in eights
+        (80, 128, 32, 81 << 10, 0, 2),  # shared memory: 164 / (81 + 1)
+        (90, 128, 32, 227 << 10, 0, 1),
+        (90, 128, 32, 228 << 10, 0, 0),
+        (100, 128, 32, 0, 256, 2),  # tensor memory: 512 / 256
+    ],
+)
+def test_blocks_per_multiprocessor(
+    arch: int, threads: int, registers: int, shared: int, tensor_memory: int, blocks: int
+) -> None:
+    assert aot.blocks_per_multiprocessor(arch, threads, registers, shared, tensor_memory) == blocks
+
+
+def test_refuses_the_interpreter() -> None:
+    done = report(TRITON_INTERPRET="1")
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1 is set" in done.stderr
+
+
+def test_says_that_triton_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(aot.compat, "INTERPRETED", False)
+    monkeypatch.setattr(aot.compat, "HAS_TRITON", False)
+    with pytest.raises(SystemExit, match="2"):
+        aot.main([])
+    assert "triton is not installed" in capsys.readouterr().err
+
+
+def test_says_that_cuobjdump_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing() -> None:
+        raise RuntimeError("Cannot find cuobjdump")
+
+    monkeypatch.setattr(aot.compat, "INTERPRETED", False)
+    monkeypatch.setattr(aot.compat, "HAS_TRITON", True)
+    monkeypatch.setattr(aot, "_cuobjdump", missing)
+    with pytest.raises(SystemExit, match="2"):
+        aot.main([])
+    assert "Cannot find cuobjdump" in capsys.readouterr().err
