@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 """Kernels run as NumPy on CPU tensors. triton reads the variable when a kernel's module is imported: set it before."""
 
-HAS_TRITON = find_spec("triton") is not None
+# Before torch 2.10, addmm(out_dtype=) wants an accumulator of the operands' dtype, not of the result's.
+_ADDMM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 
 _compile: Callable[..., None] | None = None
 _compile_arch = 0
@@ -107,5 +109,7 @@ def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 def addmm_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out += a b, likewise."""
     if a.device.type == "cuda" and a.dtype != torch.float32:
-        return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        if _ADDMM_WIDENS:
+            return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        return out.add_(torch.mm(a, b, out_dtype=torch.float32))
     return out.addmm_(a.float(), b.float())

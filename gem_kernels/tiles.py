@@ -89,11 +89,17 @@ LINEAR_BACKWARD = {
 RAGGED = 64  # D is ragged when this, a multiple of every block_d that reads through addresses, does not divide it
 
 # By element size: about 16 KiB of a row per step keeps enough loads in flight.
-_ROWS = {
+ROWS = {
     (0, 2): RowTile(rows=64, block=128, warps=4),
     (0, 4): RowTile(rows=64, block=128, warps=4),
     (80, 2): RowTile(rows=1, block=8192, warps=8),
     (80, 4): RowTile(rows=1, block=4096, warps=8),
+}
+
+# The kernel that also writes the cache of a group loss, from fp32 tiles: it has the most to keep in registers.
+EXPONENTIALS = {
+    (0, 4): RowTile(rows=64, block=128, warps=4),
+    (80, 4): RowTile(rows=1, block=2048, warps=8),
 }
 
 # Spans of up to `block` tokens stay in registers.
@@ -120,8 +126,8 @@ def linear_tile(table: Mapping[tuple[int, int, int], FusedTile], hidden: Tensor,
     return table[best, size, min(key[2] for key in mine if key[0] == best and key[2] >= demand)]
 
 
-def rows_of(z: Tensor) -> RowTile:
-    return nearest(_ROWS, compat.arch(z.device), z.element_size())
+def row_tile(table: Mapping[tuple[int, int], RowTile], z: Tensor) -> RowTile:
+    return nearest(table, compat.arch(z.device), z.element_size())
 
 
 def chunk_tile(hidden: Tensor) -> ChunkTile:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gem_kernels import compat
+from gem_kernels import compat, tiles
 from gem_kernels.primitives import FLOOR, LOWEST, dlogits, online_update, pick_target, transform_logits
 from gem_kernels.row_kernels import Rows
 from gem_kernels.streaming import Gradients, LogitGradient, LogitTiles, OnlineStats, Transform, matrix, padded, ranges
@@ -24,7 +24,7 @@ from gem_kernels.types import Operands, Upstream
 _MAX_GAP = tl.constexpr(60.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "first_col", "stride_online"])
 def _row_exponentials_kernel(
     z_ptr,  # (N, C) fp32
     bias_ptr,  # (C,)
@@ -111,7 +111,7 @@ def cache_exponentials(
     reference (N,): near the row's maximum, at most _MAX_GAP below it, and the same for all columns of the cache (N, V) bf16,
     whose range is fp32's: so the cached row times one number is the row's softmax.
     """
-    rows = Rows(z)
+    rows = Rows(z, tiles.EXPONENTIALS)
     if rows.n_rows == 0:
         return
     compat.launch(
@@ -138,7 +138,7 @@ def cache_exponentials(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _exponentials_gradient_kernel(
     cache_ptr,  # (N, V): e^(z - reference) in, dL/dz out
     targets_ptr,  # (N,), and so are the next five
@@ -204,19 +204,36 @@ def exponentials_gradient_(cache: Tensor, reference: Tensor, gradient: LogitGrad
     )
 
 
+@triton.jit(do_not_specialize=["n_rows"])
+def _fold_target_kernel(
+    cache_ptr,  # (N, V)
+    targets_ptr,  # (N,)
+    entry_ptr,  # (N,) fp32
+    n_rows,
+    n_cols,
+    stride_cache_n,
+    BLOCK: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < n_rows
+    targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
+    entry = tl.load(entry_ptr + rows, mask=inside, other=0.0)
+    at = cache_ptr + rows.to(tl.int64) * stride_cache_n + targets
+    # A target out of range (unchecked on CUDA) writes nowhere.
+    tl.store(at, entry.to(cache_ptr.dtype.element_ty), mask=inside & (targets >= 0) & (targets < n_cols))
+
+
 def fold_target_(cache: Tensor, reference: Tensor, online: OnlineStats, gradient: LogitGradient) -> Tensor:
     """Make dL/dz_n = coefficient_n cache_n for a loss of log-probs alone, without a pass over the cache (N, V).
 
     dz = -a gain (p - 1[y]) = coefficient (e^(z - reference) - 1[y] s e^(m - reference)): the target's entry alone changes, to
     (p_y - 1) s e^(m - reference) = expm1(log p_y) ..., which keeps its digits. Returns the coefficient (N,).
     """
+    (n, v), block = cache.shape, 128
     rescale = (online.values[0] - reference).exp()
     entry = online.finish().logprob.expm1() * online.values[1] * rescale
-    # A target out of range (unchecked on CUDA) must not write anywhere else: its column's own value is put back.
-    inside = (online.targets >= 0) & (online.targets < cache.shape[1])
-    column = torch.where(inside, online.targets, 0).long()[:, None]
-    entry = torch.where(inside[:, None], entry[:, None].to(cache.dtype), cache.gather(1, column))
-    cache.scatter_(1, column, entry)
+    grid = (triton.cdiv(n, block),)
+    compat.launch(_fold_target_kernel, grid, cache, online.targets, entry, n, v, cache.stride(0), BLOCK=block)
     return gradient.constant / rescale
 
 

@@ -34,7 +34,8 @@ from gem_kernels.tiles import FusedTile
 from gem_kernels.types import Operands, Upstream
 
 
-@triton.jit
+# Numbers that change from batch to batch are not specialised: a kernel is compiled once, not once for N = 16 k and once more.
+@triton.jit(do_not_specialize=["N", "splits", "tiles_per_split"])
 def _linear_logprob_fwd_kernel(
     hidden_ptr,  # (N, D), kept tokens first
     weight_ptr,  # (V, D)
@@ -130,7 +131,7 @@ def _linear_logprob_fwd_kernel(
     tl.store(out + 3 * N, target_logit, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "splits"])
 def _merge_partials_kernel(
     partial_ptr,  # (SPLITS, 4, N)
     order_ptr,  # (N,): token of each row
@@ -245,7 +246,7 @@ def launch_forward(x: Operands, targets: Tensor, order: Tensor, count: Tensor, t
     return online
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "first"])
 def _linear_logprob_bwd_kernel(
     hidden_ptr,  # (N, D)
     weight_ptr,  # (C, D): the vocabulary's columns [first, first + C)

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gem_kernels.compat import arch, launch
-from gem_kernels.tiles import SPANS, nearest
+from gem_kernels.compat import launch
+from gem_kernels.tiles import SPANS, row_tile
 
 _LOWEST = tl.constexpr(-(2**31))  # below the key of every value
 _INFINITY = tl.constexpr(0x7F800000)
@@ -104,7 +104,7 @@ def _span_topm_mean_fwd_kernel(
 
 def forward(values: Tensor, spans: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """values (N,) fp32, spans (S, 2), counts (S,) int64 -> mean (S,) fp32, threshold (S,) int32 key, cut (S,) int64 token."""
-    tile = nearest(SPANS, arch(values.device), values.element_size())
+    tile = row_tile(SPANS, values)
     n_spans = spans.shape[0]
     mean = values.new_empty(n_spans)
     threshold = counts.new_empty(n_spans, dtype=torch.int32)
@@ -158,7 +158,7 @@ def backward(grad: Tensor, values: Tensor, spans: Tensor, counts: Tensor, thresh
     Spans may overlap. Sorted by start, those that reach into a block of tokens lie between the first whose end, or that of
     one before it, is beyond the block's start, and the last that starts before the block's end.
     """
-    tile = nearest(SPANS, arch(values.device), values.element_size())
+    tile = row_tile(SPANS, values)
     n = values.shape[0]
     starts, by_start = spans[:, 0].long().sort(stable=True)
     ends = spans[:, 1].long()[by_start]
