@@ -4,18 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench aot clean
+.PHONY: demo test lint bench gpu aot clean
 
 demo: $(VENV)/.train
 	$(BIN)/gem-kernels demo --output_dir runs/demo
 
-# Once as on any CPU (the kernels are compiled for every architecture), once with the Triton kernels interpreted.
-test: $(VENV)/.test
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
+# Two halves at once: everything as on any CPU, and beside it the tests of the ops with the Triton kernels interpreted.
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,kernels compile linear_logprob logprob group_loss scoring layouts)
 
-KERNEL_TESTS := $(addprefix tests/test_, $(addsuffix .py, \
-	kernels compile linear_logprob logprob group_loss scoring layouts))
+test: $(VENV)/.test
+	@TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS) >$(VENV)/interpreted.log 2>&1 & interpreted=$$!; \
+	trap "kill $$interpreted" INT TERM; \
+	$(BIN)/python -m pytest; plain=$$?; \
+	echo "The tests of the ops with the Triton kernels interpreted:"; \
+	wait $$interpreted; status=$$?; cat $(VENV)/interpreted.log; \
+	test $$plain -eq 0 && test $$status -eq 0
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -24,6 +27,14 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks
+
+# For a machine with a GPU, ten minutes at most: GPU tests, tile sweep, times beside the peers -> OUT. PY=python3 takes an
+# environment that is there and installs nothing; with the own one, `make .venv/.bench gpu` installs the peers too.
+PY := $(BIN)/python
+OUT := benchmarks/results
+
+gpu: $(if $(filter file,$(origin PY)),$(VENV)/.test)
+	$(PY) benchmarks/gpu.py --out $(OUT)
 
 # Every kernel compiled for every architecture, without a GPU: registers, spills, shared memory.
 aot: $(VENV)/.test

@@ -1,0 +1,83 @@
+"""`make gpu` where there is no GPU: what its driver and its sweep do with results, and that they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("script", ["gpu.py", "sweep.py"])
+def test_nothing_is_written_without_a_gpu(script: str, tmp_path: Path) -> None:
+    out = {"gpu.py": ["--out", str(tmp_path / "results")], "sweep.py": ["--json", str(tmp_path / "sweep.json")]}[script]
+    done = subprocess.run(
+        [sys.executable, f"benchmarks/{script}", *out],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == "no CUDA device\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_a_row_is_claimed_once_and_survives_its_process(tmp_path: Path) -> None:
+    from gpu import Rows
+
+    path = tmp_path / "rows.json"
+    row = Rows(path).claim(table="ROWS", candidate=1)
+    assert row is not None
+    assert "did not return" in json.loads(path.read_text())["rows"][0]["error"]
+    after_a_crash = Rows(path)
+    assert after_a_crash.claim(table="ROWS", candidate=1) is None
+    other = after_a_crash.claim(table="ROWS", candidate=2)
+    assert other is not None
+    after_a_crash.put(other, ms=1.5)
+    assert json.loads(path.read_text())["rows"][1] == {"table": "ROWS", "candidate": 2, "ms": 1.5}
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
+
+
+@pytest.mark.usefixtures("benchmarks")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_sweep_knows_every_table_and_its_present_entry(arch: int) -> None:
+    import sweep
+
+    from gem_kernels import tiles
+
+    names = {name for name, value in vars(tiles).items() if isinstance(value, dict) and not name.startswith("__")}
+    found = sweep.tables(sweep.REFERENCE, arch)
+    assert {table.name for table in found} == names
+    for table in found:
+        assert table.present() in table.entries.values()
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_suggestion_is_the_fastest() -> None:
+    import sweep
+    from gpu import Rows
+
+    rows = Rows(None)
+    for block, ms in ((1024, 3.0), (2048, 2.0)):
+        row = rows.claim(
+            table="SPANS", key=[90, 4], candidate={"rows": 1, "block": block, "warps": 4}, present=block == 1024
+        )
+        assert row is not None
+        rows.put(row, ms=ms)
+    assert "RowTile(rows=1, block=2048, warps=4),  # measured: 2.0 ms, the present entry 3.0" in sweep.suggestion(rows)
