@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from importlib import import_module
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -44,3 +45,8 @@ def choose_impl(op: str, impl: str, source: Tensor) -> Impl:
     else:
         reason = f"Triton kernels need CUDA tensors, or TRITON_INTERPRET=1 on the CPU, and these are on {source.device}"
     raise ValueError(f"impl={impl!r} cannot serve {op} on {source.dtype}: {reason}; these can: {', '.join(able)}")
+
+
+def implementation(package: str, impl: str) -> Any:
+    """gem_kernels.<package>.<impl>, imported when it is used: a `triton` module imports triton."""
+    return import_module(f"gem_kernels.{package}.{impl}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from gem_kernels.types import LogitTransform, LowRank, Operands, Upstream
+from gem_kernels.types import LogitTransform, LowRank, Operands, TokenStats, Upstream
 from gem_kernels.validation import check_linear, check_transform
 
 
@@ -18,6 +18,10 @@ class LinearInputs(NamedTuple):
     operands: Operands  # hidden (M, D): M = all tokens, ignored ones included
     targets: Tensor  # (M,)
     batch_shape: torch.Size
+
+    def expand(self, stats: Iterable[Tensor]) -> TokenStats:
+        """Statistics of the M tokens -> in the caller's batch shape."""
+        return TokenStats(*(s.view(self.batch_shape) for s in stats))
 
 
 class Kept(NamedTuple):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gem_kernels.autograd import define_operator, first_order_only
-from gem_kernels.dispatch import choose_impl
-from gem_kernels.inputs import autocast_off, linear_inputs
+from gem_kernels.dispatch import choose_impl, implementation
+from gem_kernels.inputs import LinearInputs, autocast_off, linear_inputs
 from gem_kernels.linear_logprob.op import N_OPERANDS, OPERATOR_ARGUMENTS, linear_logprob_entropy
 from gem_kernels.streaming import Transform
 from gem_kernels.types import IGNORE_INDEX, GroupLoss, Impl, LogitTransform, LowRank, Operands, TokenStats, Upstream
@@ -91,19 +91,9 @@ def _linear_group_loss(
     if chosen == "reference":
         from gem_kernels.group_loss import reference
 
-        stats = linear_logprob_entropy(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            transform=transform,
-            low_rank=low_rank,
-            ignore_index=ignore_index,
-            impl="reference",
-        )
-        flat = TokenStats(*(s.reshape(-1) for s in stats))
-        loss = reference.linear_group_loss(flat, cu_groups, partial(_scalar_loss, loss_fn))
-        return GroupLoss(loss, TokenStats(*(s.detach() for s in stats)))
+        stats = _reference_statistics(inputs, transform, ignore_index)
+        loss = reference.linear_group_loss(stats, cu_groups, partial(_scalar_loss, loss_fn))
+        return GroupLoss(loss, inputs.expand(s.detach() for s in stats))
     *tensors, low_scale = x.flatten()
     with autocast_off(hidden):
         loss, *flat_stats = _GroupLoss.apply(
@@ -118,7 +108,7 @@ def _linear_group_loss(
             torch.is_grad_enabled(),
             chosen,
         )
-    return GroupLoss(loss, TokenStats(*(s.view(inputs.batch_shape) for s in flat_stats)))
+    return GroupLoss(loss, inputs.expand(flat_stats))
 
 
 def _outside_graphs(*args: Any) -> GroupLoss:
@@ -161,18 +151,9 @@ def sega_loss(
     token_weight = w.repeat_interleave(cu_seqlens.diff().to(w.device), output_size=total)
     chosen = choose_impl("sega_loss", impl, x.hidden)
     if chosen == "reference":
-        stats = linear_logprob_entropy(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            transform=transform,
-            low_rank=low_rank,
-            ignore_index=ignore_index,
-            impl="reference",
-        )
-        logprob = stats.logprob.reshape(-1)
-        return GroupLoss(-(token_weight.to(logprob.dtype) * logprob).sum(), TokenStats(*(s.detach() for s in stats)))
+        stats = _reference_statistics(inputs, transform, ignore_index)
+        loss = -(token_weight.to(stats.logprob.dtype) * stats.logprob).sum()
+        return GroupLoss(loss, inputs.expand(s.detach() for s in stats))
     needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in x.flatten()[:5]]
     with autocast_off(hidden):
         loss, *columns = weighted_logprob(
@@ -185,7 +166,22 @@ def sega_loss(
             cache_bytes,
             needed,
         )
-    return GroupLoss(loss, TokenStats(*(s.view(inputs.batch_shape) for s in columns[:3])))
+    return GroupLoss(loss, inputs.expand(columns[:3]))
+
+
+def _reference_statistics(inputs: LinearInputs, transform: LogitTransform, ignore_index: int) -> TokenStats:
+    """Of the flattened tokens, with their graph."""
+    x = inputs.operands
+    return linear_logprob_entropy(
+        x.hidden,
+        x.weight,
+        inputs.targets,
+        bias=x.bias,
+        transform=transform,
+        low_rank=x.low_rank,
+        ignore_index=ignore_index,
+        impl="reference",
+    )
 
 
 # --- sega_loss as a torch operator, which torch.compile keeps in its graph -----------------------------------------------
@@ -202,7 +198,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
         weights = token_weight[pieces[piece] : pieces[piece + 1]]
         return -(weights * stats.logprob).sum(), Upstream(-weights, None, None)
 
-    loss, stats, grads = _implementation(impl).forward_backward(
+    loss, stats, grads = implementation("group_loss", impl).forward_backward(
         x, targets, ignore_index, pieces, piece_loss, Transform(gain, limit, softcap), cache_bytes, needed
     )
     return (loss, *stats, *(loss.new_empty(0) if g is None else g for g in grads))
@@ -255,16 +251,6 @@ def _hand_over(ctx: Any, gradients: Sequence[Tensor | None], grad_loss: Tensor |
     return [None if g is None else g.mul_(grad_loss) for g in gradients]
 
 
-def _implementation(impl: str) -> Any:
-    if impl == "triton":
-        from gem_kernels.group_loss import triton
-
-        return triton
-    from gem_kernels.group_loss import chunked
-
-    return chunked
-
-
 class _GroupLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
@@ -274,7 +260,7 @@ class _GroupLoss(torch.autograd.Function):
         def loss_and_upstream(stats: TokenStats, group: int) -> tuple[Tensor, Upstream]:
             return _differentiate(loss_fn, stats, group, any(needed))
 
-        loss, stats, ctx.gradients = _implementation(impl).forward_backward(
+        loss, stats, ctx.gradients = implementation("group_loss", impl).forward_backward(
             Operands.unflatten(*operands),
             targets,
             ignore_index,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gem_kernels.autograd import define_operator
-from gem_kernels.dispatch import choose_impl
+from gem_kernels.dispatch import choose_impl, implementation
 from gem_kernels.inputs import autocast_off, linear_inputs
 from gem_kernels.streaming import OnlineStats, Transform
 from gem_kernels.types import IGNORE_INDEX, Impl, LogitTransform, LowRank, Operands, TokenStats, Upstream
@@ -71,7 +71,7 @@ def linear_logprob_entropy(
             stats = TokenStats(
                 *linear_logprob(*x.flatten(), inputs.targets, *Transform.of(transform), ignore_index, chosen)[:3]
             )
-        return TokenStats(*(s.view(inputs.batch_shape) for s in stats))
+        return inputs.expand(stats)
 
 
 # --- the same as torch operators, which torch.compile keeps in its graph ------------------------------------------------
@@ -83,21 +83,13 @@ OPERATOR_ARGUMENTS = (
 N_OPERANDS = 6  # of OPERATOR_ARGUMENTS, before the targets
 
 
-def _implementation(impl: str) -> Any:
-    if impl == "triton":
-        from gem_kernels.linear_logprob import triton
-
-        return triton
-    from gem_kernels.linear_logprob import chunked
-
-    return chunked
-
-
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     """Statistics (M,) fp32 of every token, and (m, s, t, z_y) (4, M) for the backward."""
     *operands, targets, gain, limit, softcap, ignore_index, impl = args
     transform = Transform(gain, limit, softcap)
-    online = _implementation(impl).forward(Operands.unflatten(*operands), targets, transform, ignore_index)
+    online = implementation("linear_logprob", impl).forward(
+        Operands.unflatten(*operands), targets, transform, ignore_index
+    )
     stats = OnlineStats(targets, online).finish()
     return (*(s.masked_fill(targets == ignore_index, 0) for s in stats), online)
 
@@ -112,7 +104,9 @@ def _gradients(*args: Any) -> list[Tensor]:
     *upstream, online = args[:4]
     *operands, targets, gain, limit, softcap, ignore_index, impl, needed = args[4:]
     x, transform = Operands.unflatten(*operands), Transform(gain, limit, softcap)
-    grads = _implementation(impl).backward(x, targets, online, Upstream(*upstream), transform, ignore_index, needed)
+    grads = implementation("linear_logprob", impl).backward(
+        x, targets, online, Upstream(*upstream), transform, ignore_index, needed
+    )
     return [g for g in grads if g is not None]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gem_kernels.autograd import define_operator
-from gem_kernels.dispatch import choose_impl
+from gem_kernels.dispatch import choose_impl, implementation
 from gem_kernels.inputs import autocast_off
 from gem_kernels.streaming import OnlineStats, Transform
 from gem_kernels.types import IGNORE_INDEX, Impl, LogitTransform, TokenStats, Upstream
@@ -84,16 +84,6 @@ def _check_overwritable(logits: Tensor, impl: str) -> None:
 _TRANSFORM = "float gain, float limit, bool softcap, int ignore_index"
 
 
-def _implementation(impl: str) -> Any:
-    if impl == "triton":
-        from gem_kernels.logprob import triton
-
-        return triton
-    from gem_kernels.logprob import chunked
-
-    return chunked
-
-
 def _forward(
     logits: Tensor,
     targets: Tensor,
@@ -105,7 +95,7 @@ def _forward(
     impl: str,
 ) -> tuple[Tensor, ...]:
     """Statistics (N,) fp32 of logits (B, T, V), N = B T, and (m, s, t, z_y) (4, N) for the backward."""
-    online = _implementation(impl).forward(logits, targets, Transform(gain, limit, softcap), ignore_index)
+    online = implementation("logprob", impl).forward(logits, targets, Transform(gain, limit, softcap), ignore_index)
     stats = OnlineStats(targets, online).finish()
     return (*(s.masked_fill(targets == ignore_index, 0) for s in stats), online)
 
@@ -117,7 +107,7 @@ def _forward_fake(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...
 def _write_gradient(logits: Tensor, args: tuple[Any, ...], out: Tensor) -> None:
     *upstream, online, targets, gain, limit, softcap, ignore_index, impl = args
     transform = Transform(gain, limit, softcap)
-    _implementation(impl).backward(logits, targets, online, Upstream(*upstream), transform, ignore_index, out)
+    implementation("logprob", impl).backward(logits, targets, online, Upstream(*upstream), transform, ignore_index, out)
 
 
 def _gradient(logits: Tensor, *args: Any) -> Tensor:

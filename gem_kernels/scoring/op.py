@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gem_kernels.autograd import define_operator
-from gem_kernels.dispatch import choose_impl
+from gem_kernels.dispatch import choose_impl, implementation
 from gem_kernels.types import Impl, Score
 from gem_kernels.validation import check_float, check_m, check_offsets, check_same_device, check_spans
 
@@ -121,18 +121,8 @@ def _counts(m: int | float, lengths: Tensor) -> Tensor:
 # --- the same as torch operators, which torch.compile keeps in its graph: of fixed shapes, whatever is selected -------
 
 
-def _implementation(impl: str) -> Any:
-    if impl == "triton":
-        from gem_kernels.scoring import triton
-
-        return triton
-    from gem_kernels.scoring import chunked
-
-    return chunked
-
-
 def _forward(values: Tensor, spans: Tensor, counts: Tensor, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    means: tuple[Tensor, Tensor, Tensor] = _implementation(impl).forward(values, spans, counts)
+    means: tuple[Tensor, Tensor, Tensor] = implementation("scoring", impl).forward(values, spans, counts)
     return means
 
 
@@ -142,7 +132,7 @@ def _forward_fake(values: Tensor, spans: Tensor, counts: Tensor, impl: str) -> t
 
 def _gradient(grad: Tensor, *saved: Any) -> Tensor:
     *tensors, impl = saved
-    dvalues: Tensor = _implementation(impl).backward(grad, *tensors)
+    dvalues: Tensor = implementation("scoring", impl).backward(grad, *tensors)
     return dvalues
 
 
