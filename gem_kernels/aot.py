@@ -170,8 +170,7 @@ def _group(shape: _Shape, everything: bool, dtype: torch.dtype) -> None:
 
     x, targets, transform = _linear_arguments(shape, everything, dtype)
     slab, gradients = Exponentials(x, targets, transform), Gradients(x, (True,) * 5, passes=1)
-    for upstream in _upstreams(shape.tokens):
-        slab.backward(upstream, gradients, 0)
+    slab.backward(Upstream(_meta(shape.tokens), None, None), gradients, 0)
 
 
 def _logits(shape: _Shape, softcap: float | None, dtype: torch.dtype) -> None:

@@ -74,12 +74,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 
 def takes_descriptors(*tensors: Tensor) -> bool:
-    """Whether the copy engine (TMA) can read tiles of these matrices: Hopper or later, dense rows, 16-byte strides."""
+    """Whether the copy engine (TMA) can read tiles of these matrices: Hopper or later, dense rows apart by 16 bytes."""
     import triton.language as tl
 
     return hasattr(tl, "make_tensor_descriptor") and all(
         (arch(t.device) >= 90 or INTERPRETED)
         and t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]
         and (t.stride(0) * t.element_size()) % 16 == 0
         and t.data_ptr() % 16 == 0
         for t in tensors
@@ -87,11 +88,14 @@ def takes_descriptors(*tensors: Tensor) -> bool:
 
 
 def allow_descriptors(device: torch.device) -> None:
-    """Descriptors built inside a kernel live in a workspace that the caller of triton provides, in every thread anew."""
+    """Descriptors built inside a kernel live in a workspace that the caller of triton provides, in every thread anew.
+
+    It is asked for while the kernel is launched, when the current device is the kernel's; others' kernels may ask, too.
+    """
     if _compile is None and device.type == "cuda":
         import triton
 
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
 
 
 def gemm_operand(t: Tensor) -> Tensor:
@@ -100,7 +104,10 @@ def gemm_operand(t: Tensor) -> Tensor:
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a b for fp32 `out`: exact products, fp32 sums, no rounding to the operands' dtype."""
+    """out = a b for fp32 `out`: exact products, fp32 sums, no rounding to the operands' dtype.
+
+    fp32 operands follow torch.set_float32_matmul_precision as everywhere: unless "highest", the products are TF32.
+    """
     if a.device.type == "cuda" and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a.float(), b.float(), out=out)

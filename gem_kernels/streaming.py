@@ -192,9 +192,7 @@ class LogitTiles:
         self.shape = chunk_tile(x.hidden)
         size = min(n, self.shape.rows) * padded(min(v, self.shape.cols))
         self.buffer = torch.empty(size, device=x.hidden.device)
-        # The gradient becomes an operand of the next GEMMs: in place for fp32, in the operands' dtype beside it otherwise.
-        narrow = self.row_kernels and x.gradient_dtype() != torch.float32
-        self.gradient_buffer = x.weight.new_empty(size) if narrow else self.buffer
+        self.gradient_buffer: Tensor | None = None
 
     def columns(self) -> Iterator[tuple[slice, Operands]]:
         """Column ranges and the operands of those columns, ready for the GEMM library."""
@@ -233,7 +231,12 @@ class LogitTiles:
         if self.row_kernels:
             from gem_kernels import row_kernels
 
-            out = z if z.dtype == self.gradient_buffer.dtype else matrix(self.gradient_buffer, *z.shape)
+            # It becomes an operand of the next GEMMs: in place for fp32, in the operands' dtype beside it otherwise.
+            out, dtype = z, self.x.gradient_dtype()
+            if dtype != torch.float32:
+                if self.gradient_buffer is None:
+                    self.gradient_buffer = torch.empty(self.buffer.shape, dtype=dtype, device=z.device)
+                out = matrix(self.gradient_buffer, *z.shape)
             return row_kernels.logit_gradient(z, part.bias, gradient, first_col, self.transform, out)
         return gradient.apply_(z, first_col, self.transform)
 
@@ -268,7 +271,7 @@ class Gradients:
         if self.hidden is not None:
             compat.addmm_(self.hidden[rows], dz.to(part.weight.dtype), part.weight)
         if self.low_hidden is not None and part.low_rank is not None:
-            self.low_hidden[rows].addmm_(dz.float(), part.low_rank.b.float())
+            compat.addmm_(self.low_hidden[rows], dz, part.low_rank.b)
 
     def scale_hidden_(self, rows: slice, coefficient: Tensor) -> None:
         """Rows of dhidden, which this slab alone adds to, times a number each (R, 1)."""

@@ -372,6 +372,8 @@ def test_second_order_gradients_raise() -> None:
     (dhidden,) = torch.autograd.grad(group_loss(x, "chunked", likelihood).loss, x.hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         (dhidden.square().sum() + x.hidden.sum()).backward()
+    with pytest.raises(RuntimeError, match="sega_loss: second-order"):
+        torch.autograd.grad(sega(x, "chunked", WEIGHTS).loss, x.hidden, create_graph=True)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

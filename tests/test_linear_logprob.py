@@ -501,11 +501,12 @@ def test_autocast_casts_as_linear_does(impl: str) -> None:
         assert torch.equal(value, expected.float()), name
 
 
-def test_backward_under_autocast_stays_in_fp32() -> None:
-    case, upstream = make_case(37, 12, 140, rank=0), make_upstream(37)
-    want = run_linear(case, "chunked", upstream)
+@pytest.mark.parametrize("impl", IMPLS[1:])
+def test_backward_under_autocast_stays_in_fp32(impl: str) -> None:
+    case, upstream = make_case(37, 12, 140), make_upstream(37)
+    want = run_linear(case, impl, upstream)
     x = case.leaves()
-    loss = weighted_sum(op(x, "chunked"), upstream)
+    loss = weighted_sum(op(x, impl), upstream)
     with torch.autocast("cpu", torch.bfloat16):
         loss.backward()
     for name, value in x.gradients().items():

@@ -312,14 +312,16 @@ def test_inplace_backward_overwrites_the_logits(impl: str, dtype: torch.dtype) -
 
 def test_inplace_backward_refuses_what_it_would_break() -> None:
     logits, targets = torch.randn(3, 9, requires_grad=True), torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ValueError, match="inplace_backward would overwrite logits that are a leaf"):
+    with pytest.raises(ValueError, match="inplace_backward would overwrite a leaf"):
         logprob_entropy(logits, targets, inplace_backward=True)
     with pytest.raises(ValueError, match="inplace_backward needs impl 'chunked' or 'triton'"):
         logprob_entropy(2 * logits, targets, inplace_backward=True, impl="reference")
-    with pytest.raises(
-        ValueError, match=r"inplace_backward needs logits without expanded dimensions, got strides \(0, 1\)"
-    ):
+    with pytest.raises(ValueError, match="leaf with a gradient of its own, or logits that are its view"):
+        logprob_entropy(logits[:-1], targets[:-1], inplace_backward=True)
+    with pytest.raises(ValueError, match=r"elements do not overlap, got \(3, 9\) with strides \(0, 1\)"):
         logprob_entropy((2 * logits)[:1].expand(3, 9), targets, inplace_backward=True)
+    with pytest.raises(ValueError, match=r"elements do not overlap, got \(3, 9\) with strides \(4, 1\)"):
+        logprob_entropy((2 * logits).as_strided((3, 9), (4, 1)), targets, inplace_backward=True)
     stats = logprob_entropy(2 * logits, targets, inplace_backward=True)
     with pytest.raises(RuntimeError, match="second-order"):
         torch.autograd.grad(stats.logprob.sum(), logits, create_graph=True)

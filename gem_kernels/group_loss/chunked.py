@@ -4,7 +4,8 @@ Consecutive groups whose logits fit `cache_bytes` form a slab. A slab is: logits
 loss_fn of each group and its gradient with respect to the statistics -> dlogits in place -> the two gradient GEMMs.
 A group too large for the cache is a slab of its own whose logits are computed twice (8NDV), in tiles.
 
-With Triton and bf16 operands the cache holds exponentials in bf16 (exponentials.py), elsewhere logits in fp32.
+With Triton and bf16 operands the cache holds exponentials in bf16 (exponentials.py), elsewhere and under a softcap logits in
+fp32.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def forward_backward(
     kept = (Kept.masked if static else Kept.compacted)(targets, ignore_index)
     mine, my_targets = x._replace(hidden=kept.take(x.hidden)), kept.rows(targets)
     # bf16 has the range of fp32, which exponentials with a common reference need; fp16 has not.
-    exponentials = x.weight.dtype == x.gradient_dtype() == torch.bfloat16 and compat.on_triton(x.weight.device)
+    narrow = x.weight.dtype == x.gradient_dtype() == torch.bfloat16
+    exponentials = narrow and not transform.softcap and compat.on_triton(x.weight.device)
     row_bytes = 2 * padded(x.weight.shape[0]) if exponentials else 4 * x.weight.shape[0]
     row_offsets = kept.offsets(cu_groups)
     slabs = plan_slabs(row_offsets, row_bytes, cache_bytes)

@@ -1,9 +1,12 @@
 """The cache of a slab in bf16: e^(z - reference) of every token and vocabulary entry, written while z is still in the cache.
 
-For a loss of log-probabilities alone (SEGA, DPO, GRPO) and no softcap, dL/dz_n is a number times the cached row, once the
-target's entry is corrected. That number goes into the hidden states of dweight = cache^T (number hidden) and onto the rows of
-dhidden = number (cache W), so that nothing passes over N x V any more: it is read by the two GEMMs and that is all. A loss
-that looks at entropy or lse, and a softcap, take one pass in place.
+For a loss of log-probabilities alone (SEGA, DPO, GRPO), dL/dz_n is a number times the cached row, once the target's entry is
+corrected. That number goes into the hidden states of dweight = cache^T (number hidden) and onto the rows of dhidden = number
+(cache W), so that nothing passes over N x V any more: it is read by the two GEMMs and that is all.
+
+A loss that differentiates the entropy needs log p, which rounded exponentials give only to 2^-9: where log p + H is small, dz
+would lose its digits. It recomputes the logits in tiles (8NDV), and so does one of lse. With a softcap, whose slope needs z
+too, there are no cached exponentials in the first place.
 """
 
 from __future__ import annotations
@@ -14,9 +17,19 @@ import triton.language as tl
 from torch import Tensor
 
 from gem_kernels import compat, tiles
-from gem_kernels.primitives import FLOOR, LOWEST, dlogits, online_update, pick_target, transform_logits
+from gem_kernels.primitives import FLOOR, LOWEST, online_update, pick_target
 from gem_kernels.row_kernels import Rows
-from gem_kernels.streaming import Gradients, LogitGradient, LogitTiles, OnlineStats, Transform, matrix, padded, ranges
+from gem_kernels.streaming import (
+    Gradients,
+    LogitGradient,
+    LogitTiles,
+    OnlineStats,
+    Transform,
+    accumulate_gradients,
+    matrix,
+    padded,
+    ranges,
+)
 from gem_kernels.types import Operands, Upstream
 
 # A row of cached exponentials is rescaled when its maximum has risen this far above the reference: far from the end of
@@ -24,7 +37,7 @@ from gem_kernels.types import Operands, Upstream
 _MAX_GAP = tl.constexpr(60.0)
 
 
-@triton.jit(do_not_specialize=["n_rows", "first_col", "stride_online"])
+@triton.jit(do_not_specialize=["n_rows", "stride_online"])
 def _row_exponentials_kernel(
     z_ptr,  # (N, C) fp32
     bias_ptr,  # (C,)
@@ -39,9 +52,7 @@ def _row_exponentials_kernel(
     stride_z_n,
     stride_cache_n,
     gain,
-    limit,
     HAS_BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
     FRESH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -70,7 +81,7 @@ def _row_exponentials_kernel(
         z = tl.load(base[:, None] + cols[None, :], mask=mask, other=0.0)
         if HAS_BIAS:
             z += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
-        z = tl.where(mask, transform_logits(z, gain, limit, SOFTCAP), float("-inf"))
+        z = tl.where(mask, z * gain, float("-inf"))
         width = tl.minimum(BLOCK_V, n_cols - start)
         target_logit = pick_target(target_logit, z, targets, first_col + cols, first_col + start, width)
         maximum, total, weighted, exps = online_update(maximum, total, weighted, z)
@@ -130,76 +141,8 @@ def cache_exponentials(
         z.stride(0),
         cache.stride(0),
         transform.gain,
-        transform.limit,
         HAS_BIAS=bias is not None,
-        SOFTCAP=transform.softcap,
         FRESH=first_col == 0,
-        **rows.blocks,
-    )
-
-
-@triton.jit(do_not_specialize=["n_rows"])
-def _exponentials_gradient_kernel(
-    cache_ptr,  # (N, V): e^(z - reference) in, dL/dz out
-    targets_ptr,  # (N,), and so are the next five
-    reference_ptr,
-    maximum_ptr,
-    constant_ptr,
-    slope_ptr,
-    at_target_ptr,
-    n_rows,
-    n_cols,
-    stride_cache_n,
-    gain,
-    limit,
-    SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = rows < n_rows
-    targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
-    reference = tl.load(reference_ptr + rows, mask=inside, other=0.0)
-    maximum = tl.load(maximum_ptr + rows, mask=inside, other=0.0)
-    constant = tl.load(constant_ptr + rows, mask=inside, other=0.0)
-    slope = tl.load(slope_ptr + rows, mask=inside, other=0.0) if ENTROPY else constant
-    at_target = tl.load(at_target_ptr + rows, mask=inside, other=0.0)
-    cache = cache_ptr + rows.to(tl.int64) * stride_cache_n
-    for start in range(0, n_cols, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        mask = inside[:, None] & (cols < n_cols)[None, :]
-        exps = tl.load(cache[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        # Rounded to bf16, the logarithm is 2^-9 off: an error of p, not of log p, so no larger than the rounding of dz.
-        z = tl.log(exps) + reference[:, None]
-        is_target = cols[None, :] == targets[:, None]
-        dz = dlogits(z, maximum, constant, slope, at_target, is_target, gain, limit, SOFTCAP, ENTROPY)
-        dz = tl.where((exps > 0) | is_target, dz, 0.0)
-        tl.store(cache[:, None] + cols[None, :], dz.to(cache_ptr.dtype.element_ty), mask=mask)
-
-
-def exponentials_gradient_(cache: Tensor, reference: Tensor, gradient: LogitGradient, transform: Transform) -> None:
-    """Turn cached exponentials (N, V) into dL/d(raw logits), in place."""
-    rows = Rows(cache)
-    if rows.n_rows == 0:
-        return
-    compat.launch(
-        _exponentials_gradient_kernel,
-        rows.grid,
-        cache,
-        gradient.targets,
-        reference,
-        gradient.maximum,
-        gradient.constant,
-        gradient.slope if gradient.slope is not None else gradient.constant,
-        gradient.at_target,
-        rows.n_rows,
-        rows.n_cols,
-        cache.stride(0),
-        transform.gain,
-        transform.limit,
-        SOFTCAP=transform.softcap,
-        ENTROPY=gradient.slope is not None,
         **rows.blocks,
     )
 
@@ -253,17 +196,16 @@ class Exponentials:
     def backward(self, upstream: Upstream, into: Gradients, first_row: int) -> None:
         tiles = self.tiles
         gradient = LogitGradient.of(self.online, upstream, tiles.transform)
-        hidden, low_hidden, coefficient = tiles.x.hidden, tiles.low_hidden, None
-        if upstream.entropy is None and upstream.lse is None and not tiles.transform.softcap:
-            coefficient = fold_target_(self.cache, self.reference, self.online, gradient)[:, None]
-            hidden = (hidden * coefficient).to(hidden.dtype)  # fp32 times bf16, then rounded once
-            low_hidden = None if low_hidden is None else low_hidden * coefficient
-        else:
-            exponentials_gradient_(self.cache, self.reference, gradient, tiles.transform)
+        if upstream.entropy is not None or upstream.lse is not None:
+            del self.cache
+            accumulate_gradients(tiles, gradient, into, first_row)
+            return
+        coefficient = fold_target_(self.cache, self.reference, self.online, gradient)[:, None]
+        hidden = (tiles.x.hidden * coefficient).to(tiles.x.hidden.dtype)  # fp32 times bf16, then rounded once
+        low_hidden = None if tiles.low_hidden is None else tiles.low_hidden * coefficient
         rows = slice(first_row, first_row + self.cache.shape[0])
         into.add_hidden(self.cache, tiles.x, rows)  # one GEMM: no accumulator is read again
-        if coefficient is not None:
-            into.scale_hidden_(rows, coefficient)
+        into.scale_hidden_(rows, coefficient)
         for cols in ranges(self.cache.shape[1], tiles.shape.cols):
             dweight = into.open(cols)
             into.add_weight(self.cache[:, cols], hidden, low_hidden, cols, dweight, coefficient)

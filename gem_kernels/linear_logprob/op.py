@@ -42,7 +42,8 @@ def linear_logprob_entropy(
         bias: (V,) of the same dtype, or None.
         transform: scale, softcap and temperature applied to the logits.
         low_rank: LoRA factors of the lm_head, in the dtype of `hidden` or float32; computed in fp32.
-        ignore_index: tokens with this target give 0, get no gradient and cost nothing.
+        ignore_index: tokens with this target give 0 and get no gradient. They cost nothing, except in `chunked` on CUDA, which
+            would have to wait for their number and computes them instead.
         impl: "auto", "reference", "chunked" or "triton"; only "auto" chooses.
 
     Returns:
@@ -104,9 +105,9 @@ def _gradients(*args: Any) -> list[Tensor]:
     *upstream, online = args[:4]
     *operands, targets, gain, limit, softcap, ignore_index, impl, needed = args[4:]
     x, transform = Operands.unflatten(*operands), Transform(gain, limit, softcap)
-    grads = implementation("linear_logprob", impl).backward(
-        x, targets, online, Upstream(*upstream), transform, ignore_index, needed
-    )
+    backward = implementation("linear_logprob", impl).backward
+    with autocast_off(online):  # backward may run inside autocast when forward did not
+        grads = backward(x, targets, online, Upstream(*upstream), transform, ignore_index, needed)
     return [g for g in grads if g is not None]
 
 

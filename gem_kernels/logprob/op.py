@@ -73,10 +73,19 @@ def logprob_entropy(
 def _check_overwritable(logits: Tensor, impl: str) -> None:
     if impl == "reference":
         raise ValueError("inplace_backward needs impl 'chunked' or 'triton', the reference keeps its logits")
-    if logits.is_leaf and logits.requires_grad:
-        raise ValueError("inplace_backward would overwrite logits that are a leaf with a gradient of their own")
-    if any(stride == 0 and size > 1 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError(f"inplace_backward needs logits without expanded dimensions, got strides {logits.stride()}")
+    base = None if torch.compiler.is_compiling() else logits._base
+    if any(t is not None and t.is_leaf and t.requires_grad for t in (logits, base)):
+        raise ValueError(
+            "inplace_backward would overwrite a leaf with a gradient of its own, or logits that are its view"
+        )
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError(
+                f"inplace_backward needs logits whose elements do not overlap, got {tuple(logits.shape)} with strides "
+                f"{logits.stride()}"
+            )
+        reach += (size - 1) * stride
 
 
 # --- the same as torch operators, which torch.compile keeps in its graph ------------------------------------------------
