@@ -159,22 +159,6 @@ def rows_of_a_tile(device: torch.device) -> Callable[[], Tensor]:
     return run
 
 
-def exponentials_of_a_tile(device: torch.device) -> Callable[[], Tensor]:
-    """The same chunk into the cache of a group loss."""
-    from gem_kernels.group_loss.exponentials import cache_exponentials
-
-    n, cols = 4096, 4096
-    z, cache = numbers(n, cols, device=device, size=4.5), numbers(n, cols, device=device, dtype=BF16)
-    online, reference = OnlineStats.start(integers(cols, n, device)), numbers(n, device=device)
-    transform = Transform.of(LogitTransform())
-
-    def run() -> Tensor:
-        cache_exponentials(z, None, online, reference, cache, 0, transform)
-        return cache
-
-    return run
-
-
 def rows_of_logits(s: Shape, device: torch.device) -> Callable[[], Tensor]:
     logits = numbers(s.n // 2, s.v, device=device, dtype=BF16, size=4.5).requires_grad_()
     targets = integers(s.v, s.n // 2, device)
@@ -269,7 +253,6 @@ def tables(s: Shape, arch: int) -> list[Table]:
         Table("_CHUNKED_CUDA", tiles._CHUNKED_CUDA, (arch, 2048), CHUNKS, partial(chunked, s)),
         Table("ROWS", tiles.ROWS, (arch, 4), ROW_TILES, rows_of_a_tile),
         Table("ROWS", tiles.ROWS, (arch, 2), ROW_TILES, partial(rows_of_logits, s)),
-        Table("EXPONENTIALS", tiles.EXPONENTIALS, (arch, 4), ROW_TILES, exponentials_of_a_tile),
         Table("SPANS", tiles.SPANS, (arch, 4), SPAN_TILES, spans),
         Table("_CHUNKED_CUDA", tiles._CHUNKED_CUDA, (arch, 0), CHUNKS, partial(chunked, narrow)),
         *linear(4, 0 if copied else 1, small, False, FP32_TILES),
@@ -388,9 +371,7 @@ def suggestion(rows: Rows) -> str:
     for (table, key), timed in found.items():
         best = min(timed, key=lambda row: row["ms"])
         present = next((row["ms"] for row in timed if row.get("present")), None)
-        kind = {"_CHUNKED_CUDA": "ChunkTile", "ROWS": "RowTile", "EXPONENTIALS": "RowTile", "SPANS": "RowTile"}.get(
-            table, "FusedTile"
-        )
+        kind = {"_CHUNKED_CUDA": "ChunkTile", "ROWS": "RowTile", "SPANS": "RowTile"}.get(table, "FusedTile")
         values = ", ".join(f"{name}={value}" for name, value in best["candidate"].items())
         lines.append(f"{table}:  {key}: {kind}({values}),  # measured: {best['ms']} ms, the present entry {present}")
     return "\n".join(lines)

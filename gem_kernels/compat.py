@@ -77,11 +77,14 @@ def takes_descriptors(*tensors: Tensor) -> bool:
     """Whether the copy engine (TMA) can read tiles of these matrices: Hopper or later, dense rows apart by 16 bytes."""
     import triton.language as tl
 
+    def apart(t: Tensor) -> int:  # the interpreter of triton 3.4 counts elements
+        return t.stride(0) * (1 if INTERPRETED else t.element_size())
+
     return hasattr(tl, "make_tensor_descriptor") and all(
         (arch(t.device) >= 90 or INTERPRETED)
         and t.stride(1) == 1
         and t.stride(0) >= t.shape[1]
-        and (t.stride(0) * t.element_size()) % 16 == 0
+        and apart(t) % 16 == 0
         and t.data_ptr() % 16 == 0
         for t in tensors
     )

@@ -8,8 +8,6 @@ Rows of a matrix (N, V), or of a strided batch (B, T, V): row n is at (n // T) s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +15,6 @@ from torch import Tensor
 from gem_kernels import compat, tiles
 from gem_kernels.primitives import LOWEST, dlogits, online_update, pick_target, transform_logits
 from gem_kernels.streaming import LogitGradient, OnlineStats, Transform
-from gem_kernels.tiles import RowTile
 
 
 # Numbers that change from batch to batch are not specialised: a kernel is compiled once, not once for N = 16 k and once more.
@@ -80,10 +77,10 @@ def _row_statistics_kernel(
 class Rows:
     """Addresses of the rows of a matrix (N, V) or a batch (B, T, V), as the kernels take them."""
 
-    def __init__(self, z: Tensor, table: Mapping[tuple[int, int], RowTile] = tiles.ROWS) -> None:
+    def __init__(self, z: Tensor) -> None:
         self.n_cols = z.shape[-1]
         self.n_rows = z.shape[0] if z.ndim == 2 else z.shape[0] * z.shape[1]
-        self.tile = tiles.row_tile(table, z)
+        self.tile = tiles.row_tile(tiles.ROWS, z)
         self.grid = (triton.cdiv(self.n_rows, self.tile.rows),)
         per_batch, strides = (self.n_rows, (0, *z.stride())) if z.ndim == 2 else (z.shape[1], z.stride())
         self.address = (max(per_batch, 1), *strides)

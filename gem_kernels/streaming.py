@@ -172,8 +172,9 @@ def adapter_hidden(x: Operands) -> Tensor | None:
 
 
 def padded(columns: int) -> int:
-    """Columns of a buffer whose rows begin on 16 bytes in every dtype, as the fast kernels of a GEMM library ask."""
-    return -(-columns // 8) * 8
+    """Columns of a buffer whose rows begin on 16 bytes, as the fast kernels of a GEMM library ask, and 16 elements apart, by
+    which triton knows it."""
+    return -(-columns // 16) * 16
 
 
 def matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:

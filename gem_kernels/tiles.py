@@ -75,7 +75,7 @@ LINEAR_FORWARD = {
     (90, 2, 0): FusedTile(block_n=128, block_v=256, block_d=128, group_n=16, warps=8, stages=2),
     (90, 2, 1): FusedTile(block_n=128, block_v=128, block_d=64, group_n=16, warps=8, stages=3),
     (90, 2, 2): FusedTile(block_n=64, block_v=128, block_d=32, group_n=16, warps=8, stages=3),
-    (90, 4, 0): FusedTile(block_n=64, block_v=128, block_d=32, group_n=16, warps=4, stages=3),
+    (90, 4, 0): FusedTile(block_n=64, block_v=128, block_d=32, group_n=16, warps=8, stages=3),
     (90, 4, 2): FusedTile(block_n=64, block_v=64, block_d=32, group_n=16, warps=8, stages=3),
     (100, 2, 1): FusedTile(block_n=128, block_v=128, block_d=64, group_n=16, warps=8, stages=3),
     (100, 2, 2): FusedTile(block_n=64, block_v=128, block_d=32, group_n=16, warps=8, stages=3),
@@ -84,21 +84,16 @@ LINEAR_FORWARD = {
 }
 LINEAR_BACKWARD = {
     **LINEAR_FORWARD,
+    (90, 2, 0): FusedTile(block_n=128, block_v=256, block_d=64, group_n=16, warps=8, stages=3),
     (100, 2, 0): FusedTile(block_n=128, block_v=256, block_d=64, group_n=16, warps=8, stages=3),
 }
 RAGGED = 64  # D is ragged when this, a multiple of every block_d that reads through addresses, does not divide it
 
-# By element size: about 16 KiB of a row per step keeps enough loads in flight.
+# By element size: 8 to 16 KiB of a row per step keep enough loads in flight.
 ROWS = {
     (0, 2): RowTile(rows=64, block=128, warps=4),
     (0, 4): RowTile(rows=64, block=128, warps=4),
     (80, 2): RowTile(rows=1, block=8192, warps=8),
-    (80, 4): RowTile(rows=1, block=4096, warps=8),
-}
-
-# The kernel that also writes the cache of a group loss, from fp32 tiles: it has the most to keep in registers.
-EXPONENTIALS = {
-    (0, 4): RowTile(rows=64, block=128, warps=4),
     (80, 4): RowTile(rows=1, block=2048, warps=8),
 }
 

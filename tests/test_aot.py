@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -119,6 +120,27 @@ def test_blocks_per_multiprocessor(
     arch: int, threads: int, registers: int, shared: int, tensor_memory: int, blocks: int
 ) -> None:
     assert aot.blocks_per_multiprocessor(arch, threads, registers, shared, tensor_memory) == blocks
+
+
+def test_the_page_of_the_kernels_shows_the_worst_rows_of_the_report() -> None:
+    lines = (ROOT / "docs/aot.md").read_text(encoding="utf-8").splitlines()
+    versions, header, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line]
+    found: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for cells in rows[1:]:
+        row = dict(zip(header, cells, strict=True))
+        found.setdefault((row["kernel"], row["arch"]), []).append(row)
+
+    def most(rows: list[dict[str, str]], column: str, of: Callable[..., str] = max) -> str:
+        return of((row[column] for row in rows), key=float)
+
+    expected = [
+        f"| `{kernel}` | {arch} | {len(rows)} | {most(rows, 'registers')} | {most(rows, 'spills')} |"
+        f" {most(rows, 'shared KiB')} | {most(rows, 'blocks/SM', min)} | {max(row['instructions'] for row in rows)} |"
+        for (kernel, arch), rows in found.items()
+    ]
+    block = "\n".join([*expected, "", f"({', '.join(versions)})"])
+    page = (ROOT / "docs/kernels.md").read_text(encoding="utf-8")
+    assert block in page, f"docs/aot.md says:\n{block}"
 
 
 def test_refuses_the_interpreter() -> None:

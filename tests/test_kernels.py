@@ -61,7 +61,7 @@ def test_descriptors_and_pointers_read_the_same(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, launches: list[tuple[str, dict[str, object]]]
 ) -> None:
     """The copy engine's branch (rows on 16 bytes) and the other, on ragged rows, columns and steps of D."""
-    case, upstream = make_case(77, 72, 259, dtype=dtype), make_upstream(77)
+    case, upstream = make_case(77, 80, 259, dtype=dtype), make_upstream(77)
     check_linear(case, "triton")
     assert {meta["USE_TMA"] for name, meta in launches if "linear" in name} == {True}
     through_descriptors = run_linear(case, "triton", upstream)
@@ -74,12 +74,12 @@ def test_descriptors_and_pointers_read_the_same(
 
 
 def test_descriptors_are_for_rows_on_16_bytes_only() -> None:
-    assert compat.takes_descriptors(torch.empty(3, 8), torch.empty(5, 8))
+    assert compat.takes_descriptors(torch.empty(3, 16), torch.empty(5, 16))
     assert not compat.takes_descriptors(torch.empty(3, 7))
-    assert not compat.takes_descriptors(torch.empty(3, 9)[:, 1:])
-    assert not compat.takes_descriptors(torch.empty(8, 3).T)
-    assert not compat.takes_descriptors(torch.empty(8, 3), torch.empty(3, 8))
-    assert not compat.takes_descriptors(torch.empty(1, 8).expand(4, 8))
+    assert not compat.takes_descriptors(torch.empty(3, 17)[:, 1:])
+    assert not compat.takes_descriptors(torch.empty(16, 3).T)
+    assert not compat.takes_descriptors(torch.empty(16, 3), torch.empty(3, 16))
+    assert not compat.takes_descriptors(torch.empty(1, 16).expand(4, 16))
 
 
 @pytest.mark.parametrize("rank", [1, 5, 16, 40])

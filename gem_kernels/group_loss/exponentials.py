@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gem_kernels import compat, tiles
+from gem_kernels import compat
 from gem_kernels.primitives import FLOOR, LOWEST, online_update, pick_target
 from gem_kernels.row_kernels import Rows
 from gem_kernels.streaming import (
@@ -122,7 +122,7 @@ def cache_exponentials(
     reference (N,): near the row's maximum, at most _MAX_GAP below it, and the same for all columns of the cache (N, V) bf16,
     whose range is fp32's: so the cached row times one number is the row's softmax.
     """
-    rows = Rows(z, tiles.EXPONENTIALS)
+    rows = Rows(z)
     if rows.n_rows == 0:
         return
     compat.launch(
