@@ -28,7 +28,7 @@ from gpu import LOST, Json, Rows, milliseconds
 from torch import Tensor
 
 from gem_kernels import compat, linear_logprob_entropy, logprob_entropy, sega_loss, tiles, topm_mean
-from gem_kernels.streaming import LogitGradient, OnlineStats, Transform, matrix, padded, ranges
+from gem_kernels.streaming import LogitGradient, OnlineStats, Transform, buffer_size, matrix, ranges
 from gem_kernels.tiles import ChunkTile, FusedTile, RowTile
 from gem_kernels.types import LogitTransform, Operands
 
@@ -112,7 +112,7 @@ def linear_backward(s: Shape, dtype: torch.dtype, bias: bool, device: torch.devi
     rows = [numbers(s.n, device=device) for _ in range(3)]
     gradient = LogitGradient(targets, torch.full((s.n,), 20.0, device=device), *rows)
     shape, transform = tiles.chunk_tile(x.hidden), Transform.of(LogitTransform())
-    buffer = x.hidden.new_empty(min(s.n, shape.rows) * padded(min(s.v, shape.cols)))
+    buffer = x.hidden.new_empty(buffer_size(s.n, s.v, shape))
 
     def run() -> Tensor:
         for cols in ranges(s.v, shape.cols):
@@ -371,7 +371,7 @@ def suggestion(rows: Rows) -> str:
     for (table, key), timed in found.items():
         best = min(timed, key=lambda row: row["ms"])
         present = next((row["ms"] for row in timed if row.get("present")), None)
-        kind = {"_CHUNKED_CUDA": "ChunkTile", "ROWS": "RowTile", "SPANS": "RowTile"}.get(table, "FusedTile")
+        kind = type(next(iter(getattr(tiles, table).values()))).__name__
         values = ", ".join(f"{name}={value}" for name, value in best["candidate"].items())
         lines.append(f"{table}:  {key}: {kind}({values}),  # measured: {best['ms']} ms, the present entry {present}")
     return "\n".join(lines)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gem_kernels import compat
-from gem_kernels.tiles import CHUNKED, chunk_tile
+from gem_kernels.tiles import CHUNKED, ChunkTile, chunk_tile
 from gem_kernels.types import LogitTransform, Operands, TokenStats, Upstream
 
 # exp(-87) is the smallest normal fp32 number. Flooring z - max there moves a row's sum by less than V * 2e-38, far below
@@ -182,6 +182,11 @@ def matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * padded(columns)].view(rows, padded(columns))[:, :columns]
 
 
+def buffer_size(n: int, v: int, shape: ChunkTile) -> int:
+    """Elements of a buffer that holds any one tile of (n, v) logits as a `matrix`."""
+    return min(n, shape.rows) * padded(min(v, shape.cols))
+
+
 class LogitTiles:
     """Tiles of the logits of all N rows, columns outermost, and the weight rows that made them."""
 
@@ -191,8 +196,7 @@ class LogitTiles:
         self.hidden, self.low_hidden = compat.gemm_operand(x.hidden), adapter_hidden(x)
         n, v = x.hidden.shape[0], x.weight.shape[0]
         self.shape = chunk_tile(x.hidden)
-        size = min(n, self.shape.rows) * padded(min(v, self.shape.cols))
-        self.buffer = torch.empty(size, device=x.hidden.device)
+        self.buffer = torch.empty(buffer_size(n, v, self.shape), device=x.hidden.device)
         self.gradient_buffer: Tensor | None = None
 
     def columns(self) -> Iterator[tuple[slice, Operands]]:

@@ -89,7 +89,8 @@ LINEAR_BACKWARD = {
 }
 RAGGED = 64  # D is ragged when this, a multiple of every block_d that reads through addresses, does not divide it
 
-# By element size: 8 to 16 KiB of a row per step keep enough loads in flight.
+# By element size: 8 to 16 KiB of a row per step keep enough loads in flight. Of fp32 the cached exponentials have the most to
+# keep in registers (gem_kernels.aot), though the sweep times the statistics and gradients alone.
 ROWS = {
     (0, 2): RowTile(rows=64, block=128, warps=4),
     (0, 4): RowTile(rows=64, block=128, warps=4),

@@ -26,8 +26,8 @@ from gem_kernels.streaming import (
     OnlineStats,
     Transform,
     adapter_hidden,
+    buffer_size,
     matrix,
-    padded,
     ranges,
 )
 from gem_kernels.tiles import FusedTile
@@ -353,7 +353,7 @@ def backward(
     low_hidden = adapter_hidden(mine)
     n, v = mine.hidden.shape[0], mine.weight.shape[0]
     shape = tiles.chunk_tile(mine.hidden)
-    buffer = mine.hidden.new_empty(min(n, shape.rows) * padded(min(v, shape.cols)), dtype=mine.gradient_dtype())
+    buffer = mine.hidden.new_empty(buffer_size(n, v, shape), dtype=mine.gradient_dtype())
     for cols in ranges(v, shape.cols):
         part, dweight = mine.columns(cols), gradients.open(cols)
         for rows in ranges(n, shape.rows):
