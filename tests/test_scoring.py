@@ -154,14 +154,15 @@ def test_short_sequences_do_not_wait_for_a_long_one() -> None:
     """Rows are padded to the longest of their own bucket: one long sequence must not make every short one a bucket."""
     from gem_kernels.scoring.chunked import plan_buckets
 
-    lengths = [20] * 5000 + [100_000]
-    buckets = list(plan_buckets(lengths, block=1 << 17))
-    assert [i for b in buckets for i in range(b.start, b.stop)] == list(range(5001))
-    assert len(buckets) == 2
+    lengths, counts = [20] * 3000 + [29] * 2000 + [100_000], [2] * 3000 + [3] * 2000 + [3]
+    assert len(list(plan_buckets(lengths, counts, block=1 << 17))) == 3
     for block in (1, 100, 1 << 17):
-        for b in plan_buckets(lengths, block):
+        buckets = list(plan_buckets(lengths, counts, block))
+        assert [i for b in buckets for i in range(b.start, b.stop)] == list(range(5001))
+        for b in buckets:
             assert (b.stop - b.start) * max(lengths[b]) <= block or b.stop == b.start + 1
-    assert not list(plan_buckets([], block=100))
+            assert len(set(counts[b])) == 1
+    assert not list(plan_buckets([], [], block=100))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

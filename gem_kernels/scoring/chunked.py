@@ -1,4 +1,4 @@
-"""topm_mean over ragged spans: spans of similar length are the rows of one padded matrix.
+"""topm_mean over ragged spans: spans of which the same number is averaged are the rows of one padded matrix, and one topk.
 
 selected(t) = key_t > threshold, or key_t == threshold and t <= cut: the key and the token of the last one that a span selects.
 """
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gem_kernels.tiles import CHUNKED
 
@@ -22,42 +23,47 @@ def _order_key(values: Tensor) -> Tensor:
     return torch.where(bits < 0, -magnitude, magnitude).masked_fill(magnitude > _INFINITY, _INFINITY + 1)
 
 
-def plan_buckets(lengths: Sequence[int], block: int) -> Iterator[slice]:
-    """Rising lengths -> runs of rows that, padded to their last and longest, hold at most `block` values; at least one row."""
+def plan_buckets(lengths: Sequence[int], counts: Sequence[int], block: int) -> Iterator[slice]:
+    """Runs of rows of the same count, with rising lengths, that hold at most `block` values when they are padded to the last
+    and longest; at least one row."""
     start = 0
-    for end, length in enumerate(lengths):
-        if end > start and (end + 1 - start) * length > block:
-            yield slice(start, end)
-            start = end
-    if len(lengths):
-        yield slice(start, len(lengths))
+    for end in range(1, len(lengths) + 1):
+        if end < len(lengths) and counts[end] == counts[start] and (end + 1 - start) * lengths[end] <= block:
+            continue
+        yield slice(start, end)
+        start = end
 
 
-def _padded_rows(spans: Tensor, n_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Every span that is not empty, in buckets: span (R,), token of each of its places (R, longest), place inside it?"""
-    starts, lengths = spans[:, 0].long(), (spans[:, 1] - spans[:, 0]).long()
+def _buckets(spans: Tensor, counts: Tensor) -> Iterator[Tensor]:
+    """Every span that is not empty, once: those of a bucket (R,)."""
+    lengths = spans[:, 1] - spans[:, 0]
     order = lengths.argsort(stable=True)
+    order = order[counts[order].argsort(stable=True)]
     order = order[lengths[order] > 0]
-    for bucket in plan_buckets(lengths[order].tolist(), CHUNKED.block):
-        rows = order[bucket]
-        width = torch.arange(int(lengths[rows[-1]]), device=spans.device)
-        yield rows, (starts[rows, None] + width).clamp(max=n_tokens - 1), width < lengths[rows, None]
+    for bucket in plan_buckets(lengths[order].tolist(), counts[order].tolist(), CHUNKED.block):
+        yield order[bucket]
 
 
 def forward(values: Tensor, spans: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """values (N,) fp32, spans (S, 2), counts (S,) int64 -> mean (S,) fp32, threshold (S,) int32 key, cut (S,) int64 token."""
     mean = values.new_full(counts.shape, float("nan"))
     threshold, cut = counts.new_zeros(counts.shape, dtype=torch.int32), torch.zeros_like(counts)
-    for rows, at, inside in _padded_rows(spans, values.shape[0]):
-        padded = values[at].masked_fill_(~inside, float("-inf"))
-        taken = counts[rows, None]
-        largest = padded.topk(int(taken.max()), dim=1).values  # falling; which token of equal values it took is open
-        rank = torch.arange(largest.shape[1], device=values.device)
-        mean[rows] = largest.masked_fill(rank >= taken, 0.0).sum(1) / counts[rows]
-        key, last = _order_key(padded), _order_key(largest.gather(1, taken - 1))
-        kept = taken - (key > last).sum(1, keepdim=True)  # of those equal to the last, the first in position
-        column = ((key == last).cumsum(1) == kept).int().argmax(1, keepdim=True)
-        threshold[rows], cut[rows] = last[:, 0], at.gather(1, column)[:, 0]
+    for rows in _buckets(spans, counts):
+        parts = [values[start:end] for start, end in spans[rows].tolist()]
+        padded = pad_sequence(parts, batch_first=True, padding_value=float("-inf"))
+        taken = int(counts[rows[0]])
+        largest = padded.topk(taken, dim=1, sorted=False).values  # which token of equal values it took is open
+        mean[rows] = largest.sum(1) / taken
+        key = _order_key(largest)
+        threshold[rows], last = key.min(dim=1)
+        cut[rows] = spans[rows, 1].long() - 1
+        # Where not all that equal the last are taken, it is the first of them. (NaN equals nothing, -inf the padding: look.)
+        equal = (padded == largest.gather(1, last[:, None])).count_nonzero(1)
+        kept = (key == threshold[rows, None]).count_nonzero(1)
+        tied = (equal != kept).nonzero()[:, 0]
+        if len(tied):
+            tie = _order_key(padded[tied]) == threshold[rows[tied], None]
+            cut[rows[tied]] = spans[rows[tied], 0] + (tie.cumsum(1) == kept[tied, None]).int().argmax(1)
     return mean, threshold, cut
 
 
@@ -65,8 +71,12 @@ def backward(grad: Tensor, values: Tensor, spans: Tensor, counts: Tensor, thresh
     """d/dvalues (N,): each selected value gets its span's gradient over the span's count; spans may overlap."""
     key, share = _order_key(values), grad / counts.clamp(min=1)
     dvalues = torch.zeros_like(values)
-    for rows, at, inside in _padded_rows(spans, values.shape[0]):
-        here, last = key[at], threshold[rows, None]
-        chosen = inside & ((here > last) | ((here == last) & (at <= cut[rows, None])))
-        dvalues.index_add_(0, at.flatten(), torch.where(chosen, share[rows, None], 0.0).flatten())
+    for rows in _buckets(spans, counts):
+        starts, lengths = spans[rows, 0].long(), (spans[rows, 1] - spans[rows, 0]).long()
+        before = lengths.cumsum(0) - lengths
+        place = torch.arange(int(lengths.sum()), device=values.device)
+        span, at = rows.repeat_interleave(lengths), place + (starts - before).repeat_interleave(lengths)
+        here, last = key[at], threshold[span]
+        chosen = ((here > last) | ((here == last) & (at <= cut[span]))).nonzero()[:, 0]
+        dvalues.index_add_(0, at[chosen], share[span[chosen]])
     return dvalues
