@@ -31,7 +31,7 @@ import torch.fx.experimental._config as meta_config
 from torch import Tensor
 
 from gem_kernels import compat
-from gem_kernels.streaming import Gradients, Transform
+from gem_kernels.streaming import Gradients, Transform, padded
 from gem_kernels.types import IGNORE_INDEX, LogitTransform, LowRank, Operands, Upstream
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -169,7 +169,8 @@ def _group(shape: _Shape, everything: bool, dtype: torch.dtype) -> None:
     from gem_kernels.group_loss.exponentials import Exponentials
 
     x, targets, transform = _linear_arguments(shape, everything, dtype)
-    slab, gradients = Exponentials(x, targets, transform), Gradients(x, (True,) * 5, passes=1)
+    cache = _meta(shape.tokens * padded(shape.vocabulary), dtype=dtype)
+    slab, gradients = Exponentials(x, targets, transform, cache), Gradients(x, (True,) * 5, passes=1)
     slab.backward(Upstream(_meta(shape.tokens), None, None), gradients, 0)
 
 

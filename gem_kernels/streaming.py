@@ -77,24 +77,29 @@ class OnlineStats(NamedTuple):
     def update(self, z: Tensor, first_col: int) -> None:
         """Take in transformed logits z (N, C) of the columns from first_col on, in torch; z is left as it is."""
         columns = z.shape[1]
-        maximum, total, weighted, target_logit = self.values
         step = max(1, CHUNKED.block // columns)
         shifted_buffer, exp_buffer = z.new_empty(step * columns), z.new_empty(step * columns)
+        tile_maximum, tile_total, tile_weighted = z.new_empty(3, z.shape[0])
         for at in ranges(z.shape[0], step):
             zb = z[at]
             shifted, exps = (b[: zb.numel()].view_as(zb) for b in (shifted_buffer, exp_buffer))
-            old = maximum[at]
-            new = torch.maximum(old, zb.amax(1))
-            torch.sub(zb, new[:, None], out=shifted).clamp_(min=_FLOOR)
-            torch.exp(shifted, out=exps)
-            drop = (old - new).clamp_(min=_FLOOR)
-            decay = drop.exp()
-            weighted[at] = decay * (weighted[at] + drop * total[at])
-            total[at] = decay * total[at] + exps.sum(1)
-            weighted[at] += exps.mul_(shifted).sum(1)
-            maximum[at] = new
+            torch.amax(zb, 1, out=tile_maximum[at])
+            torch.sub(zb, tile_maximum[at, None].clamp_(min=torch.finfo(z.dtype).min), out=shifted).clamp_(min=_FLOOR)
+            torch.sum(torch.exp(shifted, out=exps), 1, out=tile_total[at])
+            torch.sum(exps.mul_(shifted), 1, out=tile_weighted[at])
+        self._merge(tile_maximum, tile_total, tile_weighted)
         hit, column = target_columns(self.targets, first_col, columns)
-        target_logit[hit] = z[hit, column]
+        self.values[3, hit] = z[hit, column]
+
+    def _merge(self, other_maximum: Tensor, other_total: Tensor, other_weighted: Tensor) -> None:
+        """(m, s, t) of further columns, each (N,), into those of the row."""
+        maximum, total, weighted, _ = self.values
+        new = torch.maximum(maximum, other_maximum)
+        drop, other_drop = (maximum - new).clamp_(min=_FLOOR), (other_maximum - new).clamp_(min=_FLOOR)
+        decay, other_decay = drop.exp(), other_drop.exp()
+        weighted.add_(drop * total).mul_(decay).add_(other_decay * (other_weighted + other_drop * other_total))
+        total.mul_(decay).add_(other_decay * other_total)
+        maximum.copy_(new)
 
     def finish(self) -> TokenStats:
         """log p = (z_y - m) - log s; H = log s - t / s: both shifted, so nothing cancels at large |z|."""
@@ -246,11 +251,22 @@ class LogitTiles:
         return gradient.apply_(z, first_col, self.transform)
 
 
+class Sum:
+    """fp32 sum of matrix products. The first is written and not added, so memory is never passed over to be zeroed."""
+
+    def __init__(self, total: Tensor, empty: bool) -> None:
+        self.total, self.empty = total, empty
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        (compat.mm if self.empty else compat.addmm_)(a=a, b=b, out=self.total)
+        self.empty = False
+
+
 class Gradients:
     """fp32 accumulators of the gradients of Operands (hidden, weight, bias, a, b), only of those that are needed.
 
-    `passes`: how often each vocabulary column is visited. With one pass a narrow weight gradient is accumulated in a
-    tile and rounded once on its way out; with several it needs a whole fp32 accumulator.
+    `passes`: how often each vocabulary column is visited, each time in order. With one pass a narrow weight gradient is
+    accumulated in a tile and rounded once on its way out; with several it needs a whole fp32 accumulator.
     """
 
     def __init__(self, x: Operands, needed: Sequence[bool], passes: int) -> None:
@@ -262,14 +278,21 @@ class Gradients:
         (n, d), v = x.hidden.shape, x.weight.shape[0]
         rank = 0 if x.low_rank is None else x.low_rank.a.shape[0]
         self.hidden = zeros(need_hidden, n, d)
-        self.weight = zeros(need_weight, v, d, dtype=x.weight.dtype if passes == 1 else torch.float32)
+        self.weight: Tensor | None = None
+        if need_weight:
+            self.weight = x.hidden.new_empty(v, d, dtype=x.weight.dtype if passes == 1 else torch.float32)
+        self.columns_seen = 0  # what stands in dweight beyond them means nothing yet
         self.bias = zeros(need_bias, v)
         self.low_hidden = zeros(rank > 0 and (need_hidden or self.need_a), n, rank)
         self.b = zeros(need_b, v, rank)
 
-    def open(self, cols: slice) -> Tensor | None:
-        """The fp32 tile that collects dweight of these columns: a view of an fp32 gradient, else to be rounded by close."""
-        return None if self.weight is None else self.weight[cols].float()
+    def open(self, cols: slice) -> Sum | None:
+        """What collects dweight of these columns: a view of an fp32 gradient, else a tile that close rounds."""
+        if self.weight is None:
+            return None
+        new, self.columns_seen = cols.start >= self.columns_seen, max(cols.stop, self.columns_seen)
+        of_cols = self.weight[cols]
+        return Sum(of_cols if of_cols.dtype == torch.float32 else torch.empty_like(of_cols, dtype=torch.float32), new)
 
     def add_hidden(self, dz: Tensor, part: Operands, rows: slice) -> None:
         """dhidden += dz W for dz (R, C) of these rows, and the same through the adapter."""
@@ -290,7 +313,7 @@ class Gradients:
         hidden: Tensor,
         low_hidden: Tensor | None,
         cols: slice,
-        dweight: Tensor | None,
+        dweight: Sum | None,
         coefficient: Tensor | None = None,
     ) -> None:
         """dweight += dz^T hidden for dz (R, C) of these columns, and the same for bias and adapter.
@@ -298,7 +321,7 @@ class Gradients:
         With a coefficient (R, 1) dL/dz is coefficient dz, and the hidden states have it in them already.
         """
         if dweight is not None:
-            compat.addmm_(dweight, dz.to(hidden.dtype).t(), hidden)
+            dweight.add(dz.to(hidden.dtype).t(), hidden)
         if self.bias is not None and coefficient is not None:
             compat.addmm_(self.bias[cols].unsqueeze(0), coefficient.t().to(dz.dtype), dz)
         elif self.bias is not None:
@@ -306,13 +329,19 @@ class Gradients:
         if self.b is not None and low_hidden is not None:
             self.b[cols].addmm_(dz.float().t(), low_hidden)
 
-    def close(self, cols: slice, dweight: Tensor | None) -> None:
-        if self.weight is not None and dweight is not None and self.weight.dtype != torch.float32:
-            self.weight[cols] = dweight.to(self.weight.dtype)
+    def close(self, cols: slice, dweight: Sum | None) -> None:
+        if self.weight is None or dweight is None:
+            return
+        if dweight.empty:  # no token was there
+            dweight.total.zero_()
+        if self.weight.dtype != torch.float32:
+            self.weight[cols] = dweight.total
 
     def finish(self) -> list[Tensor | None]:
         """[hidden, weight, bias, a, b] in their own dtypes. The two terms of dhidden are rounded after their sum."""
         x, a, low = self.x, None, self.x.low_rank
+        if self.weight is not None:
+            self.weight[self.columns_seen :].zero_()
         if low is not None and self.low_hidden is not None:
             self.low_hidden *= low.scale
             if self.hidden is not None:
@@ -328,28 +357,34 @@ class Gradients:
         ]
 
 
-def statistics(tiles: LogitTiles, targets: Tensor, cache: list[Tensor] | None = None) -> OnlineStats:
+def cached_tile(cache: Tensor, n: int, rows: slice, cols: slice) -> Tensor:
+    """The place of a tile in a buffer of n padded(V) elements that holds the logits of n rows tile by tile.
+
+    Only the last tile has a width that needs padding.
+    """
+    height, width = rows.stop - rows.start, cols.stop - cols.start
+    return matrix(cache[n * cols.start + rows.start * padded(width) :], height, width)
+
+
+def statistics(tiles: LogitTiles, targets: Tensor, cache: Tensor | None = None) -> OnlineStats:
     """One pass over the vocabulary. With a `cache` the tiles are kept there for the gradient pass."""
-    online = OnlineStats.start(targets)
+    online, n = OnlineStats.start(targets), targets.shape[0]
     for cols, part in tiles.columns():
         for rows in tiles.rows():
-            out = None
-            if cache is not None:
-                out = torch.empty(rows.stop - rows.start, cols.stop - cols.start, device=targets.device)
-                cache.append(out)
+            out = None if cache is None else cached_tile(cache, n, rows, cols)
             tiles.update(online.rows(rows), tiles.tile(rows, part, out), part, cols.start)
     return online
 
 
 def accumulate_gradients(
-    tiles: LogitTiles, gradient: LogitGradient, into: Gradients, first_row: int = 0, cache: list[Tensor] | None = None
+    tiles: LogitTiles, gradient: LogitGradient, into: Gradients, first_row: int = 0, cache: Tensor | None = None
 ) -> None:
     """Every tile (recomputed, or from the cache) -> its gradient -> the accumulators, whose rows begin at first_row."""
-    cached = iter(cache or ())
+    n = tiles.x.hidden.shape[0]
     for cols, part in tiles.columns():
         dweight = into.open(cols)
         for rows in tiles.rows():
-            z = next(cached) if cache is not None else tiles.tile(rows, part)
+            z = tiles.tile(rows, part) if cache is None else cached_tile(cache, n, rows, cols)
             dz = tiles.gradient(gradient.rows(rows), z, part, cols.start)
             low_hidden = None if tiles.low_hidden is None else tiles.low_hidden[rows]
             out_rows = slice(first_row + rows.start, first_row + rows.stop)

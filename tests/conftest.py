@@ -38,8 +38,9 @@ def _deterministic() -> Iterator[None]:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> ChunkTile:
     """Odd tiles, smaller than the test shapes, so that every loop runs several times and ends on a ragged step."""
-    tile = ChunkTile(rows=37, cols=101, block=523)
-    for module in ("gem_kernels.streaming", "gem_kernels.logprob.chunked", "gem_kernels.scoring.chunked"):
+    tile = ChunkTile(rows=37, cols=48, block=523)
+    users = ("gem_kernels.tiles", "gem_kernels.streaming", "gem_kernels.logprob.chunked", "gem_kernels.scoring.chunked")
+    for module in users:
         monkeypatch.setattr(f"{module}.CHUNKED", tile)
     return tile
 

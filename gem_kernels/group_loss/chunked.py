@@ -1,8 +1,9 @@
 """A group loss and its gradient in one walk over the groups: 6NDV FLOP, 4NDV with a frozen head.
 
-Consecutive groups whose logits fit `cache_bytes` form a slab. A slab is: logits GEMM into the cache -> statistics ->
+Consecutive groups whose logits fit the cache form a slab. A slab is: logits GEMM into the cache -> statistics ->
 loss_fn of each group and its gradient with respect to the statistics -> dlogits in place -> the two gradient GEMMs.
-A group too large for the cache is a slab of its own whose logits are computed twice (8NDV), in tiles.
+All slabs use one buffer. A group too large for `cache_bytes` is a slab of its own whose logits are computed twice (8NDV), in
+tiles.
 
 With Triton and bf16 operands the cache holds exponentials in bf16 (exponentials.py), elsewhere and under a softcap logits in
 fp32.
@@ -29,6 +30,7 @@ from gem_kernels.streaming import (
     padded,
     statistics,
 )
+from gem_kernels.tiles import slab_bytes
 from gem_kernels.types import Operands, TokenStats, Upstream
 
 
@@ -41,24 +43,22 @@ class Slab(NamedTuple):
     stop: int
 
 
-def plan_slabs(row_offsets: Sequence[int], row_bytes: int, cache_bytes: int) -> list[Slab]:
-    """Greedy: as many whole groups as fit, at least one. row_offsets (B+1,) are the kept tokens' group offsets."""
+def plan_slabs(row_offsets: Sequence[int], rows: int) -> list[Slab]:
+    """Greedy: as many whole groups as fit into `rows`, at least one. row_offsets (B+1,): the kept tokens' group offsets."""
     slabs, first = [], 0
     last_group = len(row_offsets) - 1
     while first < last_group:
-        fits = row_offsets[first] + cache_bytes // row_bytes
-        last = min(max(bisect.bisect_right(row_offsets, fits) - 1, first + 1), last_group)
+        last = min(max(bisect.bisect_right(row_offsets, row_offsets[first] + rows) - 1, first + 1), last_group)
         slabs.append(Slab(first, last, row_offsets[first], row_offsets[last]))
         first = last
     return slabs
 
 
 class _Logits:
-    """A slab's statistics and, where `cached`, its fp32 logits, tile by tile."""
+    """A slab's statistics and, with a cache, its fp32 logits, tile by tile."""
 
-    def __init__(self, x: Operands, targets: Tensor, transform: Transform, cached: bool) -> None:
-        self.tiles = LogitTiles(x, transform)
-        self.cache: list[Tensor] | None = [] if cached else None
+    def __init__(self, x: Operands, targets: Tensor, transform: Transform, cache: Tensor | None) -> None:
+        self.tiles, self.cache = LogitTiles(x, transform), cache
         self.online: OnlineStats = statistics(self.tiles, targets, self.cache)
 
     def backward(self, upstream: Upstream, into: Gradients, first_row: int) -> None:
@@ -87,9 +87,14 @@ def forward_backward(
     # bf16 has the range of fp32, which exponentials with a common reference need; fp16 has not.
     narrow = x.weight.dtype == x.gradient_dtype() == torch.bfloat16
     exponentials = narrow and not transform.softcap and compat.on_triton(x.weight.device)
-    row_bytes = 2 * padded(x.weight.shape[0]) if exponentials else 4 * x.weight.shape[0]
-    row_offsets = kept.offsets(cu_groups)
-    slabs = plan_slabs(row_offsets, row_bytes, cache_bytes)
+    width = padded(x.weight.shape[0])
+    row_bytes = (2 if exponentials else 4) * width
+    slabs = plan_slabs(kept.offsets(cu_groups), slab_bytes(x.hidden.device, cache_bytes) // row_bytes)
+    in_cache = [slab.stop - slab.start for slab in slabs if row_bytes * (slab.stop - slab.start) <= cache_bytes]
+    cache = None
+    if any(needed) and in_cache:
+        dtype = torch.bfloat16 if exponentials else torch.float32
+        cache = torch.empty(max(in_cache) * width, dtype=dtype, device=targets.device)
     gradients = Gradients(mine, needed, passes=len(slabs))
     stats = TokenStats(*(torch.zeros(targets.shape, device=targets.device) for _ in TokenStats._fields))
     loss = torch.zeros((), device=targets.device)
@@ -97,13 +102,13 @@ def forward_backward(
         rows, tokens = slice(slab.start, slab.stop), slice(cu_groups[slab.first], cu_groups[slab.last])
         in_slab = kept.part(rows, tokens)
         part = mine._replace(hidden=mine.hidden[rows])
-        cached = any(needed) and row_bytes * (slab.stop - slab.start) <= cache_bytes
-        if cached and exponentials:
+        own = cache if cache is not None and cache.numel() >= width * (slab.stop - slab.start) else None
+        if own is not None and exponentials:
             from gem_kernels.group_loss.exponentials import Exponentials
 
-            logits: _Logits | Exponentials = Exponentials(part, my_targets[rows], transform)
+            logits: _Logits | Exponentials = Exponentials(part, my_targets[rows], transform, own)
         else:
-            logits = _Logits(part, my_targets[rows], transform, cached)
+            logits = _Logits(part, my_targets[rows], transform, own)
         for full, values in zip(stats, logits.online.finish(), strict=True):
             full[tokens] = in_slab.put(values)
 

@@ -27,7 +27,6 @@ from gem_kernels.streaming import (
     Transform,
     accumulate_gradients,
     matrix,
-    padded,
     ranges,
 )
 from gem_kernels.types import Operands, Upstream
@@ -181,13 +180,13 @@ def fold_target_(cache: Tensor, reference: Tensor, online: OnlineStats, gradient
 
 
 class Exponentials:
-    """A slab's statistics and its cached exponentials (R, V)."""
+    """A slab's statistics and its cached exponentials (R, V), in a buffer of R padded(V) elements or more."""
 
-    def __init__(self, x: Operands, targets: Tensor, transform: Transform) -> None:
+    def __init__(self, x: Operands, targets: Tensor, transform: Transform, cache: Tensor) -> None:
         self.tiles, self.online = LogitTiles(x, transform), OnlineStats.start(targets)
         n, v = x.hidden.shape[0], x.weight.shape[0]
         self.reference = torch.empty(n, device=targets.device)
-        self.cache = matrix(x.weight.new_empty(n * padded(v)), n, v)
+        self.cache = matrix(cache, n, v)
         for cols, part in self.tiles.columns():
             for rows in self.tiles.rows():
                 z, online = self.tiles.tile(rows, part), self.online.rows(rows)
@@ -197,7 +196,6 @@ class Exponentials:
         tiles = self.tiles
         gradient = LogitGradient.of(self.online, upstream, tiles.transform)
         if upstream.entropy is not None or upstream.lse is not None:
-            del self.cache
             accumulate_gradients(tiles, gradient, into, first_row)
             return
         coefficient = fold_target_(self.cache, self.reference, self.online, gradient)[:, None]

@@ -13,7 +13,8 @@ from gem_kernels.autograd import define_operator, first_order_only
 from gem_kernels.dispatch import choose_impl, implementation
 from gem_kernels.inputs import LinearInputs, autocast_off, linear_inputs
 from gem_kernels.linear_logprob.op import N_OPERANDS, OPERATOR_ARGUMENTS, linear_logprob_entropy
-from gem_kernels.streaming import Transform
+from gem_kernels.streaming import Transform, padded
+from gem_kernels.tiles import slab_bytes
 from gem_kernels.types import IGNORE_INDEX, GroupLoss, Impl, LogitTransform, LowRank, Operands, TokenStats, Upstream
 from gem_kernels.validation import check_cache_bytes, check_offsets, check_seq_weight
 
@@ -192,7 +193,8 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     """-Σ token_weight logprob, the statistics, and the gradients of the loss (empty where not needed)."""
     *operands, targets, gain, limit, softcap, ignore_index, impl, token_weight, cache_bytes, needed = args
     x, total = Operands.unflatten(*operands), targets.shape[0]
-    rows = max(1, cache_bytes // (4 * x.weight.shape[0]))  # a piece fits the cache, whatever the sequences are
+    # A piece fits the cache, whatever the sequences are.
+    rows = max(1, slab_bytes(x.hidden.device, cache_bytes) // (4 * padded(x.weight.shape[0])))
     pieces = [*range(0, total, rows), total] if total else [0]
 
     def piece_loss(stats: TokenStats, piece: int) -> tuple[Tensor, Upstream]:
