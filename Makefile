@@ -12,10 +12,10 @@ demo: $(VENV)/.train
 # Two halves at once: everything as on any CPU, and beside it the tests of the ops with the Triton kernels interpreted.
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,kernels compile linear_logprob logprob group_loss scoring layouts)
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.bench
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS) >$(VENV)/interpreted.log 2>&1 & interpreted=$$!; \
 	trap "kill $$interpreted" INT TERM; \
-	$(BIN)/python -m pytest; plain=$$?; \
+	$(BIN)/python -m pytest tests benchmarks --benchmark-disable; plain=$$?; \
 	echo "The tests of the ops with the Triton kernels interpreted:"; \
 	wait $$interpreted; status=$$?; cat $(VENV)/interpreted.log; \
 	test $$plain -eq 0 && test $$status -eq 0
@@ -25,8 +25,10 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test
-	$(BIN)/python -m pytest benchmarks
+# Times, memory and errors beside the peers on this machine -> benchmarks/results, and from there README.md and docs/.
+bench: $(VENV)/.test $(VENV)/.bench
+	$(BIN)/python -m pytest benchmarks --benchmark-json="$$($(BIN)/python -m benchmarks.results)"
+	$(BIN)/python -m benchmarks.plot
 
 # For a machine with a GPU, ten minutes at most: GPU tests, tile sweep, times beside the peers -> OUT. PY=python3 takes an
 # environment that is there and installs nothing; with the own one, `make .venv/.bench gpu` installs the peers too.
@@ -34,7 +36,7 @@ PY := $(BIN)/python
 OUT := benchmarks/results
 
 gpu: $(if $(filter file,$(origin PY)),$(VENV)/.test)
-	$(PY) benchmarks/gpu.py --out $(OUT)
+	$(PY) -m benchmarks.gpu --out $(OUT)
 
 # Every kernel compiled for every architecture, without a GPU: registers, spills, shared memory.
 aot: $(VENV)/.test

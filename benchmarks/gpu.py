@@ -1,13 +1,14 @@
 """`make gpu`: all that needs a GPU, in one command of less than ten minutes.
 
-    python benchmarks/gpu.py [--out benchmarks/results] [--seconds 560] [--stages tests sweep bench]
+    python -m benchmarks.gpu [--out benchmarks/results] [--seconds 560] [--stages tests sweep bench]
 
 Three stages, each with its own processes and its own time, none stopped by another's failure: the GPU tests, the tile sweep
-(sweep.py), the times beside the peers (bench_gpu.py). OUT/gpu-<device>-<date>.log holds everything that was said,
-OUT/gpu-<device>-<date>.json the results, replaced by rename while they come in. Exit status: 0, or the sum of 2 (tests),
-4 (sweep) and 8 (bench) for the stages that failed; 1 without a CUDA device, and then nothing is written.
+(sweep.py), the benchmarks. OUT/gpu-<device>-<date>.log holds everything that was said, OUT/gpu-<device>-<date>.json the
+results, replaced by rename while they come in, and OUT/<device>-<date>.json those of the benchmarks, as `make bench` writes
+them. Exit status: 0, or the sum of 2 (tests), 4 (sweep) and 8 (bench) for the stages that failed; 1 without a CUDA device, and
+then nothing is written.
 
-This file is also the pytest plugin (`-p gpu`) through which a stage learns what its tests did, whatever became of them.
+This file is also the pytest plugin (`-p benchmarks.gpu`) by which a stage learns what its tests did, whatever became of them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import queue
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,9 +28,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from benchmarks import results
 
 ROOT = Path(__file__).resolve().parent.parent
 LOST = 77
@@ -161,7 +161,7 @@ def run(
 
     alive: time.monotonic() of a sign of life other than output.
     """
-    search = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -212,17 +212,19 @@ def run(
 
 
 class Tests:
-    """A file of tests in some processes at once, each of which is started anew behind a test that cost it its device."""
+    """Tests of a file or folder in some processes at once, each started anew behind a test that cost it its device."""
 
-    def __init__(self, name: str, file: str, log: Log, scratch: Path, env: dict[str, str], workers: int) -> None:
+    def __init__(
+        self, name: str, file: str, log: Log, scratch: Path, env: dict[str, str], workers: int, *selected: str
+    ) -> None:
         self.name, self.file, self.log, self.scratch, self.env = name, file, log, scratch, env
-        self.workers = workers
+        self.workers, self.selected = workers, selected
         self.collected: list[str] = []
         self.outcomes: dict[str, Json] = {}
         self.lock = threading.Lock()
 
     def pytest(self, events: Path, seconds: float, *arguments: str) -> int | None:
-        flags = ["-v", "--tb=no", "--color=no", "--durations=8", "-m", "gpu", "-p", "gpu", "-p", "no:cacheprovider"]
+        flags = ["-v", "--tb=no", "--color=no", "--durations=8", "-p", "benchmarks.gpu", "-p", "no:cacheprovider"]
         flags += ["-o", "addopts=--strict-markers", "-o", f"faulthandler_timeout={int(SILENCE) - 10}"]
 
         def alive() -> float:
@@ -235,7 +237,7 @@ class Tests:
 
     def collect(self, seconds: float) -> None:
         events = self.scratch / f"{self.name}.events"
-        self.pytest(events, seconds, "--collect-only", "-qqq", self.file)
+        self.pytest(events, seconds, "--collect-only", "-qqq", *self.selected, self.file)
         self.collected = [test for e in read_events(events) for test in e.get("collected", [])]
 
     def work(self, number: int, deadline: float) -> None:
@@ -285,15 +287,15 @@ class Tests:
             thread.start()
         for thread in threads:
             thread.join()
-        results = self.results()
-        counts = results["counts"]
-        results["ok"] = bool(counts.get("passed")) and counts.keys() <= {"passed", "skipped"}
+        found = self.results()
+        counts = found["counts"]
+        found["ok"] = bool(counts.get("passed")) and counts.keys() <= {"passed", "skipped"}
         self.log(f"[{self.name}] {', '.join(f'{n} {what}' for what, n in counts.items()) or 'no test was collected'}")
-        for test, outcome in results["not passed"].items():
+        for test, outcome in found["not passed"].items():
             if outcome["outcome"] != "skipped" or "lost" in outcome:
                 said = str(outcome.get("lost") or outcome.get("said") or "").splitlines()
                 self.log(f"[{self.name}] {outcome['outcome']}: {test}: {said[0] if said else ''}")
-        return results
+        return found
 
 
 def run_sweep(log: Log, scratch: Path, seconds: float) -> Json:
@@ -304,7 +306,7 @@ def run_sweep(log: Log, scratch: Path, seconds: float) -> Json:
         left = deadline - time.monotonic()
         if left < 20:
             break
-        command = [sys.executable, "benchmarks/sweep.py", "--json", str(out), "--seconds", str(int(left - 10))]
+        command = [sys.executable, "-m", "benchmarks.sweep", "--json", str(out), "--seconds", str(int(left - 10))]
         status = run(command, log, "sweep", left, {})
         if status == 0:
             break
@@ -316,13 +318,13 @@ def run_stage(name: str, log: Log, scratch: Path, seconds: float) -> Json:
     if name == "tests":
         # Compiling is most of the work, and one process compiles on one core.
         workers = max(1, min(4, (os.cpu_count() or 1) // 3))
-        return Tests(name, "tests/test_gpu.py", log, scratch, {}, workers).run(seconds)
+        return Tests(name, "tests/test_gpu.py", log, scratch, {}, workers, "-m", "gpu").run(seconds)
     if name == "sweep":
         return run_sweep(log, scratch, seconds)
-    out = scratch / "bench.json"
-    env = {"GEM_KERNELS_BENCH_JSON": str(out), "GEM_KERNELS_BENCH_SECONDS": str(int(seconds - 10))}
-    results = Tests(name, "benchmarks/bench_gpu.py", log, scratch, env, workers=1).run(seconds)
-    return {**results, **(read_json(out) or {})}
+    out = scratch / "benchmarks.jsonl"
+    env = {results.ROWS: str(out), results.DEADLINE: str(time.time() + seconds - 10)}
+    found = Tests(name, "benchmarks", log, scratch, env, 1).run(seconds)
+    return {**found, **results.from_rows(out)}
 
 
 STAGES = {"tests": (2, 235), "sweep": (4, 145), "bench": (8, 165)}  # exit status, seconds
@@ -330,38 +332,11 @@ STAGES = {"tests": (2, 235), "sweep": (4, 145), "bench": (8, 165)}  # exit statu
 
 def describe() -> Json:
     """Device, driver, versions, date, commit."""
-    import torch
-
-    def said(*command: str) -> str | None:
-        if shutil.which(command[0]) is None:
-            return None
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
-        return done.stdout.strip() or None if done.returncode == 0 else None
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    properties = torch.cuda.get_device_properties(0)
-    query = "--query-gpu=driver_version,power.limit,clocks.max.sm,clocks.sm,temperature.gpu"
-    changed = said("git", "status", "--porcelain")
+    changed = results.said("git", "status", "--porcelain")
     return {
-        "device": properties.name,
-        "devices": torch.cuda.device_count(),
-        "capability": f"{properties.major}.{properties.minor}",
-        "multiprocessors": properties.multi_processor_count,
-        "memory GiB": round(properties.total_memory / 2**30, 1),
-        "driver, power limit, max clock, clock, temperature": said("nvidia-smi", query, "--format=csv,noheader"),
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        **{name: installed(name) for name in ("triton", "pytest", "trl", "liger-kernel", "cut-cross-entropy")},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
+        **results.describe_machine(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": said("git", "rev-parse", "HEAD"),
+        "commit": results.said("git", "rev-parse", "HEAD"),
         "changed files": changed.splitlines() if changed else [],
     }
 
@@ -382,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     date = re.sub(r"\D", "", header["date"][:16])
     name = f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', header['device']).strip('-')}-{date}"
-    results, log = args.out / f"{name}.json", Log(args.out / f"{name}.log")
+    path, log = args.out / f"{name}.json", Log(args.out / f"{name}.log")
     document: Json = {"header": header, "stages": {}}
     log(json.dumps(header, indent=1))
     status = 0
@@ -399,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "counts": Counter(e["outcome"] for e in events),
                     "failed": {e["test"]: e["said"] for e in events if e["outcome"] == "failed"},
                 }
-                write_json(results, {**document, "so far": so_far})
+                write_json(path, {**document, "so far": so_far})
 
         keeper = threading.Thread(target=keep_up, daemon=True)
         keeper.start()
@@ -422,8 +397,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         keeper.join()
     failed = [stage for stage in args.stages if not document["stages"][stage]["ok"]]
     document["failed"], document["seconds"] = failed, round(time.monotonic() - start, 1)
-    write_json(results, document)
-    log(f"{results}\n{'failed: ' + ', '.join(failed) if failed else 'all stages ok'}, {document['seconds']:.0f} s")
+    if bench := document["stages"].get("bench", {}).get("benchmarks"):
+        commit = {"id": header["commit"], "dirty": bool(header["changed files"])}
+        about = {"machine_info": header, "commit_info": commit, "datetime": header["date"]}
+        does_not = document["stages"]["bench"]["does_not"]
+        write_json(args.out / results.path_of_today().name, {**about, "benchmarks": bench, "does_not": does_not})
+    write_json(path, document)
+    log(f"{path}\n{'failed: ' + ', '.join(failed) if failed else 'all stages ok'}, {document['seconds']:.0f} s")
     return status
 
 

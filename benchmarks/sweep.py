@@ -1,6 +1,6 @@
 """Which launch tiles are fastest on this device: the candidates of every table in gem_kernels/tiles.py, timed.
 
-    python benchmarks/sweep.py [--json FILE] [--seconds 150] [--quick]
+    python -m benchmarks.sweep [--json FILE] [--seconds 150] [--quick]
 
 At N=8192, D=4096, V=128256 in bf16 (--quick: smaller), the most important tables first. A candidate is put into its table in
 memory, must give the result of the present entry, and is left out where it does not compile or needs too much shared memory.
@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu import LOST, Json, Rows, milliseconds
 from torch import Tensor
 
+from benchmarks.gpu import LOST, Json, Rows, milliseconds
 from gem_kernels import compat, linear_logprob_entropy, logprob_entropy, sega_loss, tiles, topm_mean
 from gem_kernels.streaming import LogitGradient, OnlineStats, Transform, buffer_size, matrix, ranges
 from gem_kernels.tiles import ChunkTile, FusedTile, RowTile

@@ -14,17 +14,12 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("script", ["gpu.py", "sweep.py"])
+@pytest.mark.parametrize("script", ["gpu", "sweep"])
 def test_nothing_is_written_without_a_gpu(script: str, tmp_path: Path) -> None:
-    out = {"gpu.py": ["--out", str(tmp_path / "results")], "sweep.py": ["--json", str(tmp_path / "sweep.json")]}[script]
+    out = {"gpu": ["--out", str(tmp_path / "results")], "sweep": ["--json", str(tmp_path / "sweep.json")]}[script]
     done = subprocess.run(
-        [sys.executable, f"benchmarks/{script}", *out],
+        [sys.executable, "-m", f"benchmarks.{script}", *out],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -37,9 +32,8 @@ def test_nothing_is_written_without_a_gpu(script: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.usefixtures("benchmarks")
 def test_a_row_is_claimed_once_and_survives_its_process(tmp_path: Path) -> None:
-    from gpu import Rows
+    from benchmarks.gpu import Rows
 
     path = tmp_path / "rows.json"
     row = Rows(path).claim(table="ROWS", candidate=1)
@@ -54,11 +48,9 @@ def test_a_row_is_claimed_once_and_survives_its_process(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
 
 
-@pytest.mark.usefixtures("benchmarks")
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_the_sweep_knows_every_table_and_its_present_entry(arch: int) -> None:
-    import sweep
-
+    from benchmarks import sweep
     from gem_kernels import tiles
 
     names = {name for name, value in vars(tiles).items() if isinstance(value, dict) and not name.startswith("__")}
@@ -68,10 +60,9 @@ def test_the_sweep_knows_every_table_and_its_present_entry(arch: int) -> None:
         assert table.present() in table.entries.values()
 
 
-@pytest.mark.usefixtures("benchmarks")
 def test_the_suggestion_is_the_fastest() -> None:
-    import sweep
-    from gpu import Rows
+    from benchmarks import sweep
+    from benchmarks.gpu import Rows
 
     rows = Rows(None)
     for block, ms in ((1024, 3.0), (2048, 2.0)):

@@ -53,8 +53,9 @@ def linear_group_loss(
         loss_fn: (TokenStats of one group, each (tokens of the group,), group index) -> scalar. Called once per group, in
             order. Its gradient reaches the statistics only: a loss_fn that uses other tensors with a gradient is refused.
         cache_bytes: logits kept between forward and backward, in bytes, > 0; a group that needs more is recomputed in
-            tiles (8NDV FLOP in place of 6NDV). bf16 on CUDA takes 2 bytes a logit, and is
-            recomputed too where loss_fn differentiates entropy or lse; the rest takes 4. `triton` keeps none (8NDV).
+            tiles (8NDV FLOP in place of 6NDV). bf16 on CUDA takes 2 bytes a logit, and is recomputed too where loss_fn
+            differentiates entropy or lse; the rest takes 4. Small groups share it, on a CPU up to 256 MiB at a time.
+            `triton` keeps none (8NDV).
         impl: "auto", "reference", "chunked" or "triton".
 
     Returns:

@@ -1,0 +1,1 @@
+"""Benchmarks beside the peers: `pytest benchmarks/`. The results go to benchmarks/results, and from there to the README."""

@@ -1,0 +1,73 @@
+"""Logits that exist already: two statistics and the gradient, by memory traffic alone."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.contest import Exact, Result, Step, Task
+from benchmarks.gold import Gold
+from benchmarks.measure import DoesNotError
+from benchmarks.peers import EAGER, OURS, available
+from benchmarks.shapes import SMALL
+from gem_kernels import logprob_entropy
+
+LIBRARIES = [OURS, EAGER, "torch.compile", "TRL"]
+SHAPES = SMALL
+
+_OfLogits = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+def _eager(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = logits.float().log_softmax(-1)
+    return log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def _fn(library: str) -> _OfLogits:
+    if library == OURS:
+        return lambda logits, targets: logprob_entropy(logits, targets)
+    if library == EAGER:
+        return _eager
+    if library == "torch.compile":
+        torch._dynamo.reset()
+        compiled: _OfLogits = torch.compile(_eager, dynamic=False)
+        return compiled
+    available("trl", gpu_only=True)
+    try:
+        fn: _OfLogits = importlib.import_module("trl.kernels").selective_log_softmax_and_entropy
+    except ImportError as error:
+        raise DoesNotError(f"cannot be imported: {error}") from error
+    return fn
+
+
+def _half(gold: Gold) -> Tensor:
+    """(N / 2, V) in the dtype of the operands: all of them would not fit beside an fp32 log_softmax and its gradient."""
+    rows = gold.x.hidden.shape[0] // 2
+    return gold.x.hidden[:rows] @ gold.x.weight.T
+
+
+def _from_logits(gold: Gold, library: str) -> Step:
+    fn, x, logits = _fn(library), gold.x, _half(gold).requires_grad_()
+    rows = logits.shape[0]
+
+    def step() -> Result:
+        logits.grad = None
+        logprob, entropy, *_ = fn(logits, x.targets[:rows])
+        ((x.a[:rows] * logprob).sum() + (x.b[:rows] * entropy).sum()).backward()
+        assert logits.grad is not None
+        return Result(logprob.detach(), entropy.detach(), others=(logits.grad,))
+
+    return step
+
+
+def _exact(gold: Gold) -> Exact:
+    log_p = _half(gold).double().log_softmax(-1)  # of the logits as they are rounded: that is what the op is given
+    targets = gold.x.targets[: log_p.shape[0], None]
+    return Exact(log_p.gather(-1, targets)[:, 0], -(log_p.exp() * log_p).sum(-1))
+
+
+def test_from_logits(bench: Callable[[Task], None]) -> None:
+    bench(Task("logits at hand: logprob and entropy, forward + backward", _from_logits, _exact, gemms=0))

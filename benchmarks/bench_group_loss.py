@@ -1,0 +1,71 @@
+"""SEGA, forward + backward, with weights from the entropies of the same pass: what linear_group_loss is for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from benchmarks.contest import Exact, Step, Task, train_step
+from benchmarks.gold import Gold
+from benchmarks.peers import EAGER, OURS, PEERS, entropy_by_blocks, impl_of, per_token, weighted
+from benchmarks.peers import LIBRARIES as EVERYBODY
+from benchmarks.sega import batch_weights, group_weights, groups
+from benchmarks.shapes import OVER_TOKENS
+from gem_kernels import TokenStats, linear_group_loss
+
+SMALL_CACHE = f"{OURS}, cache 128 MiB"
+ENTROPY_FIRST = f"{EAGER}, entropy without a graph"
+LIBRARIES = [*EVERYBODY, SMALL_CACHE, ENTROPY_FIRST]
+SHAPES = OVER_TOKENS
+
+
+def sega(gold: Gold, library: str, *, train_head: bool = True) -> Step:
+    x = gold.x
+    if library.startswith(OURS):
+        cu_seqlens = [cu for _, cu in groups(x)]
+        cache_bytes, impl = 128 << 20 if library == SMALL_CACHE else 1 << 30, impl_of(library)
+
+        def loss_fn(stats: TokenStats, group: int) -> Tensor:
+            return -(group_weights(stats.entropy.detach(), cu_seqlens[group]) * stats.logprob).sum()
+
+        def ours(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            out = linear_group_loss(hidden, weight, x.targets, x.cu_groups, loss_fn, cache_bytes=cache_bytes, impl=impl)
+            return out.loss, out.stats.logprob, out.stats.entropy
+
+        return train_step(gold, ours, train_head)
+    if library == ENTROPY_FIRST:
+        return train_step(gold, lambda hidden, weight: _entropy_without_graph(gold, hidden, weight), train_head)
+    if PEERS[library].entropy:
+        fn = per_token(library, entropy=True)
+
+        def both(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            logprob, entropy = fn(hidden, weight, x.targets, True)
+            assert entropy is not None
+            return -(batch_weights(entropy.detach(), x) * logprob).sum(), logprob, entropy
+
+        return train_step(gold, both, train_head)
+    loss = weighted(library)
+
+    def composed(hidden: Tensor, weight: Tensor) -> tuple[Tensor, None, Tensor]:
+        entropy = entropy_by_blocks(hidden, weight)
+        return loss(x, hidden, weight, batch_weights(entropy, x)), None, entropy
+
+    return train_step(gold, composed, train_head)
+
+
+def _entropy_without_graph(gold: Gold, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Eager by a careful hand: nothing of the entropy is kept for a backward that has no use for it."""
+    log_p = (hidden @ weight.T).float().log_softmax(-1)
+    plain = log_p.detach()
+    entropy = -(plain.exp() * plain).sum(-1)
+    logprob = log_p.gather(-1, gold.x.targets[:, None])[:, 0]
+    return -(batch_weights(entropy, gold.x) * logprob).sum(), logprob, entropy
+
+
+def exact(gold: Gold) -> Exact:
+    return Exact(gold.logprob, gold.entropy, *gold.gradients(-batch_weights(gold.entropy, gold.x)))
+
+
+def test_group_loss(bench: Callable[[Task], None]) -> None:
+    bench(Task("SEGA, weights from the pass", sega, exact, gemms=3))

@@ -1,0 +1,159 @@
+"""How `pytest benchmarks/` runs: which shapes and libraries, in which order, what is printed, what is written.
+
+A benchmark module has SHAPES, and may have LIBRARIES; its tests take `shape` and `library` and hand a Task to `bench`. With
+`--benchmark-disable` the shape is tiny and nothing is timed: the same code is checked, and that is all.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import results
+from benchmarks.contest import Row, Task, compete, describe
+from benchmarks.gpu import LOST
+from benchmarks.measure import STOPWATCH
+from benchmarks.peers import LIBRARIES, OURS
+from benchmarks.shapes import DEVICE, TINY, Shape
+
+_rows: dict[tuple[str, str], dict[str, Row]] = {}
+_does_not: list[dict[str, str]] = []
+_timed: list[dict[str, Any]] = []
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.time() > float(os.environ.get(results.DEADLINE, "inf")):
+        pytest.skip("no time left")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("OLD.json", "NEW.json"),
+        help="run nothing; compare two results by their ratios to eager, and fail where the new one is worse",
+    )
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    files = config.getoption("--compare")
+    if files is None:
+        return None
+    report, worse = results.compare(*(results.read(path) for path in files))
+    print(report)
+    return int(bool(worse))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_quiet = True  # our own table says more
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    disabled = metafunc.config.getoption("benchmark_disable")
+    if "shape" in metafunc.fixturenames:
+        metafunc.parametrize("shape", [TINY] if disabled else metafunc.module.SHAPES, ids=str)
+    if "library" in metafunc.fixturenames:
+        libraries = getattr(metafunc.module, "LIBRARIES", LIBRARIES)
+        # There is nothing to check in torch.compile, and it would compile for longer than everything else takes.
+        metafunc.parametrize("library", [name for name in libraries if not (disabled and name == "torch.compile")])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """By shape, the main one first: fp64 results are kept while they are needed, and when time is short that one is done."""
+    ours = [item for item in items if Path(item.path).parent == Path(__file__).parent]
+    order: dict[Any, int] = {}
+    for item in ours:
+        item.add_marker(pytest.mark.benchmark(timer=STOPWATCH))
+        order.setdefault(_param(item, "shape"), len(order))
+    by_shape = iter(sorted(ours, key=lambda item: order[_param(item, "shape")]))
+    items[:] = [next(by_shape) if item in ours else item for item in items]
+
+
+def _param(item: pytest.Item, name: str) -> Any:
+    return item.callspec.params.get(name) if hasattr(item, "callspec") else None
+
+
+def _rivals(request: pytest.FixtureRequest) -> Iterable[str]:
+    """On a CPU all libraries whose test of this task and shape was selected; on a GPU, where times are steady, one alone."""
+    mine = request.node
+    if DEVICE.type == "cuda":
+        return [_param(mine, "library")]
+    same = (
+        item
+        for item in request.session.items
+        if getattr(item, "function", None) is mine.function and _param(item, "shape") == _param(mine, "shape")
+    )
+    return [_param(item, "library") for item in same]
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    """Memory is given back after every row; a lost device ends the process, and `make gpu` starts another."""
+    yield
+    if DEVICE.type == "cuda":
+        gc.collect()
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            pytest.exit(f"the device is lost: {error}", returncode=LOST)
+
+
+@pytest.fixture
+def bench(request: pytest.FixtureRequest, benchmark: Any, shape: Shape, library: str) -> Callable[[Task], None]:
+    """Check, time and record one library at one task."""
+
+    def run(task: Task) -> None:
+        known = _rows.setdefault((task.name, shape.name), {})
+        if library not in known:
+            known.update(compete(task, shape, _rivals(request), timed=benchmark.enabled))
+        row, key = known[library], {"task": task.name, **describe(shape), "library": library}
+        if row.reason is not None:
+            missing = {**key, "reason": row.reason}
+            _does_not.append(missing)
+            results.append(missing)
+            assert not library.startswith(OURS), row.reason
+            pytest.skip(row.reason)
+        record(benchmark, key, row)
+
+    return run
+
+
+def record(benchmark: Any, key: dict[str, Any], row: Row) -> None:
+    """Hand measured times to pytest-benchmark."""
+    benchmark.extra_info.update(key | row.info)
+    times = row.times or [0.0]
+    benchmark.pedantic(STOPWATCH.play, args=(iter(times),), rounds=len(times))
+    if benchmark.enabled:
+        median = benchmark.stats.stats.median
+        _timed.append({**key, **row.info, "median s": median, "rounds": len(times)})
+        results.append(
+            {"extra_info": key | row.info, "stats": {"median": median, "min": min(times), "rounds": len(times)}}
+        )
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.clear()  # what is there by default has no versions, and the name of the machine
+    machine_info.update(results.describe_machine())
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    output_json["does_not"] = _does_not
+    for benchmark in output_json["benchmarks"]:
+        for name in ("param", "params", "options", "fullname"):
+            benchmark.pop(name, None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _timed:
+        terminalreporter.write_line("")
+        terminalreporter.write_line(results.table(_timed + _does_not))

@@ -1,0 +1,152 @@
+"""One task at one shape: every library is held against fp64, its memory measured, and then all are timed in turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.gold import Gold, gold_of, relative_error
+from benchmarks.measure import DoesNotError, bare_mm, in_turns, peak_memory
+from benchmarks.peers import OURS
+from benchmarks.shapes import DEVICE, TINY, Shape
+
+
+class Result(NamedTuple):
+    """What a step computed; None: it does not, or was not asked for it. Gradients are not counted as extra memory."""
+
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    dhidden: Tensor | None = None
+    dweight: Tensor | None = None
+    others: tuple[Tensor, ...] = ()
+
+
+Step = Callable[[], Result]
+
+
+class Exact(NamedTuple):
+    """What a result is compared with: statistics of every token, gradients of gold.sample and gold.columns."""
+
+    logprob: Tensor | None = None
+    entropy: Tensor | None = None
+    dhidden: Tensor | None = None
+    dweight: Tensor | None = None
+
+
+class Task(NamedTuple):
+    name: str
+    make: Callable[[Gold, str], Step]
+    """inputs, library -> a step; raises DoesNotError"""
+    exact: Callable[[Gold], Exact]
+    gemms: int
+    """of 2NDV FLOP that the task cannot do without: its share of the GEMM rate is reckoned from them"""
+
+
+class Row(NamedTuple):
+    """Of one library: either why there is nothing to tell, or what was found and the times in seconds."""
+
+    reason: str | None
+    info: dict[str, Any]
+    times: list[float]
+
+
+# Ours: fp32 logits, so the order of a GEMM's summation at |z| up to 40, and one rounding of a bf16 gradient. A peer beyond its
+# limit computes something else, and is not timed.
+_OURS = {"logprob": 1e-3, "entropy": 1e-3, "dhidden": 1e-2, "dweight": 1e-2}
+_PEERS = {"logprob": 1.0, "entropy": 1.0, "dhidden": 0.2, "dweight": 0.2}
+
+
+def errors(result: Result, exact: Exact, gold: Gold) -> dict[str, float]:
+    """Largest errors of the statistics (nats), relative errors of the gradients."""
+    pairs = {
+        "dhidden": (result.dhidden, exact.dhidden, gold.sample),
+        "dweight": (result.dweight, exact.dweight, gold.columns),
+    }
+    found = {
+        name: float((got.detach().double() - want).abs().max())
+        for name, got, want in (("logprob", result.logprob, exact.logprob), ("entropy", result.entropy, exact.entropy))
+        if got is not None and want is not None
+    }
+    for name, (got, want, at) in pairs.items():
+        if got is not None and want is not None:
+            found[name] = relative_error(got[at], want)
+    return found
+
+
+def _enter(task: Task, gold: Gold, exact: Exact, library: str) -> tuple[Step | None, Row]:
+    """Run once: the result is checked, and the memory measured."""
+    try:
+        step = task.make(gold, library)
+        if DEVICE.type == "cuda" or library == "torch.compile":
+            step()  # compiled here, and not in what is measured
+        peak, result = peak_memory(step, lambda result: (*result[:4], *result.others))
+        found = errors(result, exact, gold)
+        limits = _OURS if library.startswith(OURS) else _PEERS
+        wrong = {name: value for name, value in found.items() if not value < limits[name]}
+        if wrong:
+            raise DoesNotError(f"disagrees with fp64: {', '.join(f'{k} by {v:.2g}' for k, v in wrong.items())}")
+    except DoesNotError as error:
+        return None, Row(str(error), {}, [])
+    except Exception as error:
+        if library.startswith(OURS):
+            raise
+        return None, Row(
+            f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300], {}, []
+        )
+    info = {"peak extra MiB": None if peak is None else round(peak, 1)}
+    info |= {f"error of {name}": float(f"{value:.2e}") for name, value in found.items()}
+    return step, Row(None, info, [])
+
+
+def compete(task: Task, shape: Shape, libraries: Iterable[str], timed: bool) -> dict[str, Row]:
+    """A row for every library."""
+    gold = gold_of(shape)
+    exact = task.exact(gold)
+    steps, rows = {}, {}
+    for library in libraries:
+        step, rows[library] = _enter(task, gold, exact, library)
+        if step is not None:
+            steps[library] = step
+    if not timed:
+        return rows
+    unit = bare_mm(shape)
+    for library, times in in_turns(steps).items():
+        median = sorted(times)[len(times) // 2]
+        info = {
+            **rows[library].info,
+            "of bare mm": round(median / unit, 3),
+            "share of GEMM rate": round(task.gemms * unit / median, 3),
+        }
+        rows[library] = Row(None, info, times)
+    return rows
+
+
+def describe(shape: Shape) -> dict[str, Any]:
+    dtype = str(shape.dtype).removeprefix("torch.")
+    sizes = {"shape": shape.name, "N": shape.n, "D": shape.d, "V": shape.v, "dtype": dtype}
+    return {**sizes, **gold_of(shape).distribution} if shape != TINY else sizes
+
+
+def train_step(
+    gold: Gold, loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor | None]], train_head: bool = True
+) -> Step:
+    """loss(hidden, weight) -> (scalar, logprob, entropy), and its backward."""
+    hidden = gold.x.hidden.detach().requires_grad_()
+    weight = gold.x.weight.detach().requires_grad_(train_head)
+
+    def step() -> Result:
+        hidden.grad = weight.grad = None
+        value, logprob, entropy = loss(hidden, weight)
+        value.backward()
+        logprob, entropy = (None if t is None else t.detach() for t in (logprob, entropy))
+        return Result(logprob, entropy, hidden.grad, weight.grad)
+
+    return step
+
+
+@torch.no_grad()
+def no_grad(fn: Callable[[], Result]) -> Result:
+    return fn()

@@ -1,0 +1,136 @@
+"""The one table of shapes, and the inputs of every benchmark.
+
+N tokens, D hidden size, V vocabulary. Inputs are peaked as a trained model's are, and how peaked is measured with every shape:
+mean entropy, vocabulary entries with a probability above 2^-12, largest |logit|. Uniform or zero inputs would flatter every
+library, in time (sparse gradients, cheap exponentials) and in error (small logits are rounded little).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Shape(NamedTuple):
+    name: str
+    n: int
+    d: int
+    v: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def gemm(self) -> float:
+        """FLOP of one product of the hidden states with the head."""
+        return 2.0 * self.n * self.d * self.v
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+_CPU = Shape("1024x512x128256", 1024, 512, 128_256, torch.float32)
+_CPU_SMALL = Shape("512x256x32000", 512, 256, 32_000, torch.float32)
+_CPU_BF16 = Shape("256x512x32000-bf16", 256, 512, 32_000, torch.bfloat16)
+_REFERENCE = Shape("llama-3-8b", 8192, 4096, 128_256, torch.bfloat16)
+_MODELS = [
+    Shape("qwen3-8b", 8192, 4096, 151_936, torch.bfloat16),
+    Shape("qwen2.5-0.5b", 8192, 896, 151_936, torch.bfloat16),
+    Shape("gemma-2-2b", 8192, 2304, 256_000, torch.bfloat16),
+    Shape("llama-3.2-1b", 8192, 2048, 128_256, torch.bfloat16),
+]
+TINY = Shape("tiny", 96, 16, 250, torch.float32)
+"""What `--benchmark-disable` runs: the same code, to be checked and not to be timed."""
+
+
+def _tokens(shape: Shape, *counts: int) -> list[Shape]:
+    return [shape._replace(name=f"{shape.name}-{n}-tokens", n=n) for n in counts]
+
+
+# The first of each list is what the claims are about; the README's tables are made from it.
+if DEVICE.type == "cuda":
+    MAIN = [_REFERENCE, *_MODELS]
+    OVER_TOKENS = [*MAIN, *_tokens(_REFERENCE, 1024, 4096, 16_384, 65_536)]
+    NARROW = [_REFERENCE]
+    SMALL = [_REFERENCE]
+else:
+    MAIN = [_CPU]
+    OVER_TOKENS = [_CPU, *_tokens(_CPU, 64, 256)]
+    NARROW = [_CPU_BF16]
+    SMALL = [_CPU_SMALL]
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    targets: Tensor  # (N,)
+    a: Tensor  # (N,) fp32: dL/dlogprob of the scoring loss
+    b: Tensor  # (N,) fp32: dL/dentropy
+    cu_seqlens: Tensor  # (S+1,) int32
+    cu_groups: Tensor  # (B+1,) int32: groups of up to 5 sequences
+    seq_weight: Tensor  # (S,) fp32, centred
+    low_a: Tensor  # (RANK, D): an adapter of the head that has been trained a little
+    low_b: Tensor  # (V, RANK)
+
+    def token_weight(self) -> Tensor:
+        return per_token(self.seq_weight, self.cu_seqlens)
+
+
+RANK = 16
+GROUP = 5
+_SPREAD = 4.0
+"""standard deviation of the logits of a token"""
+
+
+def per_token(of_sequences: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return of_sequences.repeat_interleave(cu_seqlens.diff().long(), output_size=int(cu_seqlens[-1]))
+
+
+def make_inputs(shape: Shape, device: torch.device = DEVICE) -> Inputs:
+    """Normal logits, and one entry per token raised by 8 to 34: from lost among the others to certain.
+
+    That entry is the target. Its raise comes from the direction of its own row of the weight, so all of it is in the operands.
+    """
+    n, d, v = shape.n, shape.d, shape.v
+    g = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*size, device=device, dtype=dtype).normal_(0, std, generator=g)
+
+    weight = normal(v, d, std=1 / math.sqrt(d), dtype=shape.dtype)
+    targets = torch.randint(0, v, (n,), generator=g, device=device)
+    raised = torch.empty(n, 1, device=device).uniform_(8, 34, generator=g)
+    direction = weight[targets].float()
+    hidden = _SPREAD * normal(n, d) + raised * direction / direction.square().sum(1, keepdim=True)
+    cu_seqlens, cu_groups = ragged(n)
+    s = cu_seqlens.shape[0] - 1
+    weights = normal(s)
+    return Inputs(
+        hidden.to(shape.dtype),
+        weight,
+        targets,
+        normal(n),
+        0.3 * normal(n),
+        cu_seqlens.to(device),
+        cu_groups.to(device),
+        weights - weights.mean(),
+        normal(RANK, d, std=1 / math.sqrt(d), dtype=shape.dtype),
+        normal(v, RANK, std=0.1, dtype=shape.dtype),
+    )
+
+
+def ragged(n: int) -> tuple[Tensor, Tensor]:
+    """Offsets of sequences of 64 to 1024 tokens, shorter where n is small, and of groups of five of them."""
+    longest = max(2, min(1024, n // 8))
+    shortest = max(1, min(64, longest // 2))
+    g = torch.Generator().manual_seed(1)
+    lengths: list[int] = []
+    while (left := n - sum(lengths)) > 0:
+        length = int(torch.randint(shortest, longest + 1, (1,), generator=g))
+        lengths.append(left if left - length < shortest else length)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    starts = cu_seqlens[:-1:GROUP]
+    return cu_seqlens, torch.cat((starts, cu_seqlens[-1:]))

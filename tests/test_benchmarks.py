@@ -1,0 +1,199 @@
+"""The benchmarks' own machinery. That every library agrees is checked by the benchmarks themselves (`--benchmark-disable`)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+
+from benchmarks import contest, measure, plot, results
+from benchmarks.gold import make_gold
+from benchmarks.peers import OURS
+from benchmarks.shapes import TINY, Shape, make_inputs, ragged
+
+ROOT = Path(__file__).parent.parent
+
+
+def document(**of_ours: Any) -> dict[str, Any]:
+    """Ours in 2 s and 100 MiB, eager in 4 s and 1000 MiB."""
+    common = {"task": "task", "shape": "shape", "N": 8, "D": 4, "V": 16, "dtype": "float32"}
+    ours = {"library": OURS, "median s": 2.0, "peak extra MiB": 100.0, "error of logprob": 1e-6} | of_ours
+    eager = {"library": "eager", "median s": 4.0, "peak extra MiB": 1000.0, "error of logprob": 1e-5}
+    rows = [
+        {"extra_info": common | row, "stats": {"median": row.pop("median s"), "rounds": 5}} for row in (ours, eager)
+    ]
+    missing = [{**common, "library": "quack", "reason": "not installed"}]
+    return {"benchmarks": rows, "does_not": missing, "machine_info": {"device": "a CPU", "threads": 2}}
+
+
+def test_compare_sees_what_got_worse_and_nothing_else() -> None:
+    report, worse = results.compare(document(), document())
+    assert not worse and report.endswith("0 worse")
+    assert not results.compare(document(), document(**{"median s": 1.0, "peak extra MiB": 50.0}))[1]
+    for change, said in (
+        ({"median s": 2.5}, "median s / eager 0.500 -> 0.625"),
+        ({"peak extra MiB": 120.0}, "peak extra MiB / eager 0.100 -> 0.120"),
+        ({"error of logprob": 1e-5}, "error of logprob 1.0e-06 -> 1.0e-05"),
+    ):
+        report, worse = results.compare(document(), document(**change))
+        assert len(worse) == 1 and said in worse[0] and report.endswith("1 worse"), change
+
+
+def test_compare_is_by_ratios_so_that_machines_may_differ() -> None:
+    slower = copy.deepcopy(document())
+    for row in slower["benchmarks"]:
+        row["stats"]["median"] *= 7
+    assert not results.compare(document(), slower)[1]
+
+
+def test_compare_misses_a_row_of_ours_that_is_gone() -> None:
+    less = document()
+    less["benchmarks"] = [row for row in less["benchmarks"] if row["extra_info"]["library"] != OURS]
+    assert "no longer there" in results.compare(document(), less)[1][0]
+    assert results.compare(less, less)[1] == ["the two files have no row of ours in common"]
+
+
+def test_compare_on_the_command_line(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / name for name in ("old.json", "new.json", "other.json"))
+    old.write_text(json.dumps(document()))
+    new.write_text(json.dumps(document(**{"median s": 3.9})))
+    other.write_text("{}")
+    for files, status, said in (
+        ((old, old), 0, "0 worse"),
+        ((old, new), 1, "1 worse"),
+        ((old, other), None, "no 'benchmarks'"),
+    ):
+        command = [sys.executable, "-m", "pytest", "benchmarks", "--compare", *map(str, files)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert said in done.stdout + done.stderr
+        assert done.returncode == status if status is not None else done.returncode
+
+
+def test_table_has_a_row_for_who_does_not() -> None:
+    text = results.table(results.rows(document()))
+    lines = text.splitlines()
+    assert [line.split()[0] for line in lines[3:5]] == [OURS, "eager"]
+    assert "0.50" in lines[3] and "does not: quack: not installed" in lines[5]
+
+
+def test_readme_and_docs_are_what_the_results_say(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plot.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_rows_survive_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    monkeypatch.setenv(results.ROWS, str(path))
+    for row in document()["benchmarks"] + document()["does_not"]:
+        results.append(row)
+    with path.open("a") as file:
+        file.write('{"extra_info": {"tas')  # killed here
+    found = results.from_rows(path)
+    assert len(found["benchmarks"]) == 2 and len(found["does_not"]) == 1
+    assert results.rows(found) == results.rows(document())
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_libraries_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    times = measure.in_turns({name: lambda name=name: calls.append(name) for name in "abc"})
+    assert calls == list("abc") * measure.ROUNDS
+    assert all(len(of_one) == measure.ROUNDS and min(of_one) >= 0 for of_one in times.values())
+    monkeypatch.setattr(measure, "seconds", lambda step: 1e3)
+    assert {len(of_one) for of_one in measure.in_turns({"slow": lambda: None}).values()} == {2}
+
+
+def test_stopwatch_shows_what_it_is_told() -> None:
+    watch, times = measure.Stopwatch(), iter([0.5, 0.25])
+    seen = [watch()]
+    for _ in range(2):
+        watch.play(times)
+        seen.append(watch())
+    assert seen == [0.0, 0.5, 0.75]
+
+
+@pytest.mark.skipif(measure._start_peak() is None, reason="this system does not tell the peak of a process")
+def test_peak_memory_counts_what_is_freed_again_and_not_what_comes_back() -> None:
+    mib = 1 << 18  # floats
+
+    def step() -> torch.Tensor:
+        torch.ones(64 * mib).sum()
+        return torch.ones(32 * mib)
+
+    peak, result = measure.peak_memory(step, lambda t: [t])
+    assert peak is not None and 30 < peak < 40  # 64 at the peak; of the 32 that came later nothing is extra
+    assert result.numel() == 32 * mib
+
+
+def test_a_library_that_computes_something_else_is_not_timed() -> None:
+    def make(gold: Any, library: str) -> contest.Step:
+        off = {"right": 0.0, OURS: 0.0, "wrong": 2.0}[library]
+        return lambda: contest.Result((gold.logprob + off).float())
+
+    def exact(gold: Any) -> contest.Exact:
+        return contest.Exact(gold.logprob)
+
+    rows = contest.compete(contest.Task("t", make, exact, 1), TINY, [OURS, "right", "wrong"], timed=True)
+    assert rows["wrong"].reason == "disagrees with fp64: logprob by 2" and not rows["wrong"].times
+    assert rows["right"].reason is None and len(rows["right"].times) == measure.ROUNDS
+    assert rows["right"].info["error of logprob"] < 1e-5
+
+
+def test_an_error_of_ours_is_not_hidden_in_a_row() -> None:
+    def broken(gold: Any, library: str) -> contest.Step:
+        raise RuntimeError("out of luck")
+
+    def exact(gold: Any) -> contest.Exact:
+        return contest.Exact()
+
+    assert contest.compete(contest.Task("t", broken, exact, 1), TINY, ["TRL"], timed=False)["TRL"].reason == (
+        "fails: RuntimeError: out of luck"
+    )
+    with pytest.raises(RuntimeError, match="out of luck"):
+        contest.compete(contest.Task("t", broken, exact, 1), TINY, [OURS], timed=False)
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_are_peaked_as_a_trained_model() -> None:
+    gold = make_gold(make_inputs(Shape("a head", 128, 64, 32_000, torch.float32)))
+    entropy = gold.distribution["mean entropy, nats"]
+    assert 0.5 < entropy < 3 and gold.distribution["mean entries above 2^-12"] > 5
+    assert float(gold.entropy.min()) < 0.01 and float(gold.entropy.max()) > 3
+    assert 25 < gold.distribution["largest |logit|"] < 60
+
+
+@pytest.mark.parametrize("n", [1, 7, 96, 1024, 8192])
+def test_groups_are_ragged_and_cover_every_token(n: int) -> None:
+    cu_seqlens, cu_groups = ragged(n)
+    lengths = cu_seqlens.diff()
+    assert cu_seqlens[0] == 0 and cu_seqlens[-1] == n and bool((lengths > 0).all())
+    assert set(cu_groups.tolist()) <= set(cu_seqlens.tolist())
+    assert cu_groups[0] == 0 and cu_groups[-1] == n and bool((cu_groups.diff() > 0).all())
+    if n >= 1024:
+        assert len(lengths.unique()) > 2
+
+
+def test_gold_is_autograd_in_fp64() -> None:
+    x = make_inputs(TINY)
+    gold = make_gold(x)
+    hidden, weight = (t.double().requires_grad_() for t in (x.hidden, x.weight))
+    log_p = (hidden @ weight.T).log_softmax(-1)
+    logprob, entropy = log_p.gather(1, x.targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)
+    (x.a * logprob + x.b * entropy).sum().backward()
+    assert hidden.grad is not None and weight.grad is not None
+    dhidden, dweight = gold.gradients(x.a, x.b)
+    torch.testing.assert_close(gold.logprob, logprob.detach())
+    torch.testing.assert_close(gold.entropy, entropy.detach())
+    torch.testing.assert_close(dhidden, hidden.grad[gold.sample])
+    torch.testing.assert_close(dweight, weight.grad[gold.columns])
