@@ -21,7 +21,7 @@ class Result(NamedTuple):
     entropy: Tensor | None = None
     dhidden: Tensor | None = None
     dweight: Tensor | None = None
-    others: tuple[Tensor, ...] = ()
+    others: tuple[Tensor | None, ...] = ()
 
 
 Step = Callable[[], Result]
@@ -118,8 +118,9 @@ def compete(task: Task, shape: Shape, libraries: Iterable[str], timed: bool) -> 
         info = {
             **rows[library].info,
             "of bare mm": round(median / unit, 3),
-            "share of GEMM rate": round(task.gemms * unit / median, 3),
         }
+        if task.gemms:
+            info["share of GEMM rate"] = round(task.gemms * unit / median, 3)
         rows[library] = Row(None, info, times)
     return rows
 
@@ -130,6 +131,14 @@ def describe(shape: Shape) -> dict[str, Any]:
     return {**sizes, **gold_of(shape).distribution} if shape != TINY else sizes
 
 
+def taken(*leaves: Tensor) -> list[Tensor | None]:
+    """Their gradients, which they keep no longer: the next step begins with as much memory as this one."""
+    gradients = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return gradients
+
+
 def train_step(
     gold: Gold, loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor | None]], train_head: bool = True
 ) -> Step:
@@ -138,11 +147,11 @@ def train_step(
     weight = gold.x.weight.detach().requires_grad_(train_head)
 
     def step() -> Result:
-        hidden.grad = weight.grad = None
         value, logprob, entropy = loss(hidden, weight)
         value.backward()
         logprob, entropy = (None if t is None else t.detach() for t in (logprob, entropy))
-        return Result(logprob, entropy, hidden.grad, weight.grad)
+        dhidden, dweight = taken(hidden, weight)
+        return Result(logprob, entropy, dhidden, dweight)
 
     return step
 
