@@ -8,14 +8,13 @@ from torch import Tensor
 
 from benchmarks.contest import Exact, Step, Task, train_step
 from benchmarks.gold import Gold
-from benchmarks.peers import EAGER, OURS, PEERS, entropy_by_blocks, impl_of, per_token, weighted
+from benchmarks.peers import ENTROPY_FIRST, OURS, PEERS, entropy_by_blocks, impl_of, per_token, weighted
 from benchmarks.peers import LIBRARIES as EVERYBODY
 from benchmarks.sega import batch_weights, group_weights, groups
 from benchmarks.shapes import OVER_TOKENS
 from gem_kernels import TokenStats, linear_group_loss
 
 SMALL_CACHE = f"{OURS}, cache 128 MiB"
-ENTROPY_FIRST = f"{EAGER}, entropy without a graph"
 LIBRARIES = [*EVERYBODY, SMALL_CACHE, ENTROPY_FIRST]
 SHAPES = OVER_TOKENS
 

@@ -33,7 +33,7 @@ class Shape(NamedTuple):
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 _CPU = Shape("1024x512x128256", 1024, 512, 128_256, torch.float32)
-_CPU_SMALL = Shape("512x256x32000", 512, 256, 32_000, torch.float32)
+_CPU_SMALL = [Shape(f"{n}x256x32000", n, 256, 32_000, torch.float32) for n in (512, 128, 1024)]
 _CPU_BF16 = Shape("256x512x32000-bf16", 256, 512, 32_000, torch.bfloat16)
 _REFERENCE = Shape("llama-3-8b", 8192, 4096, 128_256, torch.bfloat16)
 _MODELS = [
@@ -58,9 +58,9 @@ if DEVICE.type == "cuda":
     SMALL = [_REFERENCE]
 else:
     MAIN = [_CPU]
-    OVER_TOKENS = [_CPU, *_tokens(_CPU, 64, 256)]
+    OVER_TOKENS = [_CPU, *_CPU_SMALL]
     NARROW = [_CPU_BF16]
-    SMALL = [_CPU_SMALL]
+    SMALL = _CPU_SMALL[:1]
 
 
 class Inputs(NamedTuple):

@@ -138,10 +138,11 @@ def slab_bytes(device: torch.device, cache_bytes: int) -> int:
 
 
 def chunk_tile(hidden: Tensor) -> ChunkTile:
-    """The tile of logits for hidden (N, D)."""
-    if not compat.on_triton(hidden.device):
-        return CHUNKED
-    return nearest(_CHUNKED_CUDA, compat.arch(hidden.device), hidden.shape[1])
+    """The tile of logits for hidden (N, D): as many logits of few tokens as of many, in fewer and wider tiles."""
+    tile = CHUNKED
+    if compat.on_triton(hidden.device):
+        tile = nearest(_CHUNKED_CUDA, compat.arch(hidden.device), hidden.shape[1])
+    return tile._replace(cols=tile.cols * max(1, tile.rows // max(1, hidden.shape[0])))
 
 
 def vocabulary_splits(row_blocks: int, tiles: int, processors: int) -> int:

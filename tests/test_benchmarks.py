@@ -102,10 +102,11 @@ def test_what_we_claim_holds_in_the_results_on_file(of_file: dict[str, Any]) -> 
     small_cache, careful = f"{OURS}, cache 128 MiB", "eager, entropy without a graph"
     sega = tasks["SEGA, weights from the pass", "1024x512x128256"]
     frozen = tasks["SEGA, frozen head", "1024x512x128256"]
-    assert all(sega[name]["rounds"] == frozen[name]["rounds"] == 5 for name in (OURS, "eager", careful, "TRL"))
+    assert all(frozen[name]["rounds"] == 5 for name in (OURS, "eager", "TRL"))
+    assert all(sega[name]["rounds"] == 5 for name in (OURS, "eager", careful, "TRL"))
+    assert frozen[OURS]["median s"] <= 0.85 * frozen["eager"]["median s"]
     for eager in ("eager", careful):
         assert sega[OURS]["median s"] <= 1.0 * sega[eager]["median s"]
-        assert frozen[OURS]["median s"] <= 0.85 * frozen[eager]["median s"]
         assert sega[OURS]["peak extra MiB"] <= sega[eager]["peak extra MiB"] / 4
         assert sega[small_cache]["peak extra MiB"] <= sega[eager]["peak extra MiB"] / 10
     assert sega[OURS]["median s"] <= 0.9 * sega["TRL"]["median s"]
@@ -138,7 +139,8 @@ def test_libraries_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == list("abc") * measure.ROUNDS
     assert all(len(of_one) == measure.ROUNDS and min(of_one) >= 0 for of_one in times.values())
     monkeypatch.setattr(measure, "seconds", lambda step: 1e3)
-    assert {len(of_one) for of_one in measure.in_turns({"slow": lambda: None}).values()} == {2}
+    slow = measure.in_turns({"slow": lambda: None, "claimed": lambda: None}, claimed=["claimed"])
+    assert {name: len(of_one) for name, of_one in slow.items()} == {"slow": 2, "claimed": measure.CLAIM_ROUNDS}
 
 
 def test_stopwatch_shows_what_it_is_told() -> None:
@@ -226,3 +228,14 @@ def test_gold_is_autograd_in_fp64() -> None:
     torch.testing.assert_close(gold.entropy, entropy.detach())
     torch.testing.assert_close(dhidden, hidden.grad[gold.sample])
     torch.testing.assert_close(dweight, weight.grad[gold.columns])
+
+
+def test_tables_of_the_drop_mass_page_are_what_its_results_say(tmp_path: Path) -> None:
+    (path,) = results.FOLDER.glob("drop_mass-*.json")
+    command = [sys.executable, "benchmarks/drop_mass.py", "--replot", str(path), "--plot", str(tmp_path / "plot.png")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    page = (ROOT / "docs" / "drop_mass.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(rows) > 20 and not [row for row in rows if row not in page]
