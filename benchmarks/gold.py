@@ -65,7 +65,7 @@ def make_gold(x: Inputs) -> Gold:
         parts.append((logprob, -(log_p.exp() * log_p).sum(1), log_p_columns, above, largest))
     logprob, entropy, log_p_columns, above, largest = (torch.cat(t) for t in zip(*parts, strict=True))
     distribution = {
-        "mean entropy, nats": round(float(entropy.mean()), 2),
+        "mean entropy (nats)": round(float(entropy.mean()), 2),
         "mean entries above 2^-12": round(float(above.mean()), 1),
         "largest |logit|": round(float(largest.max()), 1),
     }

@@ -20,7 +20,7 @@ from benchmarks import results
 from benchmarks.results import EAGER, HEADER, OURS, ROOT, Json
 
 BEGIN, END = "<!-- benchmarks: python -m benchmarks.plot -->", "<!-- end of benchmarks -->"
-# What the README shows of a task: the first shape of a file. The rest is in docs/benchmarks.md.
+# What the README shows, each at its largest shape. The rest is in docs/benchmarks.md.
 IN_README = ("SEGA, weights from the pass", "SEGA, frozen head", "score: logprob and entropy, forward")
 COLUMNS_IN_README = ("", "time", "/ eager", "/ bare mm", "extra MiB", "Δ logprob", "Δ dhidden")
 OVER_TOKENS = "SEGA, weights from the pass"
@@ -65,19 +65,20 @@ def _about(document: Json) -> str:
     threads = f"{machine['threads']} threads" if "capability" not in machine else ""
     driver = machine.get("driver, power limit, max clock, clock, temperature") or ""
     changed = ", with changes" if commit.get("dirty") else ""
-    where = ", ".join(filter(None, (machine["device"], machine.get("instructions"), threads, driver)))
-    return f"{where}; {versions}; {document['datetime'][:10]}, commit {str(commit['id'])[:8]}{changed}."
+    where = ", ".join(filter(None, (machine.get("instructions"), threads, driver)))
+    return f"{where}; {versions}; {document['datetime'][:10]}, commit {str(commit['id'])[:8]}{changed}"
 
 
 def readme_block(documents: dict[str, Json]) -> str:
     lines = [BEGIN, ""]
     for device, document in documents.items():
         tasks = results.by_task(results.rows(document))
-        lines += [f"**{document['machine_info']['device']}**: {_about(document)}", ""]
+        lines += [f"**{document['machine_info']['device']}** ({_about(document)})", ""]
         for wanted in IN_README:
-            of_task = next((rows for (task, _), rows in tasks.items() if task == wanted), None)
-            if of_task:
-                lines += _section(of_task, COLUMNS_IN_README, "####")
+            shapes = [of_task for (task, _), of_task in tasks.items() if task == wanted]
+            if shapes:
+                largest = max(shapes, key=lambda of_task: of_task[0]["N"] * of_task[0]["D"] * of_task[0]["V"])
+                lines += _section(largest, COLUMNS_IN_README, "####")
         for kind, says in (("tokens", "time and memory against tokens"), ("error", "error against time")):
             if (ROOT / "docs" / f"bench-{device}-{kind}.png").exists():
                 lines += [f"![{device}: {says}](docs/bench-{device}-{kind}.png)", ""]
@@ -98,7 +99,7 @@ def page(documents: dict[str, Json]) -> str:
         "",
     ]
     for document in documents.values():
-        lines += [f"## {document['machine_info']['device']}", "", _about(document), ""]
+        lines += [f"## {document['machine_info']['device']}", "", f"{_about(document)}.", ""]
         for of_task in results.by_task(results.rows(document)).values():
             lines += _section(of_task, HEADER, "###")
     return "\n".join(lines).rstrip() + "\n"
@@ -122,6 +123,7 @@ def _style(library: str) -> dict[str, Any]:
 def plot_tokens(document: Json, path: Path) -> None:
     """Time and memory of the SEGA step against the number of tokens, of one head."""
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     timed = [r for r in results.rows(document) if r["task"] == OVER_TOKENS and "median s" in r]
     heads = [(r["D"], r["V"]) for r in timed if r["library"] == OURS]
@@ -142,6 +144,8 @@ def plot_tokens(document: Json, path: Path) -> None:
         axis.xaxis.set_major_formatter(lambda n, _: f"{n:,.0f}")
         axis.set_xticks(sorted({r["N"] for r in timed}))
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
         axis.grid(alpha=0.3)
     axes[0].set_title("Time of forward + backward")
     axes[1].set_title("Memory beyond inputs and gradients")
@@ -168,7 +172,8 @@ def plot_error(document: Json, path: Path) -> None:
             axis.scatter(x, y, s=70, color=_style(row["library"])["color"] or "#d55e00", zorder=3)
             axis.annotate(row["library"], (x, y), textcoords="offset points", xytext=(7, 5), fontsize=9)
         axis.set(yscale="log", xlabel="time / eager", ylabel="nats", title=f"Largest error of the {what}")
-        axis.margins(x=0.25, y=0.15)
+        axis.set_xlim(0, 1.5 * max(row["median s"] for row in timed) / eager["median s"])
+        axis.margins(y=0.15)
         axis.grid(alpha=0.3)
     figure.suptitle(f"{task}, {results.title(timed[0])}", fontsize=10)
     figure.savefig(path, dpi=110)

@@ -101,9 +101,9 @@ def allow_descriptors(device: torch.device) -> None:
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
 
 
-def gemm_operand(t: Tensor) -> Tensor:
-    """t in the dtype in which the GEMM library multiplies it with fp32 sums and an fp32 result: its own on CUDA."""
-    return t if t.device.type == "cuda" else t.float()
+def gemm_dtype(t: Tensor) -> torch.dtype:
+    """The dtype in which the GEMM library multiplies t with fp32 sums and an fp32 result: its own on CUDA."""
+    return t.dtype if t.device.type == "cuda" else torch.float32
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -198,17 +198,25 @@ class LogitTiles:
     def __init__(self, x: Operands, transform: Transform) -> None:
         self.x, self.transform = x, transform
         self.row_kernels = compat.on_triton(x.hidden.device)
-        self.hidden, self.low_hidden = compat.gemm_operand(x.hidden), adapter_hidden(x)
+        self.hidden, self.low_hidden = x.hidden.to(compat.gemm_dtype(x.hidden)), adapter_hidden(x)
         n, v = x.hidden.shape[0], x.weight.shape[0]
         self.shape = chunk_tile(x.hidden)
         self.buffer = torch.empty(buffer_size(n, v, self.shape), device=x.hidden.device)
         self.gradient_buffer: Tensor | None = None
+        self.weight_buffer: Tensor | None = None
 
     def columns(self) -> Iterator[tuple[slice, Operands]]:
-        """Column ranges and the operands of those columns, ready for the GEMM library."""
+        """Column ranges and the operands of those columns, ready for the GEMM library, until the next ones are asked for."""
         for cols in ranges(self.x.weight.shape[0], self.shape.cols):
             part = self.x.columns(cols)
-            yield cols, part._replace(hidden=self.hidden, weight=compat.gemm_operand(part.weight))
+            weight = part.weight
+            if weight.dtype != compat.gemm_dtype(
+                weight
+            ):  # into the same memory each time: new memory costs more than a copy
+                if self.weight_buffer is None:
+                    self.weight_buffer = torch.empty_like(weight, dtype=compat.gemm_dtype(weight))
+                weight = self.weight_buffer[: weight.shape[0]].copy_(weight)
+            yield cols, part._replace(hidden=self.hidden, weight=weight)
 
     def rows(self) -> Iterator[slice]:
         return ranges(self.x.hidden.shape[0], self.shape.rows)
@@ -282,6 +290,7 @@ class Gradients:
         if need_weight:
             self.weight = x.hidden.new_empty(v, d, dtype=x.weight.dtype if passes == 1 else torch.float32)
         self.columns_seen = 0  # what stands in dweight beyond them means nothing yet
+        self.tile: Tensor | None = None
         self.bias = zeros(need_bias, v)
         self.low_hidden = zeros(rank > 0 and (need_hidden or self.need_a), n, rank)
         self.b = zeros(need_b, v, rank)
@@ -292,7 +301,11 @@ class Gradients:
             return None
         new, self.columns_seen = cols.start >= self.columns_seen, max(cols.stop, self.columns_seen)
         of_cols = self.weight[cols]
-        return Sum(of_cols if of_cols.dtype == torch.float32 else torch.empty_like(of_cols, dtype=torch.float32), new)
+        if of_cols.dtype == torch.float32:
+            return Sum(of_cols, new)
+        if self.tile is None:
+            self.tile = torch.empty_like(of_cols, dtype=torch.float32)
+        return Sum(self.tile[: of_cols.shape[0]], new)
 
     def add_hidden(self, dz: Tensor, part: Operands, rows: slice) -> None:
         """dhidden += dz W for dz (R, C) of these rows, and the same through the adapter."""
