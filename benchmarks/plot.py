@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.peers import ENTROPY_FIRST
 from benchmarks.results import EAGER, HEADER, OURS, ROOT, Json
 
 BEGIN, END = "<!-- benchmarks: python -m benchmarks.plot -->", "<!-- end of benchmarks -->"
@@ -25,6 +26,7 @@ IN_README = ("SEGA, weights from the pass", "SEGA, frozen head", "score: logprob
 COLUMNS_IN_README = ("", "time", "/ eager", "/ bare mm", "extra MiB", "Δ logprob", "Δ dhidden")
 OVER_TOKENS = "SEGA, weights from the pass"
 COLORS = {OURS: "#c1272d", EAGER: "#555555", "torch.compile": "#999999", "TRL": "#0072b2", "Liger scaled CE": "#009e73"}
+COLORS |= {"F.linear_cross_entropy": "#8e44ad", ENTROPY_FIRST: "#e69f00"}
 
 
 def newest() -> dict[str, Path]:
@@ -167,12 +169,17 @@ def plot_error(document: Json, path: Path) -> None:
         return
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
     for axis, what in zip(axes, ("logprob", "entropy"), strict=True):
-        for row in timed:
+        for i, row in enumerate(sorted(timed, key=lambda row: row["median s"])):
             x, y = row["median s"] / eager["median s"], row[f"error of {what}"]
             axis.scatter(x, y, s=70, color=_style(row["library"])["color"] or "#d55e00", zorder=3)
-            axis.annotate(row["library"], (x, y), textcoords="offset points", xytext=(7, 5), fontsize=9)
+            above = {
+                "textcoords": "offset points",
+                "xytext": (0, 9 if i % 2 else -16),
+                "ha": "center",
+            }  # in turns, to be legible
+            axis.annotate(row["library"], (x, y), fontsize=9, **above)
         axis.set(yscale="log", xlabel="time / eager", ylabel="nats", title=f"Largest error of the {what}")
-        axis.set_xlim(0, 1.5 * max(row["median s"] for row in timed) / eager["median s"])
+        axis.set_xlim(0, 1.25 * max(row["median s"] for row in timed) / eager["median s"])
         axis.margins(y=0.15)
         axis.grid(alpha=0.3)
     figure.suptitle(f"{task}, {results.title(timed[0])}", fontsize=10)
