@@ -19,6 +19,8 @@ ROUNDS, SECONDS = (3, 8.0) if DEVICE.type == "cpu" else (25, 0.5)
 """Runs of a library; fewer, but two, where they would take longer than so many seconds."""
 CLAIM_ROUNDS = max(5, ROUNDS)
 """Of the libraries that a claim is about, however long they take."""
+MANY_ROUNDS, FEW_SECONDS = max(9, ROUNDS), 0.4
+"""So many while they take no longer than that together: what is short is easily disturbed."""
 MIB = 1 << 20
 
 
@@ -65,10 +67,11 @@ def in_turns(steps: Mapping[str, Callable[[], object]], claimed: Collection[str]
     claimed: those that get CLAIM_ROUNDS.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for done in range(CLAIM_ROUNDS if claimed else ROUNDS):
+    for done in range(MANY_ROUNDS):
         for name, step in steps.items():
-            has_time = done < ROUNDS and (done < 2 or sum(times[name]) * (done + 1) / done <= SECONDS)
-            if name in claimed or has_time:
+            with_this = sum(times[name]) * (done + 1) / max(1, done)
+            wanted = CLAIM_ROUNDS if name in claimed else ROUNDS if with_this <= SECONDS else 2
+            if done < wanted or with_this <= FEW_SECONDS:
                 times[name].append(seconds(step))
     return times
 

@@ -172,12 +172,8 @@ def plot_error(document: Json, path: Path) -> None:
         for i, row in enumerate(sorted(timed, key=lambda row: row["median s"])):
             x, y = row["median s"] / eager["median s"], row[f"error of {what}"]
             axis.scatter(x, y, s=70, color=_style(row["library"])["color"] or "#d55e00", zorder=3)
-            above = {
-                "textcoords": "offset points",
-                "xytext": (0, 9 if i % 2 else -16),
-                "ha": "center",
-            }  # in turns, to be legible
-            axis.annotate(row["library"], (x, y), fontsize=9, **above)
+            beside = (0, 9 if i % 2 else -16)  # above and below in turns, to be legible
+            axis.annotate(row["library"], (x, y), beside, textcoords="offset points", ha="center", fontsize=9)
         axis.set(yscale="log", xlabel="time / eager", ylabel="nats", title=f"Largest error of the {what}")
         axis.set_xlim(0, 1.25 * max(row["median s"] for row in timed) / eager["median s"])
         axis.margins(y=0.15)

@@ -136,9 +136,12 @@ def test_rows_survive_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_libraries_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+    monkeypatch.setattr(measure, "seconds", lambda step: step() or 1.0)
     times = measure.in_turns({name: lambda name=name: calls.append(name) for name in "abc"})
     assert calls == list("abc") * measure.ROUNDS
-    assert all(len(of_one) == measure.ROUNDS and min(of_one) >= 0 for of_one in times.values())
+    assert all(of_one == [1.0] * measure.ROUNDS for of_one in times.values())
+    monkeypatch.setattr(measure, "seconds", lambda step: 1e-3)
+    assert len(measure.in_turns({"fast": lambda: None})["fast"]) == measure.MANY_ROUNDS
     monkeypatch.setattr(measure, "seconds", lambda step: 1e3)
     slow = measure.in_turns({"slow": lambda: None, "claimed": lambda: None}, claimed=["claimed"])
     assert {name: len(of_one) for name, of_one in slow.items()} == {"slow": 2, "claimed": measure.CLAIM_ROUNDS}
@@ -176,7 +179,7 @@ def test_a_library_that_computes_something_else_is_not_timed() -> None:
 
     rows = contest.compete(contest.Task("t", make, exact, 1), TINY, [OURS, "right", "wrong"], timed=True)
     assert rows["wrong"].reason == "disagrees with fp64: logprob by 2" and not rows["wrong"].times
-    assert rows["right"].reason is None and len(rows["right"].times) == measure.ROUNDS
+    assert rows["right"].reason is None and len(rows["right"].times) >= measure.ROUNDS
     assert rows["right"].info["error of logprob"] < 1e-5
 
 
