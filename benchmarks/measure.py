@@ -19,7 +19,7 @@ ROUNDS, SECONDS = (3, 8.0) if DEVICE.type == "cpu" else (25, 0.5)
 """Runs of a library; fewer, but two, where they would take longer than so many seconds."""
 CLAIM_ROUNDS = max(5, ROUNDS)
 """Of the libraries that a claim is about, however long they take."""
-MANY_ROUNDS, FEW_SECONDS = max(9, ROUNDS), 0.4
+MANY_ROUNDS, FEW_SECONDS = max(9, ROUNDS), 0.25
 """So many while they take no longer than that together: what is short is easily disturbed."""
 MIB = 1 << 20
 
