@@ -144,7 +144,7 @@ def plot_tokens(document: Json, path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), label=library, **_style(library))
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         axis.xaxis.set_major_formatter(lambda n, _: f"{n:,.0f}")
-        axis.set_xticks(sorted({r["N"] for r in timed}))
+        axis.set_xticks(sorted({r["N"] for of_library in lines.values() for r in of_library}))
         axis.minorticks_off()
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
