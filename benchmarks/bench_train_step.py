@@ -73,7 +73,7 @@ else:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "model" in metafunc.fixturenames:
-        models = [TINY] if metafunc.config.getoption("benchmark_disable") else MODELS
+        models = [TINY] if metafunc.config.getoption("benchmark_disable", False) else MODELS
         metafunc.parametrize("model", models, ids=[model.name for model in models])
 
 

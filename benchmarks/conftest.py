@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    disabled = metafunc.config.getoption("benchmark_disable")
+    disabled = metafunc.config.getoption("benchmark_disable", False)
     if "shape" in metafunc.fixturenames:
         metafunc.parametrize("shape", [TINY] if disabled else metafunc.module.SHAPES, ids=str)
     if "library" in metafunc.fixturenames:

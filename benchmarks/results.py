@@ -68,7 +68,11 @@ def describe_machine() -> Json:
     """Device, driver, versions."""
     import torch
 
-    found: Json = {"device": device_name(), "threads": torch.get_num_threads(), "platform": platform.platform()}
+    found: Json = {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         query = "--query-gpu=driver_version,power.limit,clocks.max.sm,clocks.sm,temperature.gpu"
