@@ -208,8 +208,7 @@ class LogitTiles:
     def columns(self) -> Iterator[tuple[slice, Operands]]:
         """Column ranges and the operands of those columns, ready for the GEMM library, until the next ones are asked for."""
         for cols in ranges(self.x.weight.shape[0], self.shape.cols):
-            part = self.x.columns(cols)
-            weight = part.weight
+            weight = (part := self.x.columns(cols)).weight
             if weight.dtype != compat.gemm_dtype(
                 weight
             ):  # into the same memory each time: new memory costs more than a copy
@@ -280,15 +279,14 @@ class Gradients:
     def __init__(self, x: Operands, needed: Sequence[bool], passes: int) -> None:
         self.x, (need_hidden, need_weight, need_bias, self.need_a, need_b) = x, needed
 
-        def zeros(need: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
-            return torch.zeros(shape, dtype=dtype, device=x.hidden.device) if need else None
+        def zeros(need: bool, *shape: int) -> Tensor | None:
+            return torch.zeros(shape, device=x.hidden.device) if need else None
 
         (n, d), v = x.hidden.shape, x.weight.shape[0]
         rank = 0 if x.low_rank is None else x.low_rank.a.shape[0]
         self.hidden = zeros(need_hidden, n, d)
-        self.weight: Tensor | None = None
-        if need_weight:
-            self.weight = x.hidden.new_empty(v, d, dtype=x.weight.dtype if passes == 1 else torch.float32)
+        dtype = x.weight.dtype if passes == 1 else torch.float32
+        self.weight = x.hidden.new_empty(v, d, dtype=dtype) if need_weight else None
         self.columns_seen = 0  # what stands in dweight beyond them means nothing yet
         self.tile: Tensor | None = None
         self.bias = zeros(need_bias, v)
@@ -343,11 +341,9 @@ class Gradients:
             self.b[cols].addmm_(dz.float().t(), low_hidden)
 
     def close(self, cols: slice, dweight: Sum | None) -> None:
-        if self.weight is None or dweight is None:
-            return
-        if dweight.empty:  # no token was there
+        if dweight is not None and dweight.empty:  # no token was there
             dweight.total.zero_()
-        if self.weight.dtype != torch.float32:
+        if self.weight is not None and dweight is not None and self.weight.dtype != torch.float32:
             self.weight[cols] = dweight.total
 
     def finish(self) -> list[Tensor | None]:
@@ -371,10 +367,7 @@ class Gradients:
 
 
 def cached_tile(cache: Tensor, n: int, rows: slice, cols: slice) -> Tensor:
-    """The place of a tile in a buffer of n padded(V) elements that holds the logits of n rows tile by tile.
-
-    Only the last tile has a width that needs padding.
-    """
+    """The place of a tile in a buffer of n padded(V) elements for n rows; only the last tile's width needs padding."""
     height, width = rows.stop - rows.start, cols.stop - cols.start
     return matrix(cache[n * cols.start + rows.start * padded(width) :], height, width)
 
