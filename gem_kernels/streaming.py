@@ -208,12 +208,11 @@ class LogitTiles:
     def columns(self) -> Iterator[tuple[slice, Operands]]:
         """Column ranges and the operands of those columns, ready for the GEMM library, until the next ones are asked for."""
         for cols in ranges(self.x.weight.shape[0], self.shape.cols):
-            weight = (part := self.x.columns(cols)).weight
-            if weight.dtype != compat.gemm_dtype(
-                weight
-            ):  # into the same memory each time: new memory costs more than a copy
+            part = self.x.columns(cols)
+            weight, dtype = part.weight, self.hidden.dtype
+            if weight.dtype != dtype:  # into the same memory each time: new memory costs more than a copy
                 if self.weight_buffer is None:
-                    self.weight_buffer = torch.empty_like(weight, dtype=compat.gemm_dtype(weight))
+                    self.weight_buffer = torch.empty_like(weight, dtype=dtype)
                 weight = self.weight_buffer[: weight.shape[0]].copy_(weight)
             yield cols, part._replace(hidden=self.hidden, weight=weight)
 

@@ -90,11 +90,10 @@ def forward_backward(
     width = padded(x.weight.shape[0])
     row_bytes = (2 if exponentials else 4) * width
     slabs = plan_slabs(kept.offsets(cu_groups), slab_bytes(x.hidden.device, cache_bytes) // row_bytes)
-    in_cache = [slab.stop - slab.start for slab in slabs if row_bytes * (slab.stop - slab.start) <= cache_bytes]
-    cache = None
-    if any(needed) and in_cache:
-        dtype = torch.bfloat16 if exponentials else torch.float32
-        cache = torch.empty(max(in_cache) * width, dtype=dtype, device=targets.device)
+    fitting = [slab.stop - slab.start for slab in slabs if row_bytes * (slab.stop - slab.start) <= cache_bytes]
+    cached_rows = max(fitting, default=-1) if any(needed) else -1  # of the largest slab that is cached; -1: none is
+    cache_dtype = torch.bfloat16 if exponentials else torch.float32
+    cache = torch.empty(max(cached_rows, 0) * width, dtype=cache_dtype, device=targets.device)
     gradients = Gradients(mine, needed, passes=len(slabs))
     stats = TokenStats(*(torch.zeros(targets.shape, device=targets.device) for _ in TokenStats._fields))
     loss = torch.zeros((), device=targets.device)
@@ -102,7 +101,7 @@ def forward_backward(
         rows, tokens = slice(slab.start, slab.stop), slice(cu_groups[slab.first], cu_groups[slab.last])
         in_slab = kept.part(rows, tokens)
         part = mine._replace(hidden=mine.hidden[rows])
-        own = cache if cache is not None and cache.numel() >= width * (slab.stop - slab.start) else None
+        own = cache if slab.stop - slab.start <= cached_rows else None
         if own is not None and exponentials:
             from gem_kernels.group_loss.exponentials import Exponentials
 
