@@ -10,7 +10,7 @@ demo: $(VENV)/.train
 	$(BIN)/gem-kernels demo --output_dir runs/demo
 
 # Two halves at once: everything as on any CPU, and beside it the tests of the ops with the Triton kernels interpreted.
-KERNEL_TESTS := $(patsubst %,tests/test_%.py,kernels compile linear_logprob logprob group_loss scoring layouts)
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,kernels compile linear_logprob logprob group_loss vocab_parallel scoring layouts)
 
 test: $(VENV)/.test $(VENV)/.bench
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS) >$(VENV)/interpreted.log 2>&1 & interpreted=$$!; \

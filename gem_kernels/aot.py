@@ -161,17 +161,17 @@ def _linear(impl: str, shape: _Shape, everything: bool, dtype: torch.dtype) -> N
     x, targets, transform = _linear_arguments(shape, everything, dtype)
     online = backend.forward(x, targets, transform, IGNORE_INDEX)
     for upstream in _upstreams(shape.tokens)[: 1 if everything else 2]:
-        backend.backward(x, targets, online, upstream, transform, IGNORE_INDEX, (True,) * 5)
+        backend.backward(x, targets, online, upstream, transform, IGNORE_INDEX, (True,) * 5, "")
 
 
 def _group(shape: _Shape, everything: bool, dtype: torch.dtype) -> None:
     """A slab of a group loss, whose cache holds exponentials; other dtypes launch what `chunked` does."""
-    from gem_kernels.group_loss.exponentials import Exponentials
+    from gem_kernels.group_loss.exponentials import Exponentials, follow_maximum_
 
     x, targets, transform = _linear_arguments(shape, everything, dtype)
-    cache = _meta(shape.tokens * padded(shape.vocabulary), dtype=dtype)
-    slab, gradients = Exponentials(x, targets, transform, cache), Gradients(x, (True,) * 5, passes=1)
-    slab.backward(Upstream(_meta(shape.tokens), None, None), gradients, 0)
+    slab = Exponentials(x, targets, transform, _meta(shape.tokens * padded(shape.vocabulary), dtype=dtype), "")
+    follow_maximum_(slab.cache, slab.reference, slab.online)
+    slab.backward(Upstream(_meta(shape.tokens), None, None), Gradients(x, (True,) * 5, passes=1), 0)
 
 
 def _logits(shape: _Shape, softcap: float | None, dtype: torch.dtype) -> None:

@@ -101,6 +101,26 @@ def allow_descriptors(device: torch.device) -> None:
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
 
 
+def process_group(name: str) -> Any:
+    """The ProcessGroup of this `group_name`."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
+
+
+def is_dtensor(t: object) -> bool:
+    """Without the half second that the module takes to import: where nobody did, there are none."""
+    return hasattr(t, "device_mesh") and hasattr(t, "placements")
+
+
+def first_row(t: Any) -> int:
+    """Of this rank's rows of a DTensor, its index in the whole."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+    return int(offset[0])
+
+
 def gemm_dtype(t: Tensor) -> torch.dtype:
     """The dtype in which the GEMM library multiplies t with fp32 sums and an fp32 result: its own on CUDA."""
     return t.dtype if t.device.type == "cuda" else torch.float32

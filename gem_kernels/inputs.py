@@ -8,20 +8,49 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from gem_kernels.types import LogitTransform, LowRank, Operands, TokenStats, Upstream
-from gem_kernels.validation import check_linear, check_transform
+from gem_kernels import compat, vocab_parallel
+from gem_kernels.types import LogitTransform, LowRank, Operands, Upstream, VocabShard
+from gem_kernels.validation import check_linear, check_shard, check_tensor, check_transform, values_are_readable
 
 
 class LinearInputs(NamedTuple):
     """Checked, cast and flattened arguments of a linear op."""
 
     operands: Operands  # hidden (M, D): M = all tokens, ignored ones included
-    targets: Tensor  # (M,)
+    targets: Tensor  # (M,), indices in the whole vocabulary
+    ignore_index: int
     batch_shape: torch.Size
+    shard: VocabShard | None  # None: this process holds the whole vocabulary
 
-    def expand(self, stats: Iterable[Tensor]) -> TokenStats:
+    @property
+    def ranks(self) -> str:
+        """Who holds the vocabulary, as an operator takes it (vocab_parallel)."""
+        return "" if self.shard is None else self.shard.group.group_name
+
+    @property
+    def columns(self) -> int:
+        """V, or an even share of it: what a rank plans its memory by, so that all ranks have the same plan."""
+        if self.shard is None:
+            return self.operands.weight.shape[0]
+        return -(-self.shard.total // self.shard.group.size())
+
+    def whole(self) -> LinearInputs:
+        """With the rows of all ranks."""
+        if self.shard is None:
+            return self
+        return self._replace(operands=vocab_parallel.whole(self.operands, self.shard), shard=None)
+
+    def local(self) -> LinearInputs:
+        """With targets and ignore_index of this rank's rows."""
+        if self.shard is None:
+            return self
+        rows = self.operands.weight.shape[0]
+        targets = vocab_parallel.local_targets(self.targets, self.ignore_index, rows, self.shard.start)
+        return self._replace(targets=targets, ignore_index=vocab_parallel.IGNORED)
+
+    def expand(self, stats: Iterable[Tensor]) -> list[Tensor]:
         """Statistics of the M tokens -> in the caller's batch shape."""
-        return TokenStats(*(s.view(self.batch_shape) for s in stats))
+        return [s.view(self.batch_shape) for s in stats]
 
 
 class Kept(NamedTuple):
@@ -94,18 +123,36 @@ def linear_inputs(
     transform: LogitTransform,
     low_rank: LowRank | None,
     ignore_index: int,
+    shard: VocabShard | None,
+    **agreed: object,
 ) -> LinearInputs:
-    """Cast as F.linear would under autocast, check, flatten the batch shape."""
+    """Cast as F.linear would under autocast, check, flatten the batch shape.
+
+    agreed: what else has to be the same on all ranks of a shard's group, lest they wait for one another.
+    """
+    factors = low_rank[:2] if isinstance(low_rank, LowRank) else ()
+    if any(map(compat.is_dtensor, (hidden, weight, targets, bias, *factors))):
+        hidden, weight, targets, bias, low_rank, shard = vocab_parallel.local_parts(
+            hidden, weight, targets, bias, low_rank, shard
+        )
     if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = _autocast(hidden, dtype), _autocast(weight, dtype), _autocast(bias, dtype)
         if isinstance(low_rank, LowRank):
             low_rank = LowRank(_autocast(low_rank.a, dtype), _autocast(low_rank.b, dtype), low_rank.scale)
     check_transform(transform)
-    check_linear(hidden, weight, targets, bias, low_rank, ignore_index)
+    arguments = (hidden, weight, targets, bias, low_rank, ignore_index)
+    if shard is None:
+        check_linear(*arguments, shard)
+    else:
+        check_shard(shard)
+        if values_are_readable(check_tensor("weight", weight)):
+            vocab_parallel.check_linear_together(*arguments, shard, {"transform": transform, **agreed})
+        else:
+            check_linear(*arguments, shard)
     # Matrices keep their strides, vectors are dense.
     flat = Operands(hidden.reshape(-1, hidden.shape[-1]), weight, None if bias is None else bias.contiguous(), low_rank)
-    return LinearInputs(flat, targets.reshape(-1).contiguous(), targets.shape)
+    return LinearInputs(flat, targets.reshape(-1).contiguous(), ignore_index, targets.shape, shard)
 
 
 def autocast_off(t: Tensor) -> torch.autocast:

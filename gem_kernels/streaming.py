@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gem_kernels import compat
+from gem_kernels import compat, vocab_parallel
 from gem_kernels.tiles import CHUNKED, ChunkTile, chunk_tile
 from gem_kernels.types import LogitTransform, Operands, TokenStats, Upstream
 
@@ -87,11 +87,11 @@ class OnlineStats(NamedTuple):
             torch.sub(zb, tile_maximum[at, None].clamp_(min=torch.finfo(z.dtype).min), out=shifted).clamp_(min=_FLOOR)
             torch.sum(torch.exp(shifted, out=exps), 1, out=tile_total[at])
             torch.sum(exps.mul_(shifted), 1, out=tile_weighted[at])
-        self._merge(tile_maximum, tile_total, tile_weighted)
+        self.merge(tile_maximum, tile_total, tile_weighted)
         hit, column = target_columns(self.targets, first_col, columns)
         self.values[3, hit] = z[hit, column]
 
-    def _merge(self, other_maximum: Tensor, other_total: Tensor, other_weighted: Tensor) -> None:
+    def merge(self, other_maximum: Tensor, other_total: Tensor, other_weighted: Tensor) -> None:
         """(m, s, t) of further columns, each (N,), into those of the row."""
         maximum, total, weighted, _ = self.values
         new = torch.maximum(maximum, other_maximum)
@@ -345,9 +345,10 @@ class Gradients:
         if self.weight is not None and dweight is not None and self.weight.dtype != torch.float32:
             self.weight[cols] = dweight.total
 
-    def finish(self) -> list[Tensor | None]:
-        """[hidden, weight, bias, a, b] in their own dtypes. The two terms of dhidden are rounded after their sum."""
+    def finish(self, ranks: str) -> list[Tensor | None]:
+        """[hidden, weight, bias, a, b] in their own dtypes. The terms of dhidden are rounded after their sum."""
         x, a, low = self.x, None, self.x.low_rank
+        vocab_parallel.sum_((self.hidden, self.low_hidden), ranks)
         if self.weight is not None:
             self.weight[self.columns_seen :].zero_()
         if low is not None and self.low_hidden is not None:

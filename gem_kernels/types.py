@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 IGNORE_INDEX = -100
 """Targets of this value take no part: statistics 0, no gradient (the convention of torch.nn.functional.cross_entropy)."""
@@ -24,6 +27,16 @@ class TokenStats(NamedTuple):
     """Shannon entropy of the distribution, nats, in [0, log V]"""
     lse: Tensor
     """log sum exp of the (transformed) logits"""
+
+
+class MaxTokenStats(NamedTuple):
+    """TokenStats, and how likely the likeliest token is; what linear_logprob_entropy_max returns."""
+
+    logprob: Tensor
+    entropy: Tensor
+    lse: Tensor
+    max_logprob: Tensor
+    """log p of the likeliest token, nats, no gradient; `logprob` equals it where the target is (one of) the likeliest"""
 
 
 class GroupLoss(NamedTuple):
@@ -51,6 +64,27 @@ class LowRank(NamedTuple):
     a: Tensor
     b: Tensor
     scale: float
+
+
+class VocabShard(NamedTuple):
+    """Where this rank's rows of the lm_head stand in a vocabulary that is spread over the ranks of a process group."""
+
+    group: ProcessGroup
+    start: int
+    """index of this rank's first row in the whole vocabulary"""
+    total: int
+    """V, the rows of all ranks"""
+
+    @staticmethod
+    def of(weight: Tensor) -> VocabShard:
+        """Of a DTensor (V, D) placed Shard(0) on a mesh of one dimension; `weight.to_local()` are the rows meant.
+
+        Raises:
+            ValueError: another placement, or not a DTensor.
+        """
+        from gem_kernels.vocab_parallel import shard_of
+
+        return shard_of(weight)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from gem_kernels.types import LogitTransform, LowRank
+from gem_kernels.types import LogitTransform, LowRank, VocabShard
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -16,7 +16,7 @@ def _shape(t: Tensor) -> str:
     return f"{tuple(t.shape)} {t.dtype}".replace("torch.", "")
 
 
-def _values_are_readable(t: Tensor) -> bool:
+def values_are_readable(t: Tensor) -> bool:
     """Looking at values costs a device synchronisation, so off the CPU it happens on request only. A graph cannot look."""
     if torch.compiler.is_compiling():
         return False
@@ -59,7 +59,7 @@ def check_seq_weight(seq_weight: object, sequences: int, source: Tensor) -> Tens
     if w.requires_grad:
         raise ValueError("seq_weight must not require a gradient (the weights of Eq. 2 are constants), pass .detach()")
     check_same_device("seq_weight", w, "the inputs", source)
-    if _values_are_readable(w):
+    if values_are_readable(w):
         bad = ~w.isfinite()
         if bool(bad.any()):
             at = int(bad.nonzero()[0])
@@ -77,7 +77,7 @@ def check_targets(targets: object, batch_shape: torch.Size, vocab: int, ignore_i
     if t.shape != batch_shape:
         raise ValueError(f"targets must have the leading shape of the inputs {tuple(batch_shape)}, got {_shape(t)}")
     check_same_device("targets", t, "the inputs", source)
-    if t.numel() and _values_are_readable(t):
+    if t.numel() and values_are_readable(t):
         bad = ((t < 0) | (t >= vocab)) & (t != ignore_index)
         if bool(bad.any()):
             at = int(bad.flatten().nonzero()[0])
@@ -87,14 +87,40 @@ def check_targets(targets: object, batch_shape: torch.Size, vocab: int, ignore_i
             )
 
 
+def check_shard(shard: object) -> None:
+    """A VocabShard of a process group that is there; what it says about rows is check_linear's."""
+    import torch.distributed as dist
+
+    if not isinstance(shard, VocabShard):
+        raise TypeError(f"shard must be a gem_kernels.VocabShard, got {type(shard).__name__}")
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("shard needs torch.distributed.init_process_group to have run, and it has not")
+    if not isinstance(shard.group, dist.ProcessGroup):
+        raise TypeError(
+            f"shard.group must be a torch.distributed.ProcessGroup with this rank in it, got {type(shard.group).__name__}"
+        )
+    for name, value in (("start", shard.start), ("total", shard.total)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"shard.{name} must be an int, got {type(value).__name__}")
+
+
 def check_linear(
-    hidden: object, weight: object, targets: object, bias: object, low_rank: LowRank | None, ignore_index: int
+    hidden: object,
+    weight: object,
+    targets: object,
+    bias: object,
+    low_rank: LowRank | None,
+    ignore_index: int,
+    shard: VocabShard | None,
 ) -> None:
-    """hidden (..., D), weight (V, D), bias (V,), low_rank a (r, D) and b (V, r), one dtype and one device."""
+    """hidden (..., D), weight (V, D), bias (V,), low_rank a (r, D) and b (V, r), one dtype and one device.
+
+    With a shard V are the rows of this rank, perhaps none, and the targets are indices in the vocabulary of all ranks.
+    """
     h, w = check_float("hidden", hidden), check_float("weight", weight)
     if h.ndim < 1 or w.ndim != 2 or h.shape[-1] != w.shape[1]:
         raise ValueError(f"expected hidden (..., D) and weight (V, D), got hidden {_shape(h)} and weight {_shape(w)}")
-    if w.numel() < 1:
+    if w.shape[1] < 1 or (w.shape[0] < 1 and shard is None):
         raise ValueError(f"weight must have at least one row and one column (V >= 1, D >= 1), got {_shape(w)}")
     if h.dtype != w.dtype:
         raise TypeError(
@@ -123,7 +149,12 @@ def check_linear(
             raise TypeError(f"low_rank.a and .b must both be {h.dtype} or float32, got a {_shape(a)}, b {_shape(b)}")
         check_same_device("low_rank.a", a, "hidden", h)
         check_same_device("low_rank.b", b, "hidden", h)
-    check_targets(targets, h.shape[:-1], w.shape[0], ignore_index, h)
+    if shard is not None and not 0 <= shard.start <= shard.start + w.shape[0] <= shard.total:
+        raise ValueError(
+            f"shard must satisfy 0 <= start <= start + rows of weight <= total, got start={shard.start}, "
+            f"total={shard.total} and weight {_shape(w)}"
+        )
+    check_targets(targets, h.shape[:-1], w.shape[0] if shard is None else shard.total, ignore_index, h)
 
 
 def check_offsets(name: str, offsets: object, total: int, *, allow_empty: bool) -> None:
@@ -131,7 +162,7 @@ def check_offsets(name: str, offsets: object, total: int, *, allow_empty: bool) 
     t = check_tensor(name, offsets)
     if t.dtype not in (torch.int32, torch.int64) or t.ndim != 1 or t.numel() < 1:
         raise ValueError(f"{name} must be a 1-D int32 or int64 tensor of offsets [0, ..., {total}], got {_shape(t)}")
-    if not _values_are_readable(t):
+    if not values_are_readable(t):
         return
     if int(t[0]) != 0 or int(t[-1]) != total:
         raise ValueError(f"{name} must start at 0 and end at the number of tokens {total}, got {t.tolist()[:8]}...")
@@ -149,7 +180,7 @@ def check_spans(name: str, spans: object, total: int) -> None:
     t = check_tensor(name, spans)
     if t.dtype not in (torch.int32, torch.int64) or t.ndim != 2 or t.shape[1] != 2:
         raise ValueError(f"{name} must be (S, 2) int32 or int64 [start, end) offsets, got {_shape(t)}")
-    if _values_are_readable(t):
+    if values_are_readable(t):
         bad = (t[:, 0] < 0) | (t[:, 1] < t[:, 0]) | (t[:, 1] > total)
         if bool(bad.any()):
             at = int(bad.nonzero()[0])

@@ -23,6 +23,7 @@ ONLY = {
     "_span_topm_mean_fwd_kernel": ["fp32"],
     "_span_topm_mean_bwd_kernel": ["fp32"],
     "_row_exponentials_kernel": ["bf16"],
+    "_follow_maximum_kernel": ["bf16"],
     "_fold_target_kernel": ["bf16"],
 }
 ROW = aot.Row(

@@ -25,7 +25,14 @@ from numerics import (
 )
 from torch import Tensor
 
-from gem_kernels import IGNORE_INDEX, LogitTransform, LowRank, TokenStats, linear_logprob_entropy
+from gem_kernels import (
+    IGNORE_INDEX,
+    LogitTransform,
+    LowRank,
+    TokenStats,
+    linear_logprob_entropy,
+    linear_logprob_entropy_max,
+)
 from gem_kernels.compat import INTERPRETED
 from gem_kernels.streaming import Gradients
 
@@ -126,6 +133,30 @@ def test_plain_head(impl: str, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("small_tiles")
 def test_peaky(impl: str, dtype: torch.dtype) -> None:
     check_linear(make_case(120, 40, 523, dtype=dtype, peaky=30.0), impl)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.usefixtures("small_tiles")
+def test_the_likeliest_token(impl: str, dtype: torch.dtype) -> None:
+    """max_logprob by the rule, and equal to logprob, to the last bit, exactly where the target is the likeliest."""
+    case = make_case(193, 70, 517, dtype=dtype, peaky=30.0)
+
+    def run(x: Case, name: str) -> tuple[Tensor, Tensor]:
+        arguments = {"bias": x.bias, "transform": x.transform, "low_rank": x.low_rank, "impl": name}
+        stats = linear_logprob_entropy_max(x.hidden, x.weight, x.targets, **arguments)  # type: ignore[arg-type]
+        assert not stats.max_logprob.requires_grad
+        assert all(torch.equal(a, b) for a, b in zip(stats[:3], op(x, name), strict=True))
+        return stats.logprob.detach(), stats.max_logprob
+
+    logprob, highest = run(case.leaves(), impl)
+    gold_logprob, gold = run(case.double(), "reference")
+    assert_close("max_logprob", highest, run(case, "reference")[1], gold)
+    kept = case.targets != IGNORE_INDEX
+    assert not highest[~kept].any() and bool((logprob <= highest).all())
+    clear = kept & ((gold_logprob == gold) | (gold - gold_logprob > 1e-3))  # no rounding decides
+    assert torch.equal((logprob == highest)[clear], (gold_logprob == gold)[clear])
+    assert 0.1 < float((logprob == highest)[kept].float().mean()) < 0.9  # bias and adapter move many
 
 
 @pytest.mark.parametrize("names", SUBSETS, ids="+".join)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gem_kernels import compat
+from gem_kernels import compat, vocab_parallel
 from gem_kernels.inputs import Kept
 from gem_kernels.streaming import (
     Gradients,
@@ -57,9 +57,10 @@ def plan_slabs(row_offsets: Sequence[int], rows: int) -> list[Slab]:
 class _Logits:
     """A slab's statistics and, with a cache, its fp32 logits, tile by tile."""
 
-    def __init__(self, x: Operands, targets: Tensor, transform: Transform, cache: Tensor | None) -> None:
+    def __init__(self, x: Operands, targets: Tensor, transform: Transform, cache: Tensor | None, ranks: str) -> None:
         self.tiles, self.cache = LogitTiles(x, transform), cache
         self.online: OnlineStats = statistics(self.tiles, targets, self.cache)
+        vocab_parallel.merge_(self.online, ranks)
 
     def backward(self, upstream: Upstream, into: Gradients, first_row: int) -> None:
         gradient = LogitGradient.of(self.online, upstream, self.tiles.transform)
@@ -75,10 +76,13 @@ def forward_backward(
     transform: Transform,
     cache_bytes: int,
     needed: Sequence[bool],
+    ranks: str,
+    columns: int,
 ) -> tuple[Tensor, TokenStats, list[Tensor | None]]:
     """(loss, statistics of all M tokens, gradients of (hidden, weight, bias, a, b)) for x and targets of all M tokens.
 
     loss_and_upstream: the statistics of one group -> its loss and dloss/dstatistics.
+    columns: what a slab is planned for, the same on all ranks, as they meet once in a slab; cached is what fits each of them.
     """
     # Leaving tokens out costs a read-back, and there are none in a captured graph; the groups' offsets were read back anyway.
     static = targets.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -88,8 +92,10 @@ def forward_backward(
     narrow = x.weight.dtype == x.gradient_dtype() == torch.bfloat16
     exponentials = narrow and not transform.softcap and compat.on_triton(x.weight.device)
     width = padded(x.weight.shape[0])
-    row_bytes = (2 if exponentials else 4) * width
-    slabs = plan_slabs(kept.offsets(cu_groups), slab_bytes(x.hidden.device, cache_bytes) // row_bytes)
+    logit_bytes = 2 if exponentials else 4
+    row_bytes = logit_bytes * width
+    planned_rows = slab_bytes(x.hidden.device, cache_bytes) // (logit_bytes * padded(columns))
+    slabs = plan_slabs(kept.offsets(cu_groups), planned_rows)
     fitting = [slab.stop - slab.start for slab in slabs if row_bytes * (slab.stop - slab.start) <= cache_bytes]
     cached_rows = max(fitting, default=-1) if any(needed) else -1  # of the largest slab that is cached; -1: none is
     cache_dtype = torch.bfloat16 if exponentials else torch.float32
@@ -102,12 +108,12 @@ def forward_backward(
         in_slab = kept.part(rows, tokens)
         part = mine._replace(hidden=mine.hidden[rows])
         own = cache if slab.stop - slab.start <= cached_rows else None
-        if own is not None and exponentials:
+        if own is not None and exponentials and width > 0:
             from gem_kernels.group_loss.exponentials import Exponentials
 
-            logits: _Logits | Exponentials = Exponentials(part, my_targets[rows], transform, own)
+            logits: _Logits | Exponentials = Exponentials(part, my_targets[rows], transform, own, ranks)
         else:
-            logits = _Logits(part, my_targets[rows], transform, own)
+            logits = _Logits(part, my_targets[rows], transform, own, ranks)
         for full, values in zip(stats, logits.online.finish(), strict=True):
             full[tokens] = in_slab.put(values)
 
@@ -119,7 +125,7 @@ def forward_backward(
             upstreams.append(upstream)
         if any(needed):
             logits.backward(in_slab.upstream(_concatenate(upstreams, cu_groups, slab.first)), gradients, slab.start)
-    dhidden, *others = gradients.finish()
+    dhidden, *others = gradients.finish(ranks)
     return loss, stats, [None if dhidden is None else kept.put(dhidden), *others]
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gem_kernels import compat
+from gem_kernels import compat, vocab_parallel
 from gem_kernels.primitives import FLOOR, LOWEST, online_update, pick_target
 from gem_kernels.row_kernels import Rows
 from gem_kernels.streaming import (
@@ -147,6 +147,43 @@ def cache_exponentials(
 
 
 @triton.jit(do_not_specialize=["n_rows"])
+def _follow_maximum_kernel(
+    cache_ptr,  # (N, V)
+    maximum_ptr,  # (N,) fp32
+    reference_ptr,  # (N,) fp32
+    n_rows,
+    n_cols,
+    stride_cache_n,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < n_rows
+    maximum = tl.load(maximum_ptr + rows, mask=inside, other=0.0)
+    reference = tl.load(reference_ptr + rows, mask=inside, other=0.0)
+    outgrown = maximum - reference > _MAX_GAP
+    if tl.max(outgrown.to(tl.int32), 0) > 0:  # rare
+        factor = tl.exp(tl.maximum(reference - maximum, FLOOR))
+        cache = cache_ptr + rows.to(tl.int64) * stride_cache_n
+        for start in range(0, n_cols, BLOCK_V):
+            cols = start + tl.arange(0, BLOCK_V)
+            mask = outgrown[:, None] & (cols < n_cols)[None, :]
+            exps = tl.load(cache[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32) * factor[:, None]
+            tl.store(cache[:, None] + cols[None, :], exps.to(cache_ptr.dtype.element_ty), mask=mask)
+        tl.store(reference_ptr + rows, maximum, mask=outgrown)
+
+
+def follow_maximum_(cache: Tensor, reference: Tensor, online: OnlineStats) -> None:
+    """Where the maximum, now that of all ranks, has risen far above the reference: bring cache and reference to it.
+
+    Else the target's entry, which is of the size of e^(maximum - reference), could leave the range of bf16.
+    """
+    rows = Rows(cache)
+    arguments = (cache, online.values[0], reference, rows.n_rows, rows.n_cols, cache.stride(0))
+    compat.launch(_follow_maximum_kernel, rows.grid, *arguments, **rows.blocks)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
 def _fold_target_kernel(
     cache_ptr,  # (N, V)
     targets_ptr,  # (N,)
@@ -161,7 +198,7 @@ def _fold_target_kernel(
     targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
     entry = tl.load(entry_ptr + rows, mask=inside, other=0.0)
     at = cache_ptr + rows.to(tl.int64) * stride_cache_n + targets
-    # A target out of range (unchecked on CUDA) writes nowhere.
+    # A target out of range (another rank's, or unchecked on CUDA) writes nowhere.
     tl.store(at, entry.to(cache_ptr.dtype.element_ty), mask=inside & (targets >= 0) & (targets < n_cols))
 
 
@@ -182,7 +219,7 @@ def fold_target_(cache: Tensor, reference: Tensor, online: OnlineStats, gradient
 class Exponentials:
     """A slab's statistics and its cached exponentials (R, V), in a buffer of R padded(V) elements or more."""
 
-    def __init__(self, x: Operands, targets: Tensor, transform: Transform, cache: Tensor) -> None:
+    def __init__(self, x: Operands, targets: Tensor, transform: Transform, cache: Tensor, ranks: str) -> None:
         self.tiles, self.online = LogitTiles(x, transform), OnlineStats.start(targets)
         n, v = x.hidden.shape[0], x.weight.shape[0]
         self.reference = torch.empty(n, device=targets.device)
@@ -191,6 +228,9 @@ class Exponentials:
             for rows in self.tiles.rows():
                 z, online = self.tiles.tile(rows, part), self.online.rows(rows)
                 cache_exponentials(z, part.bias, online, self.reference[rows], self.cache[rows], cols.start, transform)
+        if ranks:
+            vocab_parallel.merge_(self.online, ranks)
+            follow_maximum_(self.cache, self.reference, self.online)
 
     def backward(self, upstream: Upstream, into: Gradients, first_row: int) -> None:
         tiles = self.tiles

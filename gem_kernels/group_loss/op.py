@@ -12,10 +12,20 @@ from torch import Tensor
 from gem_kernels.autograd import define_operator, first_order_only
 from gem_kernels.dispatch import choose_impl, implementation
 from gem_kernels.inputs import LinearInputs, autocast_off, linear_inputs
-from gem_kernels.linear_logprob.op import N_OPERANDS, OPERATOR_ARGUMENTS, linear_logprob_entropy
+from gem_kernels.linear_logprob.op import N_OPERANDS, OPERATOR_ARGUMENTS, RANKS, linear_logprob_entropy
 from gem_kernels.streaming import Transform, padded
 from gem_kernels.tiles import slab_bytes
-from gem_kernels.types import IGNORE_INDEX, GroupLoss, Impl, LogitTransform, LowRank, Operands, TokenStats, Upstream
+from gem_kernels.types import (
+    IGNORE_INDEX,
+    GroupLoss,
+    Impl,
+    LogitTransform,
+    LowRank,
+    Operands,
+    TokenStats,
+    Upstream,
+    VocabShard,
+)
 from gem_kernels.validation import check_cache_bytes, check_offsets, check_seq_weight
 
 LossFn = Callable[[TokenStats, int], Tensor]
@@ -36,6 +46,7 @@ def linear_group_loss(
     ignore_index: int = IGNORE_INDEX,
     cache_bytes: int = 1 << 30,
     impl: Impl = "auto",
+    shard: VocabShard | None = None,
 ) -> GroupLoss:
     """Sum over groups of `loss_fn(statistics of the group, group)`, its gradient computed in the same pass.
 
@@ -57,6 +68,9 @@ def linear_group_loss(
             differentiates entropy or lse; the rest takes 4. Small groups share it, on a CPU up to 256 MiB at a time.
             `triton` keeps none (8NDV).
         impl: "auto", "reference", "chunked" or "triton".
+        shard: as for `linear_logprob_entropy`; cu_groups, cache_bytes and loss_fn are the same on all ranks, and loss_fn gets
+            the same statistics on all: it must be deterministic, and must not raise on one of them alone. Slabs are
+            planned for an even share of the vocabulary; a rank that holds more may have to recompute.
 
     Returns:
         GroupLoss(loss, stats, dropped_mass): scalar loss; statistics of every token, detached; None (exact backward).
@@ -68,7 +82,9 @@ def linear_group_loss(
     """
     # loss_fn is Python: under torch.compile all of this stays outside the graph, in one break.
     run = _outside_graphs if torch.compiler.is_compiling() else _linear_group_loss
-    return run(hidden, weight, targets, cu_groups, loss_fn, bias, transform, low_rank, ignore_index, cache_bytes, impl)
+    return run(
+        hidden, weight, targets, cu_groups, loss_fn, bias, transform, low_rank, ignore_index, cache_bytes, impl, shard
+    )
 
 
 def _linear_group_loss(
@@ -83,26 +99,28 @@ def _linear_group_loss(
     ignore_index: int,
     cache_bytes: int,
     impl: Impl,
+    shard: VocabShard | None,
 ) -> GroupLoss:
-    inputs = linear_inputs(hidden, weight, targets, bias, transform, low_rank, ignore_index)
+    agreed = {"cu_groups": cu_groups, "cache_bytes": cache_bytes, "impl": impl}
+    inputs = linear_inputs(hidden, weight, targets, bias, transform, low_rank, ignore_index, shard, **agreed)
     check_offsets("cu_groups", cu_groups, inputs.targets.shape[0], allow_empty=False)
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}")
     check_cache_bytes(cache_bytes)
-    x = inputs.operands
-    chosen = choose_impl("linear_group_loss", impl, x.hidden)
+    chosen = choose_impl("linear_group_loss", impl, inputs.operands.hidden)
     if chosen == "reference":
         from gem_kernels.group_loss import reference
 
-        stats = _reference_statistics(inputs, transform, ignore_index)
+        stats = _reference_statistics(inputs, transform)
         loss = reference.linear_group_loss(stats, cu_groups, partial(_scalar_loss, loss_fn))
-        return GroupLoss(loss, inputs.expand(s.detach() for s in stats))
+        return GroupLoss(loss, TokenStats(*inputs.expand(s.detach() for s in stats)))
+    x, my_targets, ignore_index, *_ = inputs.local()
     *tensors, low_scale = x.flatten()
     with autocast_off(hidden):
         loss, *flat_stats = _GroupLoss.apply(
             *tensors,
             low_scale,
-            inputs.targets,
+            my_targets,
             ignore_index,
             cu_groups.tolist(),
             loss_fn,
@@ -110,8 +128,10 @@ def _linear_group_loss(
             cache_bytes,
             torch.is_grad_enabled(),
             chosen,
+            inputs.ranks,
+            inputs.columns,
         )
-    return GroupLoss(loss, inputs.expand(flat_stats))
+    return GroupLoss(loss, TokenStats(*inputs.expand(flat_stats)))
 
 
 def _outside_graphs(*args: Any) -> GroupLoss:
@@ -131,6 +151,7 @@ def sega_loss(
     ignore_index: int = IGNORE_INDEX,
     cache_bytes: int = 1 << 30,
     impl: Impl = "auto",
+    shard: VocabShard | None = None,
 ) -> GroupLoss:
     """GEM's Eq. 2 with known weights: L = - sum_s seq_weight[s] * log pi(s), log pi(s) = sum of its tokens' logprobs.
 
@@ -146,39 +167,43 @@ def sega_loss(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    inputs = linear_inputs(hidden, weight, targets, bias, transform, low_rank, ignore_index)
-    x, total = inputs.operands, inputs.targets.shape[0]
+    agreed = {"cu_seqlens": cu_seqlens, "seq_weight": seq_weight, "cache_bytes": cache_bytes, "impl": impl}
+    inputs = linear_inputs(hidden, weight, targets, bias, transform, low_rank, ignore_index, shard, **agreed)
+    total = inputs.targets.shape[0]
     check_offsets("cu_seqlens", cu_seqlens, total, allow_empty=False)
     w = check_seq_weight(seq_weight, cu_seqlens.shape[0] - 1, hidden)
     check_cache_bytes(cache_bytes)
     token_weight = w.repeat_interleave(cu_seqlens.diff().to(w.device), output_size=total)
-    chosen = choose_impl("sega_loss", impl, x.hidden)
+    chosen = choose_impl("sega_loss", impl, inputs.operands.hidden)
     if chosen == "reference":
-        stats = _reference_statistics(inputs, transform, ignore_index)
+        stats = _reference_statistics(inputs, transform)
         loss = -(token_weight.to(stats.logprob.dtype) * stats.logprob).sum()
-        return GroupLoss(loss, inputs.expand(s.detach() for s in stats))
+        return GroupLoss(loss, TokenStats(*inputs.expand(s.detach() for s in stats)))
+    x, my_targets, ignore_index, *_ = inputs.local()
     needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in x.flatten()[:5]]
     with autocast_off(hidden):
-        loss, *columns = weighted_logprob(
+        loss, *results = weighted_logprob(
             *x.flatten(),
-            inputs.targets,
+            my_targets,
             *Transform.of(transform),
             ignore_index,
             chosen,
             token_weight.float(),
             cache_bytes,
             needed,
+            ranks=inputs.ranks,
+            columns=inputs.columns,
         )
-    return GroupLoss(loss, inputs.expand(columns[:3]))
+    return GroupLoss(loss, TokenStats(*inputs.expand(results[:3])))
 
 
-def _reference_statistics(inputs: LinearInputs, transform: LogitTransform, ignore_index: int) -> TokenStats:
-    """Of the flattened tokens, with their graph."""
-    x = inputs.operands
+def _reference_statistics(inputs: LinearInputs, transform: LogitTransform) -> TokenStats:
+    """Of the flattened tokens and the whole vocabulary, with their graph."""
+    x, targets, ignore_index, *_ = inputs.whole()
     return linear_logprob_entropy(
         x.hidden,
         x.weight,
-        inputs.targets,
+        targets,
         bias=x.bias,
         transform=transform,
         low_rank=x.low_rank,
@@ -190,12 +215,13 @@ def _reference_statistics(inputs: LinearInputs, transform: LogitTransform, ignor
 # --- sega_loss as a torch operator, which torch.compile keeps in its graph -----------------------------------------------
 
 
-def _forward(*args: Any) -> tuple[Tensor, ...]:
+def _forward(*args: Any, ranks: str = "", columns: int = 0) -> tuple[Tensor, ...]:
     """-Σ token_weight logprob, the statistics, and the gradients of the loss (empty where not needed)."""
     *operands, targets, gain, limit, softcap, ignore_index, impl, token_weight, cache_bytes, needed = args
     x, total = Operands.unflatten(*operands), targets.shape[0]
+    columns = columns or x.weight.shape[0]
     # A piece fits the cache, whatever the sequences are.
-    rows = max(1, slab_bytes(x.hidden.device, cache_bytes) // (4 * padded(x.weight.shape[0])))
+    rows = max(1, slab_bytes(x.hidden.device, cache_bytes) // (4 * padded(columns)))
     pieces = [*range(0, total, rows), total] if total else [0]
 
     def piece_loss(stats: TokenStats, piece: int) -> tuple[Tensor, Upstream]:
@@ -203,12 +229,21 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
         return -(weights * stats.logprob).sum(), Upstream(-weights, None, None)
 
     loss, stats, grads = implementation("group_loss", impl).forward_backward(
-        x, targets, ignore_index, pieces, piece_loss, Transform(gain, limit, softcap), cache_bytes, needed
+        x,
+        targets,
+        ignore_index,
+        pieces,
+        piece_loss,
+        Transform(gain, limit, softcap),
+        cache_bytes,
+        needed,
+        ranks,
+        columns,
     )
     return (loss, *stats, *(loss.new_empty(0) if g is None else g for g in grads))
 
 
-def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+def _forward_fake(*args: Any, **_: Any) -> tuple[Tensor, ...]:
     targets, needed = args[N_OPERANDS], args[-1]
     stats = (targets.new_empty(targets.shape, dtype=torch.float32) for _ in TokenStats._fields)
     grads = (
@@ -220,7 +255,9 @@ def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
     return (targets.new_empty((), dtype=torch.float32), *stats, *grads)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
     ctx.needed, ctx.n_inputs = inputs[-1], len(inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -238,8 +275,9 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
 
 weighted_logprob = define_operator(
     "weighted_logprob",
-    f"({OPERATOR_ARGUMENTS}, Tensor token_weight, int cache_bytes, bool[] needed) -> (Tensor loss, Tensor logprob, "
-    "Tensor entropy, Tensor lse, Tensor hidden, Tensor weight, Tensor bias, Tensor low_a, Tensor low_b)",
+    f"({OPERATOR_ARGUMENTS}, Tensor token_weight, int cache_bytes, bool[] needed, {RANKS}, int columns=0) -> "
+    "(Tensor loss, Tensor logprob, Tensor entropy, Tensor lse, Tensor hidden, Tensor weight, Tensor bias, Tensor low_a, "
+    "Tensor low_b)",
     _forward,
     _forward_fake,
     _backward,
@@ -260,7 +298,7 @@ def _hand_over(ctx: Any, gradients: Sequence[Tensor | None], grad_loss: Tensor |
 class _GroupLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *operands, targets, ignore_index, cu_groups, loss_fn, transform, cache_bytes, grad_enabled, impl = args
+        *operands, targets, ignore_index, cu_groups, loss_fn, transform, cache_bytes, grad_enabled, impl = args[:-2]
         needed = [grad_enabled and need for need in ctx.needs_input_grad[:5]]
 
         def loss_and_upstream(stats: TokenStats, group: int) -> tuple[Tensor, Upstream]:
@@ -275,6 +313,7 @@ class _GroupLoss(torch.autograd.Function):
             transform,
             cache_bytes,
             needed,
+            *args[-2:],
         )
         ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
@@ -283,7 +322,7 @@ class _GroupLoss(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (*_hand_over(ctx, ctx.gradients, grad_loss), *(None,) * 9)
+        return (*_hand_over(ctx, ctx.gradients, grad_loss), *(None,) * 11)
 
 
 def _scalar_loss(loss_fn: LossFn, stats: TokenStats, group: int) -> Tensor:

@@ -26,11 +26,13 @@ def forward_backward(
     transform: Transform,
     cache_bytes: int,
     needed: Sequence[bool],
+    ranks: str,
+    columns: int,
 ) -> tuple[Tensor, TokenStats, list[Tensor | None]]:
-    """(loss, statistics of all M tokens, gradients of (hidden, weight, bias, a, b)); cache_bytes is not used."""
+    """(loss, statistics of all M tokens, gradients of (hidden, weight, bias, a, b)); cache_bytes and columns are not used."""
     arguments = (*x.flatten(), targets, *transform, ignore_index, "triton")
-    *columns, online = _ops.linear_logprob(*arguments)
-    stats, loss = TokenStats(*columns), torch.zeros((), device=targets.device)
+    *values, online = _ops.linear_logprob(*arguments, ranks=ranks)
+    stats, loss = TokenStats(*values), torch.zeros((), device=targets.device)
     upstreams = [torch.zeros_like(s) for s in stats]
     seen = set()
     for group, (start, end) in enumerate(pairwise(cu_groups)):
@@ -43,5 +45,5 @@ def forward_backward(
     if not any(needed):
         return loss, stats, [None] * len(needed)
     used = (g if i in seen else None for i, g in enumerate(upstreams))
-    grads = iter(_ops.linear_logprob_backward(*used, online, *arguments, list(needed)))
+    grads = iter(_ops.linear_logprob_backward(*used, online, *arguments, list(needed), ranks=ranks))
     return loss, stats, [next(grads) if need else None for need in needed]

@@ -43,6 +43,7 @@ def backward(
     transform: Transform,
     ignore_index: int,
     needed: Sequence[bool],
+    ranks: str,
 ) -> list[Tensor | None]:
     """Gradients (hidden, weight, bias, a, b), None where not needed."""
     kept = _kept(targets, ignore_index)
@@ -50,5 +51,5 @@ def backward(
     tiles, gradients = LogitTiles(mine, transform), Gradients(mine, needed, passes=1)
     stats = OnlineStats(kept.rows(targets), kept.rows(online.t()).t().contiguous())
     accumulate_gradients(tiles, LogitGradient.of(stats, kept.upstream(upstream), tiles.transform), gradients)
-    dhidden, *others = gradients.finish()
+    dhidden, *others = gradients.finish(ranks)
     return [None if dhidden is None else kept.put(dhidden), *others]

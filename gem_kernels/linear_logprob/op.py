@@ -7,11 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gem_kernels import vocab_parallel
 from gem_kernels.autograd import define_operator
 from gem_kernels.dispatch import choose_impl, implementation
 from gem_kernels.inputs import autocast_off, linear_inputs
 from gem_kernels.streaming import OnlineStats, Transform
-from gem_kernels.types import IGNORE_INDEX, Impl, LogitTransform, LowRank, Operands, TokenStats, Upstream
+from gem_kernels.types import (
+    IGNORE_INDEX,
+    Impl,
+    LogitTransform,
+    LowRank,
+    MaxTokenStats,
+    Operands,
+    TokenStats,
+    Upstream,
+    VocabShard,
+)
 
 _IDENTITY = LogitTransform()
 
@@ -26,6 +37,7 @@ def linear_logprob_entropy(
     low_rank: LowRank | None = None,
     ignore_index: int = IGNORE_INDEX,
     impl: Impl = "auto",
+    shard: VocabShard | None = None,
 ) -> TokenStats:
     """Log-probability of the target, entropy and log-sum-exp of every next-token distribution, all differentiable.
 
@@ -45,6 +57,14 @@ def linear_logprob_entropy(
         ignore_index: tokens with this target give 0 and get no gradient. They cost nothing, except in `chunked` on CUDA, which
             would have to wait for their number and computes them instead.
         impl: "auto", "reference", "chunked" or "triton"; only "auto" chooses.
+        shard: where the rows of `weight` stand in a vocabulary that is spread over the ranks of a process group (tensor
+            parallelism). Each rank passes its own rows of weight, bias and low_rank.b, and the same hidden, targets and
+            low_rank.a; targets are indices in the whole vocabulary. All ranks call forward and backward together, and the
+            upstream gradients must be the same on all. Each gets the statistics over the whole vocabulary, the gradients
+            of its own rows, and those of hidden and low_rank.a summed over the ranks (in fp32, before they are rounded), so
+            nothing is left to reduce. Where values are checked, the ranks check together and refuse together.
+            A DTensor weight placed Shard(0) beside a Replicate() hidden says the same without a shard: pass bias and
+            low_rank.b alike, targets and low_rank.a as Replicate() or plain; the statistics are plain tensors.
 
     Returns:
         TokenStats(logprob, entropy, lse), each of the shape of `targets`, fp32 (fp64 for fp64 inputs), nats.
@@ -58,21 +78,61 @@ def linear_logprob_entropy(
     Gradient of a row, for upstream a = dL/dlogprob, b = dL/dentropy, c = dL/dlse:
     dz_v = a (1[v = y] - p_v) - b p_v (log p_v + H) + c p_v.
     """
-    inputs = linear_inputs(hidden, weight, targets, bias, transform, low_rank, ignore_index)
-    x = inputs.operands
-    chosen = choose_impl("linear_logprob_entropy", impl, x.hidden)
+    *stats, _ = linear_logprob_entropy_max(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        transform=transform,
+        low_rank=low_rank,
+        ignore_index=ignore_index,
+        impl=impl,
+        shard=shard,
+    )
+    return TokenStats(*stats)
+
+
+def linear_logprob_entropy_max(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    transform: LogitTransform = _IDENTITY,
+    low_rank: LowRank | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    impl: Impl = "auto",
+    shard: VocabShard | None = None,
+) -> MaxTokenStats:
+    """linear_logprob_entropy, and from the same pass the log-probability of the likeliest token.
+
+    Equivalent to, with log_p of the docstring of `linear_logprob_entropy`, beside its three statistics::
+
+        max_logprob = log_p.amax(-1).detach()     # the prediction is right where logprob == max_logprob
+
+    Args, Raises: as for `linear_logprob_entropy`.
+
+    Returns:
+        MaxTokenStats(logprob, entropy, lse, max_logprob), each of the shape of `targets`; max_logprob has no gradient.
+    """
+    inputs = linear_inputs(hidden, weight, targets, bias, transform, low_rank, ignore_index, shard, impl=impl)
+    chosen = choose_impl("linear_logprob_entropy", impl, inputs.operands.hidden)
     with autocast_off(hidden):
         if chosen == "reference":
             from gem_kernels.linear_logprob import reference
 
+            x, targets, ignore_index, *_ = inputs.whole()
             stats = reference.linear_logprob_entropy(
-                x.hidden, x.weight, inputs.targets, x.bias, transform, x.low_rank, ignore_index
+                x.hidden, x.weight, targets, x.bias, transform, x.low_rank, ignore_index
             )
         else:
-            stats = TokenStats(
-                *linear_logprob(*x.flatten(), inputs.targets, *Transform.of(transform), ignore_index, chosen)[:3]
-            )
-        return inputs.expand(stats)
+            x, targets, ignore_index, *_ = inputs.local()
+            settings = (*Transform.of(transform), ignore_index, chosen)
+            *columns, online = linear_logprob(*x.flatten(), targets, *settings, ranks=inputs.ranks)
+            # max z - lse = -log s: the very number that logprob is where the target has the largest logit.
+            max_logprob = (-online[1].log()).masked_fill(targets == ignore_index, 0)
+            stats = MaxTokenStats(*(*columns, max_logprob))
+        return MaxTokenStats(*inputs.expand(stats))
 
 
 # --- the same as torch operators, which torch.compile keeps in its graph ------------------------------------------------
@@ -82,49 +142,56 @@ OPERATOR_ARGUMENTS = (
     "Tensor targets, float gain, float limit, bool softcap, int ignore_index, str impl"
 )
 N_OPERANDS = 6  # of OPERATOR_ARGUMENTS, before the targets
+RANKS = '*, str ranks=""'  # who holds the vocabulary; each with the targets of inputs.local()
 
 
-def _forward(*args: Any) -> tuple[Tensor, ...]:
+def _forward(*args: Any, ranks: str = "") -> tuple[Tensor, ...]:
     """Statistics (M,) fp32 of every token, and (m, s, t, z_y) (4, M) for the backward."""
     *operands, targets, gain, limit, softcap, ignore_index, impl = args
     transform = Transform(gain, limit, softcap)
     online = implementation("linear_logprob", impl).forward(
         Operands.unflatten(*operands), targets, transform, ignore_index
     )
-    stats = OnlineStats(targets, online).finish()
+    of_rows = OnlineStats(targets, online)
+    vocab_parallel.merge_(of_rows, ranks)
+    stats = of_rows.finish()
     return (*(s.masked_fill(targets == ignore_index, 0) for s in stats), online)
 
 
-def _forward_fake(*args: Any) -> tuple[Tensor, ...]:
+def _forward_fake(*args: Any, ranks: str = "") -> tuple[Tensor, ...]:
     targets = args[N_OPERANDS]
     return tuple(targets.new_empty(shape, dtype=torch.float32) for shape in [targets.shape] * 3 + [(4, *targets.shape)])
 
 
-def _gradients(*args: Any) -> list[Tensor]:
+def _gradients(*args: Any, ranks: str = "") -> list[Tensor]:
     """Those gradients of (hidden, weight, bias, low_a, low_b) that are needed, given those of the statistics."""
     *upstream, online = args[:4]
     *operands, targets, gain, limit, softcap, ignore_index, impl, needed = args[4:]
     x, transform = Operands.unflatten(*operands), Transform(gain, limit, softcap)
     backward = implementation("linear_logprob", impl).backward
     with autocast_off(online):  # backward may run inside autocast when forward did not
-        grads = backward(x, targets, online, Upstream(*upstream), transform, ignore_index, needed)
+        grads = backward(x, targets, online, Upstream(*upstream), transform, ignore_index, needed, ranks)
     return [g for g in grads if g is not None]
 
 
-def _gradients_fake(*args: Any) -> list[Tensor]:
+def _gradients_fake(*args: Any, ranks: str = "") -> list[Tensor]:
     pairs = zip(args[4:], args[-1], strict=False)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in pairs if need]
 
 
 linear_logprob_backward = define_operator(
     "linear_logprob_backward",
-    f"(Tensor? logprob, Tensor? entropy, Tensor? lse, Tensor online, {OPERATOR_ARGUMENTS}, bool[] needed) -> Tensor[]",
+    f"(Tensor? logprob, Tensor? entropy, Tensor? lse, Tensor online, {OPERATOR_ARGUMENTS}, bool[] needed, {RANKS}) "
+    "-> Tensor[]",
     _gradients,
     _gradients_fake,
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
+    ctx.keywords = keyword_only_inputs
     *operands, ctx.low_scale = inputs[:N_OPERANDS]
     targets, *ctx.rest = inputs[N_OPERANDS:]
     ctx.set_materialize_grads(False)
@@ -135,13 +202,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     *operands, targets, online = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[: len(operands)])
-    grads = iter(linear_logprob_backward(*upstream[:3], online, *operands, ctx.low_scale, targets, *ctx.rest, needed))
+    arguments = (*operands, ctx.low_scale, targets, *ctx.rest, needed)
+    grads = iter(linear_logprob_backward(*upstream[:3], online, *arguments, **ctx.keywords))
     return (*(next(grads) if need else None for need in needed), *(None,) * (2 + len(ctx.rest)))
 
 
 linear_logprob = define_operator(
     "linear_logprob",
-    f"({OPERATOR_ARGUMENTS}) -> (Tensor logprob, Tensor entropy, Tensor lse, Tensor online)",
+    f"({OPERATOR_ARGUMENTS}, {RANKS}) -> (Tensor logprob, Tensor entropy, Tensor lse, Tensor online)",
     _forward,
     _forward_fake,
     _backward,

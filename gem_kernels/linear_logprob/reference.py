@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from gem_kernels.types import LogitTransform, LowRank, TokenStats
+from gem_kernels.types import LogitTransform, LowRank, MaxTokenStats
 
 
 def linear_logprob_entropy(
@@ -18,7 +18,7 @@ def linear_logprob_entropy(
     transform: LogitTransform,
     low_rank: LowRank | None,
     ignore_index: int,
-) -> TokenStats:
+) -> MaxTokenStats:
     """hidden (N, D), weight (V, D), targets (N,) -> statistics (N,)."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     keep = targets != ignore_index
@@ -38,6 +38,7 @@ def linear_logprob_entropy(
     finite = log_p.masked_fill(log_p == -math.inf, 0.0)  # 0 log 0 = 0, and so is its gradient
     entropy = -(log_p.exp() * finite).sum(-1)
     lse = z.logsumexp(-1)
+    max_logprob = log_p.detach().amax(-1)
 
     zero = h.new_zeros(targets.shape)
-    return TokenStats(*(zero.masked_scatter(keep, s) for s in (logprob, entropy, lse)))
+    return MaxTokenStats(*(zero.masked_scatter(keep, s) for s in (logprob, entropy, lse, max_logprob)))

@@ -211,9 +211,9 @@ class _Launch:
 def launch_forward(x: Operands, targets: Tensor, order: Tensor, count: Tensor, transform: Transform) -> Tensor:
     """The statistics of rows sorted so that the first `count` (a tensor on the device) are kept, at tokens order[row]."""
     (n, d), v, device = x.hidden.shape, x.weight.shape[0], x.hidden.device
+    if n == 0 or v == 0:  # another rank holds all of the vocabulary
+        return OnlineStats.start(targets).values
     online = torch.empty(4, n, device=device)
-    if n == 0:
-        return online
     common = _Launch(x, adapter_hidden(x), transform, tiles.LINEAR_FORWARD)
     tile = common.tile
     row_blocks, tile_count = triton.cdiv(n, tile.block_n), triton.cdiv(v, tile.block_v)
@@ -343,6 +343,7 @@ def backward(
     transform: Transform,
     ignore_index: int,
     needed: Sequence[bool],
+    ranks: str,
 ) -> list[Tensor | None]:
     """Gradients (hidden, weight, bias, a, b), None where not needed. Reads back the number of kept tokens, once."""
     kept = Kept.compacted(targets, ignore_index)
@@ -364,7 +365,7 @@ def backward(
             gradients.add_hidden(dz, part, rows)
             gradients.add_weight(dz, tile.hidden, low, cols, dweight)
         gradients.close(cols, dweight)
-    dhidden, *others = gradients.finish()
+    dhidden, *others = gradients.finish(ranks)
     return [None if dhidden is None else kept.put(dhidden), *others]
 
 
