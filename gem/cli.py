@@ -1,4 +1,4 @@
-"""gem-kernels sft | score | train | eval | report | demo: one command a phase, files between them.
+"""gem-kernels sft | score | train | eval | report | doctor | demo: one command a phase, files between them.
 
 Settings come from dataclasses (gem.config, transformers.TrainingArguments): preset < --config file.yaml < flags.
 """
@@ -39,6 +39,7 @@ SUMMARIES = {
     "train": "Eq. 2 on a groups file (--groups), or online from preference records (--data)",
     "eval": "preference accuracies, AUROC of the score, task accuracy",
     "report": "tables, curves and one html page from finished runs",
+    "doctor": "what the fused lm_head does with a model: shape, transform, adapter, memory; checks it against the logits",
     "demo": "the whole of GEM on a small model from scratch, beside DPO, SFT and the literal recipe",
 }
 
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     for chatty in ("httpx", "datasets", "transformers"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    commands = {"sft": _sft, "score": _score, "train": _train, "eval": _eval, "report": _report, "demo": _demo}
+    commands = {
+        "sft": _sft, "score": _score, "train": _train, "eval": _eval, "report": _report, "doctor": _doctor, "demo": _demo
+    }  # fmt: skip
     if not argv or argv[0] not in commands:
         if argv and argv[0] not in ("-h", "--help"):
             print(f"gem-kernels: the command must be one of {', '.join(commands)}, got {argv[0]!r}", file=sys.stderr)
@@ -363,6 +366,19 @@ def _report(argv: Sequence[str]) -> None:
     print(plain(results_table(runs)))
     write_report(Path(arguments.output), runs, title=arguments.title)
     print(f"\n{arguments.output}")
+
+
+def _doctor(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="gem-kernels doctor", description=SUMMARIES["doctor"])
+    parser.error = _raise  # type: ignore[method-assign]
+    parser.add_argument("model", help="folder or hub name, of adapters too; or a config .json: then from scratch")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences of a training step")
+    parser.add_argument("--seq_len", type=int, default=2048, help="tokens of a sequence")
+    arguments = parser.parse_args(list(argv))
+    from gem.doctor import diagnose, load
+
+    report = diagnose(load(arguments.model), batch_size=arguments.batch_size, seq_len=arguments.seq_len)
+    print("\n".join(report.lines()))
 
 
 def _demo(argv: Sequence[str]) -> None:

@@ -4,7 +4,7 @@
     examples = encode_records(records, tokenizer, prompt_template="{prompt}", max_length=2048)
     batch = pack([[(e.prompt_ids, e.chosen_ids), (e.prompt_ids, e.rejected_ids)] for e in examples], layout="right", pad_id=0)
 
-A batch feeds any layout to the model's body; behind the body only the N completion tokens are left.
+A batch feeds any layout to the model; its head looks at the N completion tokens only.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from gem_kernels import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -200,8 +202,8 @@ def pack(groups: Sequence[Sequence[TokenPair]], *, layout: Layout, pad_id: int) 
 
     Returns:
         input_ids, position_ids (R, T) int64; attention_mask (R, T) int64, absent when packed;
-        hidden_index (N,): which of the R * T hidden states predicts each completion token: the shift, once and for all;
-        targets (N,) the completion tokens; sequence (N,) int64: the sequence of each token, counted within its group;
+        shift_labels (R, T) int64: the completion token that each position predicts, else -100: the shift, once and for all.
+        Of those N tokens, row by row: sequence (N,) int64: the sequence of each, counted within its group;
         cu_seqlens (S+1,), cu_groups (B+1,) int32: offsets of the sequences and of the groups into the N tokens.
 
     Raises:
@@ -227,13 +229,13 @@ def pack(groups: Sequence[Sequence[TokenPair]], *, layout: Layout, pad_id: int) 
     input_ids = torch.full((rows * width,), pad_id)
     position_ids = torch.zeros(rows * width, dtype=torch.int64)
     mask = torch.zeros(rows * width, dtype=torch.int64)
-    hidden_index = []
+    shift_labels = torch.full((rows * width,), IGNORE_INDEX)
     for (prompt, completion), start, n in zip(sequences, starts, lengths, strict=True):
         at = slice(start, start + n)
         input_ids[at] = torch.tensor([*prompt, *completion])
         position_ids[at] = torch.arange(n)
         mask[at] = 1
-        hidden_index.append(torch.arange(start + len(prompt) - 1, start + n - 1))
+        shift_labels[start + len(prompt) - 1 : start + n - 1] = torch.tensor(list(completion))
     completions = torch.tensor([len(c) for _, c in sequences])
     within = torch.cat([torch.arange(len(group)) for group in groups])
     cu_seqlens = _offsets(completions)
@@ -241,8 +243,7 @@ def pack(groups: Sequence[Sequence[TokenPair]], *, layout: Layout, pad_id: int) 
         "input_ids": input_ids.view(rows, width),
         "position_ids": position_ids.view(rows, width),
         "attention_mask": mask.view(rows, width),
-        "hidden_index": torch.cat(hidden_index),
-        "targets": torch.cat([torch.tensor(list(c)) for _, c in sequences]),
+        "shift_labels": shift_labels.view(rows, width),
         "sequence": within.repeat_interleave(completions),
         "cu_seqlens": cu_seqlens,
         "cu_groups": cu_seqlens[_offsets(torch.tensor([len(group) for group in groups])).long()],

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gem.config import EvalArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
 from gem.groups import Group, Member
-from gem.head import lm_head
+from gem.head import ensure_fused
 from gem.rollout import generate
 from gem.score import score_groups, token_stats
 from gem.spans import find_spans
@@ -51,16 +51,18 @@ class Evaluation:
         self.pairs = [e for e in self.examples if e.rejected_ids]
         self.expected = [self._answer(e.chosen_ids) for e in self.examples]
         self.completions: list[dict[str, str]] = []
+        ensure_fused(model)
         self.reference = self._pair_logprobs(model)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
+        ensure_fused(model)
         metrics = {**self._preference(model), **self._task(model)}
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def _pair_logprobs(self, model: nn.Module) -> Tensor:
         """(P, 2) summed log-probs of chosen and rejected."""
         sequences = [(e.prompt_ids, ids) for e in self.pairs for ids in (e.chosen_ids, e.rejected_ids)]
-        stats = token_stats(model, lm_head(model), sequences, batch_tokens=self.score.score_tokens)
+        stats = token_stats(model, sequences, batch_tokens=self.score.score_tokens)
         return torch.tensor([float(s.logprob.sum()) for s in stats]).view(-1, 2)
 
     def _preference(self, model: nn.Module) -> dict[str, float]:
@@ -98,7 +100,7 @@ class Evaluation:
             groups, generate(model, self.tokenizer, [g.prompt_ids for g in groups], self.rollout), strict=True
         ):
             group.members = [Member("candidate", ids)]
-        score_groups(groups, self.tokenizer, (model, lm_head(model)), None, self.score)
+        score_groups(groups, self.tokenizer, model, None, self.score)
         sampled = [group.members[0] for group in groups]
         correct = [self._is_right(m.ids, answer) for m, answer in zip(sampled, expected, strict=True)]
         scored = [i for i, m in enumerate(sampled) if math.isfinite(m.score)]

@@ -1,88 +1,189 @@
-"""A Hugging Face causal language model seen as a body that gives hidden states and a head that gem_kernels computes."""
+"""fuse_lm_head(model): a Hugging Face language model whose own forward gives log-probs and losses, without its logits.
+
+It patches two methods, the forward of the model and of its lm_head. `model(..., fused_lm_head=True)` runs the model's own
+forward; where that calls its lm_head, the head answers with the statistics of gem_kernels instead of logits (fused_call.py). So
+whatever the model does before its head is done, the hooks of FSDP, ZeRO-3 and accelerate on model and head fire as ever, and
+the router loss of a mixture of experts is the model's own.
+
+B sequences, T tokens of a sequence, D hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from gem_kernels import LogitTransform, linear_logprob_entropy
+from gem.adapters import head_parts, serving_module
+from gem.extra_outputs import EXTRA_OUTPUTS
+from gem.fused_call import Answer, FusedCausalLMOutput, FusedHead, HeadSwitch, answering
+from gem.head_check import check_against_logits, find_transform, gathering, resolution, trial_tokens, undisturbed
+from gem_kernels import Impl, LogitTransform, TokenStats
 
+__all__ = ["FusedCausalLMOutput", "FusedHead", "ensure_fused", "fuse_lm_head", "fused_head", "unfuse"]
 
-class Head(NamedTuple):
-    """What stands between the last hidden state and the softmax."""
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    transform: LogitTransform
-
-
-def hidden_states(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """(N, D): the last hidden state in front of every completion token of a batch from gem.data.pack."""
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
-    hidden: Tensor = _causal_lm(model).get_decoder()(**inputs, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, batch["hidden_index"])
+_FUSED = "_gem_fused_lm_head"  # the attribute of a model that holds its FusedHead
 
 
-def lm_head(model: nn.Module) -> Head:
-    """The model's head: output embeddings, bias and the transform that its config names.
+def fuse_lm_head(
+    model: nn.Module,
+    *,
+    temperature: float = 1.0,
+    outputs: Sequence[str] = (),
+    impl: Impl = "auto",
+    cache_bytes: int = 1 << 30,
+) -> nn.Module:
+    """Let `model(input_ids, ..., labels=labels, fused_lm_head=True)` return log-probs, entropies and losses, without logits.
+
+    Equivalent to, for labels of the shape of input_ids::
+
+        logits = model(input_ids, ...).logits[:, :-1].float() / temperature
+        log_p = logits.log_softmax(-1)
+        log_probs = log_p.gather(-1, labels[:, 1:, None])[..., 0]             # 0 where the label is -100
+        entropy, lse = -(log_p.exp() * log_p).sum(-1), logits.logsumexp(-1)
+        loss = -log_probs.sum() / (num_items_in_batch or number of labels)
+
+    Keywords of a fused call, beside those of the model: `labels` (B, T) or, already shifted, `shift_labels` (B, T), -100 where
+    ignored; `num_items_in_batch`; `temperature`, for this call; and for a group loss `loss_fn` and `cu_groups` as in
+    gem_kernels.linear_group_loss, cu_groups (G + 1,) being offsets into the tokens that have a label, row by row. Without
+    fused_lm_head=True the model does what it did.
+
+    Args:
+        model: a transformers causal language model, or a peft, DDP or compiled model around one. What comes around it may
+            come before or after.
+        temperature: divides the logits, > 0.
+        outputs: further per-token fields: "is_top1" costs nothing, "mean_logits" a pass over the weight (under a softcap
+            over the logits), "log_sum_sq_probs" a second forward of the head.
+        impl, cache_bytes: as in gem_kernels.
+
+    Returns:
+        The same model, patched; `unfuse(model)` undoes it. Fused again, the new settings hold.
 
     Raises:
-        ValueError: an adapter sits on the lm_head.
+        TypeError, ValueError: naming what was expected and what came; with both numbers where the model does something to its
+            logits that its config does not name. Before this returns, known logits go through what the model does to them,
+            and a few tokens through the model's own logits and through ours.
     """
-    causal_lm = _causal_lm(model)
-    linear = causal_lm.get_output_embeddings()
-    if type(linear) is not nn.Linear:
-        raise ValueError(
-            f"the lm_head must be a plain nn.Linear, got {type(linear).__name__} (no adapter on it, please)"
-        )
-    config = causal_lm.config.get_text_config()
-    scale = 1.0
-    if getattr(config, "logits_scaling", None):  # Granite divides
-        scale = 1.0 / config.logits_scaling
-    if getattr(config, "logit_scale", None):  # Cohere multiplies
-        scale = config.logit_scale
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return Head(linear.weight, linear.bias, LogitTransform(scale=scale, softcap=softcap))
+    causal_lm: Any = unwrapped(model)
+    unknown = sorted(set(outputs) - set(EXTRA_OUTPUTS))
+    if unknown:
+        raise ValueError(f"outputs must be among {', '.join(EXTRA_OUTPUTS)}, got {', '.join(unknown)}")
+    transform = LogitTransform(temperature=temperature)
+    if causal_lm.config.is_encoder_decoder:
+        raise ValueError(f"model must be a decoder-only language model, got {type(causal_lm).__name__}")
+    head = serving_module(causal_lm.get_output_embeddings())
+    if not any(hasattr(p, "ds_status") for p in head.parameters()):  # ZeRO-3 shows its weights inside a forward alone
+        head_parts(head)  # what it refuses, before anything is patched, and in the mode in which the model is
+    if _FUSED in vars(causal_lm) and _on_top(causal_lm):
+        unfuse(causal_lm)
+    fused = FusedHead(
+        transform=transform,
+        vocab=0,
+        outputs=tuple(outputs),
+        impl=impl,
+        cache_bytes=cache_bytes,
+        model=causal_lm,
+        own_forward=causal_lm.forward,
+        shadowed={name: vars(causal_lm)[name] for name in ("forward", _FUSED) if name in vars(causal_lm)},
+    )
+    causal_lm.forward = fused
+    setattr(causal_lm, _FUSED, fused)
+    try:
+        _examine(fused)
+    except BaseException:
+        unfuse(causal_lm)
+        raise
+    return model
 
 
-@torch.no_grad()
-def check_head(model: nn.Module) -> Head:
-    """lm_head(model), after a few tokens went through the model's own logits and through ours.
+def unfuse(model: nn.Module) -> nn.Module:
+    """Give the model its own forward back.
 
     Raises:
-        ValueError: the two disagree (a transform that the config does not name); training would be on wrong numbers.
+        ValueError: the model is not fused, or its forward was replaced since.
     """
-    head = lm_head(model)
-    n = min(9, head.weight.shape[0])
-    ids = torch.arange(n, device=head.weight.device)
-    was_training = model.training
-    model.eval()
-    theirs = model(input_ids=ids[None, :-1], use_cache=False).logits[0].float().log_softmax(-1)
-    batch = {
-        "input_ids": ids[None, :-1],
-        "position_ids": torch.arange(n - 1, device=ids.device)[None],
-        "hidden_index": torch.arange(n - 1, device=ids.device),
-    }
-    ours = linear_logprob_entropy(
-        hidden_states(model, batch), head.weight, ids[1:], bias=head.bias, transform=head.transform
-    ).logprob
-    model.train(was_training)
-    expected = theirs.gather(1, ids[1:, None])[:, 0]
-    # The model rounds its logits to its dtype, we do not: half an eps of the largest logit each for z_y and for lse.
-    largest = float(expected.abs().max()) + 10.0
-    tolerance = 4 * torch.finfo(head.weight.dtype).eps * largest
-    gap = float((ours - expected).abs().max())
-    if not gap <= tolerance:
-        raise ValueError(
-            f"{type(_causal_lm(model)).__name__} does something to its logits that its config does not name: the largest "
-            f"difference between its log-probs and ours is {gap:.3g}, expected <= {tolerance:.3g} "
-            f"(first token: {float(expected[0]):.5f} and {float(ours[0]):.5f})"
-        )
-    return head
+    causal_lm, fused = unwrapped(model), fused_head(model)
+    if not _on_top(causal_lm):
+        raise ValueError("model.forward was replaced after fuse_lm_head: undo that first")
+    for name in ("forward", _FUSED):
+        delattr(causal_lm, name)
+        if name in fused.shadowed:
+            setattr(causal_lm, name, fused.shadowed[name])
+    if _FUSED not in vars(causal_lm):
+        HeadSwitch.remove_all(causal_lm)
+    return model
 
 
-def _causal_lm(model: nn.Module) -> Any:
-    """The transformers model inside a peft wrapper."""
-    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+def ensure_fused(model: nn.Module) -> None:
+    """fuse_lm_head(model) unless it is fused: then its settings stay."""
+    if _FUSED not in vars(unwrapped(model)):
+        fuse_lm_head(model)
+
+
+def fused_head(model: nn.Module) -> FusedHead:
+    """What fuse_lm_head was told and found out about this model.
+
+    Raises:
+        ValueError: the model is not fused.
+    """
+    causal_lm = unwrapped(model)
+    if _FUSED not in vars(causal_lm):
+        raise ValueError(f"model must have gone through fuse_lm_head, got a plain {type(causal_lm).__name__}")
+    return cast(FusedHead, vars(causal_lm)[_FUSED])
+
+
+def completion_stats(model: nn.Module, batch: dict[str, Any], **asked: Any) -> tuple[Tensor, TokenStats]:
+    """Loss and statistics (N,) of the completion tokens of a batch from gem.data.pack, untempered; model: fused.
+
+    asked: further keywords of the fused call (loss_fn, cu_groups).
+    """
+    names = ("input_ids", "position_ids", "attention_mask", "shift_labels")
+    inputs = {name: batch[name] for name in names if name in batch}
+    out = model(**inputs, fused_lm_head=True, temperature=1.0, **asked)
+    return out.loss, TokenStats(*(s[out.label_mask] for s in (out.log_probs, out.entropy, out.lse)))
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside wrappers of peft, DistributedDataParallel, FSDP and torch.compile.
+
+    Raises:
+        TypeError: there is none, it has no lm_head, or DataParallel is around it, whose copies all run the first one's forward.
+    """
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        if isinstance(inner, nn.DataParallel):
+            raise TypeError("model must not be in nn.DataParallel: use a process per device (DistributedDataParallel)")
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(inner, nn.Module) and (hasattr(inner, "_orig_mod") or hasattr(inner, "module")):
+            inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+        else:
+            raise TypeError(f"model must be a transformers causal language model, got {type(inner).__name__}")
+    if inner.get_output_embeddings() is None:
+        raise TypeError(f"model must have an lm_head (get_output_embeddings), {type(inner).__name__} has none")
+    return inner
+
+
+def _on_top(causal_lm: PreTrainedModel) -> bool:
+    return vars(causal_lm).get("forward") is vars(causal_lm)[_FUSED]
+
+
+def _examine(fused: FusedHead) -> None:
+    """Find out what the model does to its logits, and raise ValueError unless our numbers are its own."""
+    model, temperature = fused.model, fused.transform.temperature
+    ids, weight = trial_tokens(model), model.get_input_embeddings().weight
+
+    def logits_when(answer: Answer) -> Tensor:
+        with answering(model, answer):
+            return cast(Tensor, model(input_ids=ids, **fused.options).logits)
+
+    with undisturbed(model), gathering(model):
+        fused.transform, fused.vocab = find_transform(model, temperature, logits_when)
+        logits = model(input_ids=ids, **fused.options).logits / temperature
+        ours = model(input_ids=ids, labels=ids, fused_lm_head=True)
+    stats = TokenStats(ours.log_probs, ours.entropy, ours.lse)
+    fused.largest_gap = check_against_logits(
+        type(model).__name__, logits, ids.to(logits.device), stats, resolution(weight)
+    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gem.config import RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
 from gem.groups import Group, Member
-from gem.head import Head, check_head
+from gem.head import ensure_fused
 from gem.rank import Posterior, bradley_terry_posterior, first_of_duplicates, keep_groups, keep_members
 from gem.rollout import generate
 from gem.score import score_groups
@@ -44,8 +44,9 @@ class GroupMaker:
     reference: nn.Module | None = None
 
     def __post_init__(self) -> None:
-        self.head: Head = check_head(self.model)
-        self.reference_head = None if self.reference is None else check_head(self.reference)
+        ensure_fused(self.model)
+        if self.reference is not None:
+            ensure_fused(self.reference)
 
     def __call__(self, examples: Sequence[Example], progress: bool = False) -> list[Group]:
         groups = [pair_group(example) for example in examples]
@@ -62,16 +63,12 @@ class GroupMaker:
             drawn[i].append(Member("candidate", ids, sampled=True))
         for group, candidates in zip(groups, drawn, strict=True):
             group.members = [*candidates, *group.members]
-        policy = (self.model, self.head)
-        reference = None
-        if self.reference is not None and self.reference_head is not None:
-            reference = (self.reference, self.reference_head)
-        scorer = reference if reference and self.score.score_with == "reference" else policy
+        frozen = self.reference is not None and self.score.score_with == "reference"
         score_groups(
             groups,
             self.tokenizer,
-            scorer,
-            None if reference is None or scorer is reference else reference,
+            self.reference if frozen and self.reference is not None else self.model,
+            None if frozen else self.reference,
             self.score,
             "scores" if progress else None,
         )

@@ -13,31 +13,31 @@ from tqdm.auto import tqdm
 from gem.config import LAST_TOKENS, ScoreArguments
 from gem.data import TokenPair, pack
 from gem.groups import Group, Member
-from gem.head import Head, hidden_states
+from gem.head import completion_stats, fused_head
 from gem.spans import find_spans
-from gem_kernels import TokenStats, gem_score, linear_logprob_entropy
+from gem_kernels import TokenStats, gem_score
 
 
 @torch.no_grad()
 def token_stats(
-    model: nn.Module, head: Head, sequences: Sequence[TokenPair], *, batch_tokens: int, progress: str | None = None
+    model: nn.Module, sequences: Sequence[TokenPair], *, batch_tokens: int, progress: str | None = None
 ) -> list[TokenStats]:
     """Statistics of the completion tokens of every (prompt ids, completion ids), on the CPU, in the order given.
 
     Args:
+        model: from fuse_lm_head; whatever temperature it was given there, the distributions are untempered.
         batch_tokens: tokens (padding included) that go through the model at once; at least one sequence does.
         progress: label of a progress bar, None: no bar.
     """
+    fused_head(model)
     was_training = model.training
     model.eval()
+    device = next(model.parameters()).device
     results: list[TokenStats | None] = [None] * len(sequences)
     with tqdm(total=len(sequences), desc=progress, disable=progress is None, leave=False) as bar:
         for at in _batches([len(p) + len(c) for p, c in sequences], batch_tokens):
             batch = pack([[sequences[i] for i in at]], layout="right", pad_id=0)
-            batch = {name: t.to(head.weight.device) for name, t in batch.items()}
-            stats = linear_logprob_entropy(
-                hidden_states(model, batch), head.weight, batch["targets"], bias=head.bias, transform=head.transform
-            )
+            _, stats = completion_stats(model, {name: t.to(device) for name, t in batch.items()})
             lengths = batch["cu_seqlens"].diff().tolist()
             for i, *of_sequence in zip(at, *(s.cpu().split(lengths) for s in stats), strict=True):
                 results[i] = TokenStats(*of_sequence)
@@ -61,32 +61,33 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
 def score_groups(
     groups: Sequence[Group],
     tokenizer: Any,
-    scorer: tuple[nn.Module, Head],
-    reference: tuple[nn.Module, Head] | None,
+    scorer: nn.Module,
+    reference: nn.Module | None,
     arguments: ScoreArguments,
     progress: str | None = None,
 ) -> None:
     """Fill in logprobs, entropies, spans and S of every member, in place.
 
-    scorer: the model whose entropies score, and its head. reference: the model of `logprobs`; None: the scorer's own.
+    scorer: the model whose entropies score. reference: the model of `logprobs`; None: the scorer's own. Both: fused.
     A member that was cut off, or that holds no answer, keeps S = NaN.
     """
     members = [member for group in groups for member in group.members]
     sequences = [(group.prompt_ids, member.ids) for group in groups for member in group.members]
-    stats = token_stats(*scorer, sequences, batch_tokens=arguments.score_tokens, progress=progress)
+    stats = token_stats(scorer, sequences, batch_tokens=arguments.score_tokens, progress=progress)
     references = stats
     if reference is not None:
-        references = token_stats(*reference, sequences, batch_tokens=arguments.score_tokens)
+        references = token_stats(reference, sequences, batch_tokens=arguments.score_tokens)
     for member, own, ref in zip(members, stats, references, strict=True):
         member.entropies, member.logprobs = own.entropy.tolist(), ref.logprob.tolist()
         member.completion = tokenizer.decode(member.ids, skip_special_tokens=True)
         member.truncated = member.ids[-1] != tokenizer.eos_token_id
         spans = find_spans(member.ids, tokenizer, markers=arguments.markers, last_tokens=LAST_TOKENS)
         member.branch_span, member.answer_span, member.span_rule = spans
-    _apply_eq1(members, torch.cat([s.entropy for s in stats]), arguments)
+    apply_eq1(members, torch.cat([s.entropy for s in stats]), arguments)
 
 
-def _apply_eq1(members: Sequence[Member], entropy: Tensor, arguments: ScoreArguments) -> None:
+def apply_eq1(members: Sequence[Member], entropy: Tensor, arguments: ScoreArguments) -> None:
+    """Fill in S and its two terms, nats, in place, of members with their spans; entropy (N,): of all their tokens in a row."""
     if arguments.entropy_clip < 1:
         entropy = entropy.clamp(max=float(entropy.quantile(arguments.entropy_clip)))
     lengths = torch.tensor([len(member.ids) for member in members])

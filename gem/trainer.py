@@ -1,8 +1,8 @@
 """GEMTrainer: transformers.Trainer over groups. It overrides public methods only: get_batch_samples, compute_loss,
 evaluate and log.
 
-A step reads top to bottom: examples or groups -> (online: fresh candidates, scores, weights) -> one packed batch -> hidden
-states of the completion tokens -> linear_group_loss with `group_loss` as its loss_fn.
+A step reads top to bottom: examples or groups -> (online: fresh candidates, scores, weights) -> one packed batch -> the fused
+forward of the model, which is linear_group_loss with `group_loss` as its loss_fn.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 from gem.config import GuardArguments, LossArguments, check
 from gem.data import Example, pack
 from gem.groups import Group
-from gem.head import check_head, hidden_states
+from gem.head import completion_stats, fuse_lm_head
 from gem.losses import dpo_loss, ipo_loss, kl_k3, listwise_dpo_reward, pro_loss, sega_loss_fn
-from gem_kernels import TokenStats, linear_group_loss
+from gem_kernels import TokenStats
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class GEMTrainer(Trainer):
     """Trains on groups (from a file), or on examples from which `make_groups` makes fresh groups at every step (online).
 
     Args:
-        model: a transformers causal language model, or a peft model around one (its lm_head without an adapter).
+        model: a transformers causal language model, or a peft model around one.
         args: TrainingArguments; per_device_train_batch_size counts groups.
         loss: which loss and its weights (gem.config.LossArguments).
         guard: AUROC gate and automatic stop.
@@ -76,7 +76,7 @@ class GEMTrainer(Trainer):
             self.pop_callback(ProgressCallback)
             self.add_callback(Progress())
         self.loss, self.make_groups, self.evaluation = loss, make_groups, evaluation
-        self.head = check_head(model)
+        fuse_lm_head(model, cache_bytes=loss.cache_mib << 20)
         self.model_accepts_loss_kwargs = True  # our loss is normalised over the accumulated batch: do not divide again
         flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
         self.layout = "packed" if flash else "right"
@@ -135,17 +135,8 @@ class GEMTrainer(Trainer):
                 self._record(name, value.detach())
             return terms["loss"] / items
 
-        result = linear_group_loss(
-            hidden_states(model, inputs),
-            self.head.weight,
-            inputs["targets"],
-            inputs["cu_groups"],
-            loss_fn,
-            bias=self.head.bias,
-            transform=self.head.transform,
-            cache_bytes=self.loss.cache_mib << 20,
-        )
-        return (result.loss, {"stats": result.stats}) if return_outputs else result.loss
+        result, stats = completion_stats(model, inputs, loss_fn=loss_fn, cu_groups=inputs["cu_groups"])
+        return (result, {"stats": stats}) if return_outputs else result
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

@@ -76,10 +76,12 @@ def test_help_gives_the_papers_symbols() -> None:
     assert set(c.CHOICES) | set(c.RANGES) <= set(settings)
 
 
-@pytest.mark.parametrize("command", ["report", "demo"])
-def test_help_of_the_small_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "flag"), [("report", "--output"), ("doctor", "--seq_len"), ("demo", "--output_dir")]
+)
+def test_help_of_the_small_commands(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, command, "--help")
-    assert status == 0 and "--output" in out
+    assert status == 0 and flag in out
 
 
 @pytest.mark.parametrize("argv", [(), ("-h",), ("--help",)])
@@ -161,7 +163,7 @@ def test_shipped_configs_parse(file: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("fine-tune",), "command must be one of sft, score, train, eval, report, demo, got 'fine-tune'"),
+        (("fine-tune",), "command must be one of sft, score, train, eval, report, doctor, demo, got 'fine-tune'"),
         (("train", "--reward", "best"), "reward must be one of identity, softmax, rank, bt, got 'best'"),
         (("train", "--loss", "SEGA"), "loss must be one of sega"),
         (("score", "--dtype", "fp32"), "dtype must be one of float32"),

@@ -263,10 +263,11 @@ LAYOUTS: tuple[Layout, ...] = ("packed", "right", "left")
 def test_pack_shifts_once(layout: Layout) -> None:
     batch = pack(GROUPS, layout=layout, pad_id=0)
     flat_ids, flat_positions = batch["input_ids"].flatten(), batch["position_ids"].flatten()
-    at = batch["hidden_index"]
-    assert batch["targets"].tolist() == [7, 8, EOS, EOS, 3, EOS]
+    labels = batch["shift_labels"].flatten()
+    at = (labels != -100).nonzero().squeeze(1)
+    assert labels[at].tolist() == [7, 8, EOS, EOS, 3, EOS]
     # The hidden state that predicts a completion token is that of the token before it, in the same sequence.
-    assert torch.equal(flat_ids[at + 1], batch["targets"])
+    assert torch.equal(flat_ids[at + 1], labels[at])
     assert flat_ids[at].tolist() == [5, 7, 8, 5, 4, 3]
     assert flat_positions[at].tolist() == [1, 2, 3, 1, 3, 4]
     assert torch.equal(flat_positions[at + 1], flat_positions[at] + 1)
@@ -274,7 +275,7 @@ def test_pack_shifts_once(layout: Layout) -> None:
     assert batch["cu_seqlens"].tolist() == [0, 3, 4, 6] and batch["cu_groups"].tolist() == [0, 4, 6]
     for name in ("cu_seqlens", "cu_groups"):
         assert batch[name].dtype == torch.int32
-    for name in ("input_ids", "position_ids", "hidden_index", "targets", "sequence"):
+    for name in ("input_ids", "position_ids", "shift_labels", "sequence"):
         assert batch[name].dtype == torch.int64
 
 

@@ -1,168 +1,535 @@
-"""The head that gem computes against the logits of the model itself: accepted where they agree, refused where not."""
+"""fuse_lm_head: what it accepts, what it refuses, what a fused call returns; beside it the model's own logits.
+
+Every architecture: test_fuse_architectures.py. Adapters: test_fuse_adapters.py. Several processes: test_fuse_distributed.py.
+"""
 
 from __future__ import annotations
 
+import copy
+import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
+from torch import Tensor, nn
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
+
+import gem
+from gem.head import FusedCausalLMOutput, fuse_lm_head, fused_head, unfuse
+from gem_kernels import LogitTransform, TokenStats, linear_group_loss
+from tests.architectures import TEXT, VOCAB, build
+
+B, T = 3, 10
+SKIP = -100
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(10, VOCAB, (B, T), generator=torch.Generator().manual_seed(2))
+    labels = ids.clone()
+    labels[0, :4] = labels[1, 7:] = SKIP
+    labels[2, 5] = SKIP
+    return {"input_ids": ids, "labels": labels}
+
+
+def from_logits(z: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Every field of the output by its definition, in fp64; 0 where ignored."""
+    z = z.double()
+    log_p = z.log_softmax(-1)
+    fields = {
+        "log_probs": log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0],
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "lse": z.logsumexp(-1),
+        "mean_logits": z.mean(-1),
+        "is_top1": z.argmax(-1) == targets,
+        "log_sum_sq_probs": (2 * log_p).logsumexp(-1),
+    }
+    return {name: f * (targets != SKIP) for name, f in fields.items()}
+
+
+# --- what a fused call returns ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "phi"])  # plain, softcap, scale, bias
+def test_every_field_is_that_of_the_logits(name: str, temperature: float, shifted: bool) -> None:
+    model, inputs = build(name), batch()
+    z = model(inputs["input_ids"]).logits / temperature
+    labels = inputs.pop("labels")
+    if shifted:
+        inputs["shift_labels"] = targets = labels
+    else:
+        inputs["labels"], targets, z = labels, labels[:, 1:], z[:, :-1]
+    extra = ("is_top1", "mean_logits", "log_sum_sq_probs")
+    assert fuse_lm_head(model, temperature=temperature, outputs=extra) is model
+    out = model(**inputs, fused_lm_head=True)
+    assert isinstance(out, FusedCausalLMOutput) and out.aux_loss is None
+    assert torch.equal(out.label_mask, targets != SKIP)
+    for field, expected in from_logits(z, targets).items():
+        got = out[field]
+        assert got.shape == targets.shape
+        assert got.dtype == (torch.bool if field == "is_top1" else torch.float32)
+        assert got.requires_grad == (field in ("log_probs", "entropy", "lse"))
+        torch.testing.assert_close(got.double(), expected.double(), atol=2e-5, rtol=1e-5)
+    nll = -out.log_probs.sum()
+    torch.testing.assert_close(out.loss, nll / (targets != SKIP).sum())
+    for items in (7, torch.tensor(7)):
+        torch.testing.assert_close(model(**inputs, fused_lm_head=True, num_items_in_batch=items).loss, nll / 7)
+    sharper = model(**inputs, fused_lm_head=True, temperature=temperature / 2)
+    torch.testing.assert_close(sharper.lse.double(), from_logits(2 * z, targets)["lse"].double(), atol=4e-5, rtol=1e-5)
+
+
+def test_extra_fields_are_none_unless_asked_for() -> None:
+    out = fuse_lm_head(build("llama"))(**batch(), fused_lm_head=True)
+    assert out.mean_logits is out.is_top1 is out.log_sum_sq_probs is out.aux_loss is None
+
+
+def test_nothing_to_predict_is_a_zero_with_a_gradient() -> None:
+    model, inputs = build("llama tied"), batch()
+    fuse_lm_head(model, outputs=("mean_logits", "is_top1"))
+    out = model(inputs["input_ids"], labels=torch.full((B, T), SKIP), fused_lm_head=True)
+    assert out.loss == 0 and not out.log_probs.any() and not out.is_top1.any() and not out.label_mask.any()
+    out.loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_bf16_statistics_are_fp32_of_bf16_logits_unrounded() -> None:
+    model, inputs = build("llama").bfloat16(), batch()
+    hidden = model.model(inputs["input_ids"]).last_hidden_state[:, :-1]
+    exact = from_logits(hidden.double() @ model.lm_head.weight.double().T, inputs["labels"][:, 1:])
+    rounded = from_logits(model(inputs["input_ids"]).logits[:, :-1], inputs["labels"][:, 1:])
+    out = fuse_lm_head(model)(**inputs, fused_lm_head=True)
+    assert out.log_probs.dtype == out.loss.dtype == torch.float32
+    ours = (out.log_probs - exact["log_probs"]).abs().max()
+    theirs = (rounded["log_probs"] - exact["log_probs"]).abs().max()
+    assert ours < 1e-5 and theirs > 1e-3
+
+
+# --- a group loss through the model's own forward -----------------------------------------------------------------------
+
+
+def entropy_weighted(stats: TokenStats, group: int) -> Tensor:
+    return -(stats.entropy.detach() * stats.logprob).sum() / (group + 1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_group_loss_goes_through_the_models_forward(name: str) -> None:
+    model, inputs = build(name), batch()
+    keep = inputs["labels"][:, 1:] != SKIP
+    counts = keep.sum(1).tolist()
+    cu_groups = torch.tensor([0, counts[0] + counts[1], sum(counts)])  # rows 0 and 1; row 2
+    fuse_lm_head(model)
+    stats = model(**inputs, fused_lm_head=True)
+    groups = [
+        TokenStats(*(s[keep][a:b] for s in (stats.log_probs, stats.entropy, stats.lse)))
+        for a, b in ((0, cu_groups[1]), (cu_groups[1], cu_groups[2]))
+    ]
+    expected = entropy_weighted(groups[0], 0) + entropy_weighted(groups[1], 1)
+    expected.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    out = model(**inputs, fused_lm_head=True, loss_fn=entropy_weighted, cu_groups=cu_groups)
+    torch.testing.assert_close(out.loss, expected)
+    for field in ("log_probs", "entropy", "lse"):
+        assert not out[field].requires_grad
+        torch.testing.assert_close(out[field], stats[field].detach())
+    out.loss.backward()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[n], atol=1e-6, rtol=1e-4)
+
+
+def test_a_group_loss_is_that_of_the_op() -> None:
+    model, inputs = build("llama"), batch()
+    targets = inputs["labels"][:, 1:]
+    hidden = model.model(inputs["input_ids"]).last_hidden_state[:, :-1][targets != SKIP]
+    cu_groups = torch.tensor([0, 3, hidden.shape[0]])
+    expected = linear_group_loss(hidden, model.lm_head.weight, targets[targets != SKIP], cu_groups, entropy_weighted)
+    fuse_lm_head(model)
+    out = model(**inputs, fused_lm_head=True, loss_fn=entropy_weighted, cu_groups=cu_groups)
+    assert torch.equal(out.loss, expected.loss)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": None}, "a fused call needs labels or shift_labels, got neither"),
+        ({"shift_labels": torch.zeros(B, T, dtype=torch.int64)}, "labels or shift_labels, got both"),
+        ({"loss_fn": entropy_weighted}, "loss_fn and cu_groups go together, got one of them"),
+        ({"cu_groups": torch.tensor([0, 1])}, "loss_fn and cu_groups go together, got one of them"),
+        ({"loss_fn": entropy_weighted, "cu_groups": torch.tensor([0, 5])}, "cu_groups must start at 0 and end at"),
+        (
+            {"labels": torch.zeros(B, T + 1, dtype=torch.int64)},
+            r"for labels \(3, 11\), got hidden states \(3, 10, 32\)",
+        ),
+        ({"labels": torch.full((B, T), VOCAB)}, rf"in \[0, V={VOCAB}\) or ignore_index=-100, got {VOCAB}"),
+        ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
+        ({"logits_to_keep": 2}, r"for labels \(3, 10\), got hidden states \(3, 2, 32\)"),
+    ],
 )
-
-from gem.data import Layout, pack
-from gem.head import check_head, hidden_states, lm_head
-from gem_kernels import LogitTransform, linear_logprob_entropy
-
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MODELS = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": False}, LogitTransform()),
-    "llama tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}, LogitTransform()),
-    "gemma2": (
-        Gemma2ForCausalLM,
-        Gemma2Config,
-        {"head_dim": 8, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8, "sliding_window": 4},
-        LogitTransform(softcap=3.0),
-    ),
-    "cohere": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.25}, LogitTransform(scale=0.25)),
-    "granite": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 4.0}, LogitTransform(scale=0.25)),
-}
+def test_bad_calls_are_refused_and_leave_the_model_usable(changes: dict[str, Any], message: str) -> None:
+    model, inputs = fuse_lm_head(build("llama")), batch()
+    before = model(**inputs, fused_lm_head=True).loss
+    with pytest.raises(ValueError, match=message):
+        model(**{**inputs, **changes}, fused_lm_head=True)
+    assert torch.equal(model(**inputs, fused_lm_head=True).loss, before)
+    assert model(inputs["input_ids"]).logits.shape == (B, T, VOCAB)  # the head answers with logits again
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A random model whose logits are a few nats wide, so that a forgotten transform shows."""
-    model_class, config_class, changes, _ = MODELS[name]
-    model: Any = model_class(config_class(**{**SIZES, **changes}))
-    return widened(model).to(dtype)
+def test_words_of_a_fused_call_need_the_flag() -> None:
+    model = fuse_lm_head(build("llama"))
+    with pytest.raises(ValueError, match="need fused_lm_head=True, got a call without it"):
+        model(**batch(), loss_fn=entropy_weighted, cu_groups=torch.tensor([0, 1]))
 
 
-def widened(model: Any) -> Any:
-    torch.manual_seed(0)
-    for p in model.parameters():
-        if p.ndim == 2:
-            nn.init.normal_(p, std=0.5)
-    return model.eval()
+# --- attaching, detaching ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", MODELS)
-def test_accepts(name: str, dtype: torch.dtype) -> None:
-    model = build(name, dtype).train()
-    head = check_head(model)
-    assert head.transform == MODELS[name][3] and head.bias is None
-    assert head.weight is model.get_output_embeddings().weight and head.weight.shape == (40, 16)
-    assert model.training  # as it was
-    if name == "llama tied":
-        assert head.weight is model.get_input_embeddings().weight
-    check_head(model.eval())
-    assert not model.training
+def test_public_names() -> None:
+    assert gem.fuse_lm_head is fuse_lm_head and gem.unfuse is unfuse
+    with pytest.raises(AttributeError, match="module 'gem' has no attribute 'fuse'"):
+        gem.fuse  # noqa: B018
 
 
-@pytest.mark.parametrize("layout", ["right", "left"])
-@pytest.mark.parametrize("name", MODELS)
-def test_logprobs_are_the_models_own(name: str, layout: Layout) -> None:
-    model = build(name)
-    groups = [[([1, 9, 11], [8, 7, 2]), ([1, 9, 11], [12, 2])], [([1], [5, 30, 31, 32, 2])]]
-    batch = pack(groups, layout=layout, pad_id=0)
-    head = check_head(model)
-    stats = linear_logprob_entropy(
-        hidden_states(model, batch), head.weight, batch["targets"], bias=head.bias, transform=head.transform
-    )
-    expected, entropy = [], []
-    for prompt, completion in (pair for group in groups for pair in group):  # alone, unpadded
-        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        logp = logits.double().log_softmax(-1)
-        expected.append(logp.gather(1, torch.tensor(completion)[:, None])[:, 0])
-        entropy.append(-(logp.exp() * logp).sum(-1))
-    torch.testing.assert_close(stats.logprob.double(), torch.cat(expected), atol=2e-5, rtol=1e-5)
-    torch.testing.assert_close(stats.entropy.double(), torch.cat(entropy), atol=2e-5, rtol=1e-5)
-
-
-def test_bias_of_the_head_is_found() -> None:
+def test_unfuse_restores_what_stood_there() -> None:
     model = build("llama")
-    model.lm_head = nn.Linear(16, 40)
-    nn.init.normal_(model.lm_head.bias)
-    assert check_head(model).bias is model.lm_head.bias
+    fuse_lm_head(model)
+    assert inspect.signature(model.forward) == inspect.signature(LlamaForCausalLM.forward.__get__(model))
+    unfuse(model)
+    assert "forward" not in vars(model) and not [name for name in vars(model) if "gem" in name]
+    with pytest.raises(ValueError, match="model must have gone through fuse_lm_head, got a plain LlamaForCausalLM"):
+        unfuse(model)
+
+    own = model.forward
+    model.forward = watched = lambda *args, **kwargs: own(*args, **kwargs)  # somebody else's patch
+    fuse_lm_head(model)
+    assert model(**batch(), fused_lm_head=True).log_probs is not None
+    unfuse(model)
+    assert model.forward is watched
 
 
-class Scaled(LlamaForCausalLM):
-    """Multiplies its logits, and its config does not say so."""
+def test_fused_again_the_new_settings_hold() -> None:
+    model = fuse_lm_head(fuse_lm_head(build("llama"), temperature=2.0), impl="reference")
+    assert fused_head(model).transform == LogitTransform() and fused_head(model).impl == "reference"
+    unfuse(model)
+    assert "forward" not in vars(model)
+
+
+def test_a_patch_on_top_of_ours_works_and_is_not_undone() -> None:
+    model = fuse_lm_head(build("llama"))
+    ours = model.forward
+    model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
+    assert model(**batch(), fused_lm_head=True).log_probs is not None
+    with pytest.raises(ValueError, match="forward was replaced after fuse_lm_head"):
+        unfuse(model)
+    fuse_lm_head(model, temperature=2.0)  # over it
+    assert fused_head(model).transform.temperature == 2.0
+    unfuse(model)
+    assert fused_head(model).transform.temperature == 1.0
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    model = fuse_lm_head(build("llama"))
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.mul_(0.5)
+    z = twin(batch()["input_ids"]).logits[:, :-1]
+    out = twin(**batch(), fused_lm_head=True)
+    torch.testing.assert_close(out.lse.double(), from_logits(z, batch()["labels"][:, 1:])["lse"], atol=2e-5, rtol=1e-5)
+    unfuse(twin)
+    assert fused_head(model)
+
+
+def test_a_head_that_is_replaced_later_is_used() -> None:
+    model = fuse_lm_head(build("llama"))
+    model.lm_head = nn.Linear(32, VOCAB)
+    z = model(batch()["input_ids"]).logits[:, :-1]
+    out = model(**batch(), fused_lm_head=True)
+    expected = from_logits(z, batch()["labels"][:, 1:])["lse"]
+    torch.testing.assert_close(out.lse.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_attaching_leaves_modes_gradients_and_random_numbers_alone() -> None:
+    model = build("llama").train()
+    model.model.layers[0].eval()  # frozen by its owner
+    before = torch.random.get_rng_state()
+    fuse_lm_head(model)
+    assert model.training and not model.model.layers[0].training and not model.model.layers[0].mlp.training
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"temperature": 0.0}, ValueError, "temperature must be finite and > 0, got 0.0"),
+        ({"outputs": ("is_top1", "logits")}, ValueError, "outputs must be among is_top1, .*, got logits"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of auto, reference, chunked, triton, got 'cuda'"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = build("llama")
+    with pytest.raises(error, match=message):
+        fuse_lm_head(model, **arguments)
+    assert "forward" not in vars(model)
+
+
+def test_models_that_are_refused() -> None:
+    for model, error, message in (
+        (nn.Linear(3, 4), TypeError, "must be a transformers causal language model, got Linear"),
+        (
+            LlamaModel(LlamaConfig(**TEXT)),
+            TypeError,
+            r"must have an lm_head \(get_output_embeddings\), LlamaModel has none",
+        ),
+        (nn.DataParallel(build("llama")), TypeError, "must not be in nn.DataParallel"),
+        (
+            T5ForConditionalGeneration(
+                T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+            ),
+            ValueError,
+            "must be a decoder-only language model, got T5ForConditionalGeneration",
+        ),
+        (LlamaForCausalLM(LlamaConfig(**TEXT)).to("meta"), ValueError, "on the meta device: load or materialise"),
+    ):
+        with pytest.raises(error, match=message):
+            fuse_lm_head(model)
+
+
+# --- the self-check -----------------------------------------------------------------------------------------------------
+
+
+class Changed(LlamaForCausalLM):
+    """Does something to its logits that its config does not name."""
+
+    change = staticmethod(lambda z: z * 1.7)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)
-        out.logits = out.logits * 1.7
+        out.logits = self.change(out.logits)
         return out
 
 
+CHANGES = {
+    "scaled": lambda z: z * 1.7,
+    "shifted": lambda z: z + 0.3,  # the same log-probs, another lse
+    "softcap": lambda z: 30 * torch.tanh(z / 30),
+    "softcap far above any logit of random weights": lambda z: 59 * torch.tanh(z / 59),
+    "one column": lambda z: torch.cat([z[..., :-1], z[..., -1:] + 1], -1),
+    "masked column": lambda z: z.masked_fill(torch.arange(z.shape[-1]) == 5, -torch.inf),
+    "reversed": lambda z: z.flip(-1),
+    "nan": lambda z: z * torch.nan,
+    "in place": lambda z: z.mul_(1.7),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("std", [0.02, 0.5])
-@pytest.mark.parametrize("training", [True, False])
-def test_refuses_logits_that_the_config_does_not_explain(std: float, training: bool) -> None:
-    model: Any = Scaled(LlamaConfig(**SIZES, initializer_range=std)).train(training)
-    with pytest.raises(ValueError, match="Scaled does something to its logits that its config does not name"):
-        check_head(model)
-    assert model.training is training  # a refusal, too, leaves the model as it was
+@pytest.mark.parametrize("change", CHANGES)
+def test_refuses_logits_that_the_config_does_not_explain(
+    change: str, std: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Changed, "change", staticmethod(CHANGES[change]))
+    model = Changed(LlamaConfig(**TEXT, initializer_range=std)).to(dtype).train()
+    with pytest.raises(
+        ValueError, match="Changed does something to its logits that its config does not name: it turns a logit"
+    ):
+        fuse_lm_head(model)
+    assert model.training and "forward" not in vars(model)  # a refusal leaves the model as it was
 
 
-def test_refuses_the_same_in_bf16() -> None:
-    model: Any = widened(Scaled(LlamaConfig(**SIZES))).bfloat16()
-    with pytest.raises(ValueError, match="does something to its logits"):
-        check_head(model)
+def test_the_refusal_names_both_numbers() -> None:
+    with pytest.raises(
+        ValueError, match=r"it turns a logit of -60 into -102, and its config \(scale 1, softcap None\) into -60"
+    ):
+        fuse_lm_head(Changed(LlamaConfig(**TEXT)))
 
 
-def test_refuses_a_model_whose_softcap_config_is_gone() -> None:
+class Hidden(LlamaForCausalLM):
+    """Its head is called as it should be, and its logits come from elsewhere."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        if out.logits.shape[-1] == VOCAB and out.logits.requires_grad is False and out.logits.flatten()[0] != -60:
+            out.logits = out.logits.roll(1, 1)
+        return out
+
+
+def test_the_second_check_compares_real_tokens() -> None:
+    with pytest.raises(
+        ValueError, match=r"the (logprob|entropy|lse) of its own logits is -?[\d.]+, ours -?[\d.]+, expected"
+    ):
+        fuse_lm_head(Hidden(LlamaConfig(**TEXT)))
+
+
+def test_refuses_a_softcap_that_the_config_does_not_show() -> None:
     model = build("gemma2")
     forward = model.forward
 
-    def uncapped_config(*args: Any, **kwargs: Any) -> Any:
+    def shown_only_inside(*args: Any, **kwargs: Any) -> Any:
         model.config.final_logit_softcapping = 3.0
         out = forward(*args, **kwargs)
         model.config.final_logit_softcapping = None
         return out
 
-    model.forward = uncapped_config
+    model.forward = shown_only_inside
     model.config.final_logit_softcapping = None
     with pytest.raises(ValueError, match="does something to its logits"):
-        check_head(model)
+        fuse_lm_head(model)
+    assert model.forward is shown_only_inside
 
 
-def test_refuses_nan() -> None:
+def test_refuses_nan_in_the_head() -> None:
     model = build("llama")
     with torch.no_grad():
         model.lm_head.weight[3, 3] = torch.nan
     with pytest.raises(ValueError, match="does something to its logits"):
-        check_head(model)
+        fuse_lm_head(model)
 
 
-def test_refuses_an_adapter_on_the_head() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model: Any = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
-    for function in (lm_head, check_head):
-        with pytest.raises(ValueError, match=r"the lm_head must be a plain nn.Linear, got Linear \(no adapter on it"):
-            function(model)
+class Twice(LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        self.lm_head(torch.zeros(1, 1, self.config.hidden_size))
+        return out
 
 
-def test_leaves_no_gradient_and_the_random_numbers_alone() -> None:
-    model = build("llama")
-    before = torch.random.get_rng_state()
-    check_head(model)
-    assert torch.equal(before, torch.random.get_rng_state())
-    assert all(p.grad is None for p in model.parameters())
+class Never(LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.model(*args, **{k: v for k, v in kwargs.items() if k != "return_dict"})
+        out.logits = out.last_hidden_state @ self.lm_head.weight.T
+        return out
+
+
+@pytest.mark.parametrize(("kind", "times"), [(Twice, 2), (Never, 0)])
+def test_refuses_a_head_that_is_not_called_once(kind: Any, times: int) -> None:
+    with pytest.raises(ValueError, match=rf"must call its lm_head .* once a forward, it called it {times} times"):
+        fuse_lm_head(kind(LlamaConfig(**TEXT)))
+
+
+def test_a_vocabulary_whose_padding_the_model_cuts_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Changed, "change", staticmethod(lambda z: z[..., :90]))
+    model, inputs = Changed(LlamaConfig(**TEXT, initializer_range=0.5)), batch()
+    inputs["labels"] = inputs["labels"].clamp(max=89)
+    fuse_lm_head(model)
+    assert fused_head(model).vocab == 90
+    z = model(inputs["input_ids"]).logits[:, :-1]
+    out = model(**inputs, fused_lm_head=True)
+    expected = from_logits(z, inputs["labels"][:, 1:])
+    torch.testing.assert_close(out.log_probs.double(), expected["log_probs"], atol=2e-5, rtol=1e-5)
+    out.loss.backward()
+    assert not model.lm_head.weight.grad[90:].any()
+
+
+# --- the ways in which models are run -------------------------------------------------------------------------------------
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_gradient_checkpointing(use_reentrant: bool, grouped: bool) -> None:
+    model, inputs = fuse_lm_head(build("llama")).train(), batch()
+    count = int((inputs["labels"][:, 1:] != SKIP).sum())
+    extra = {"loss_fn": entropy_weighted, "cu_groups": torch.tensor([0, 4, count])} if grouped else {}
+    expected = gradients(model, model(**inputs, fused_lm_head=True, **extra).loss)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    got = gradients(model, model(**inputs, fused_lm_head=True, **extra).loss)
+    assert all(torch.equal(got[n], g) for n, g in expected.items())
+
+
+def test_autocast_multiplies_as_the_models_own_head_would() -> None:
+    model, inputs = build("llama"), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own = model(**inputs)
+    expected = gradients(model, own.loss)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fuse_lm_head(model)
+        out = model(**inputs, fused_lm_head=True)
+    got = gradients(model, out.loss)
+    assert out.log_probs.dtype == torch.float32
+    torch.testing.assert_close(out.loss, own.loss, atol=0, rtol=2e-3)  # its logits were rounded to bf16, ours were not
+    for n, g in expected.items():
+        torch.testing.assert_close(got[n], g, atol=2e-2 * float(g.abs().max()), rtol=0)
+
+
+def test_accelerates_wrapper_for_mixed_precision() -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    model, inputs = build("llama"), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = fuse_lm_head(model)(**inputs, fused_lm_head=True)
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    try:
+        prepared = accelerator.prepare_model(model)
+        out = prepared(**inputs, fused_lm_head=True)
+        assert torch.equal(out.log_probs, expected.log_probs) and out.log_probs.dtype == torch.float32
+        bare = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    finally:
+        AcceleratorState._reset_state(True)
+    exact = bare(**inputs, fused_lm_head=True)  # still fused, no longer under autocast
+    assert 0 < float((exact.log_probs - out.log_probs).detach().abs().max()) < 1
+
+
+def test_torch_compile_keeps_one_graph() -> None:
+    model, inputs = build("gemma2"), batch()
+    fuse_lm_head(model, outputs=("is_top1", "mean_logits", "log_sum_sq_probs"))
+    eager = model(**inputs, fused_lm_head=True)
+    expected = gradients(model, eager.loss)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        out = compiled(**inputs, fused_lm_head=True)
+        assert out.keys() == eager.keys()
+        for name, value in eager.items():
+            torch.testing.assert_close(out[name], value, atol=1e-5, rtol=1e-5)
+        for n, g in gradients(model, out.loss).items():
+            torch.testing.assert_close(g, expected[n], atol=1e-6, rtol=1e-4)
+    nobody = {"input_ids": inputs["input_ids"], "labels": torch.full_like(inputs["labels"], SKIP)}
+    assert compiled(**nobody, fused_lm_head=True).loss == 0
+    broken = torch.compile(model, backend="aot_eager")  # loss_fn is Python: one break
+    keywords = {"fused_lm_head": True, "loss_fn": entropy_weighted, "cu_groups": torch.tensor([0, 4, 20])}
+    torch.testing.assert_close(broken(**inputs, **keywords).loss, model(**inputs, **keywords).loss)
+    torch.compiler.reset()
+
+
+def test_a_fused_model_can_be_saved_whole(tmp_path: Path) -> None:
+    model = fuse_lm_head(build("llama"))
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    out = again(**batch(), fused_lm_head=True)
+    assert torch.equal(out.log_probs, model(**batch(), fused_lm_head=True).log_probs)
+    model.save_pretrained(tmp_path / "folder")
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "folder")
+    torch.testing.assert_close(plain(**batch()).logits, model(**batch()).logits)
+
+
+def test_gradient_accumulation_adds_up() -> None:
+    model, inputs = fuse_lm_head(build("llama")), batch()
+    items = int((inputs["labels"][:, 1:] != SKIP).sum())
+    whole = gradients(model, model(**inputs, fused_lm_head=True).loss)
+    model.zero_grad()
+    for row in range(B):
+        part = {name: t[row : row + 1] for name, t in inputs.items()}
+        model(**part, fused_lm_head=True, num_items_in_batch=items).loss.backward()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, whole[n], atol=1e-6, rtol=1e-4)
+
+
+def test_what_rounds_the_output_is_told_off() -> None:
+    """FSDP2 with the output_dtype that accelerate gives it rebuilds the output with every tensor in bf16."""
+    out = fuse_lm_head(build("llama"))(**batch(), fused_lm_head=True)
+    with pytest.raises(ValueError, match=r"rounded log_probs to torch.bfloat16: give FSDP2 a MixedPrecisionPolicy"):
+        FusedCausalLMOutput(**{name: t.bfloat16() for name, t in out.items()})
+
+
+def test_a_model_with_a_config_of_conv1d_heads() -> None:
+    """GPT-2's layers are Conv1D, its head is not."""
+    assert isinstance(fuse_lm_head(build("gpt2")).config, GPT2Config)

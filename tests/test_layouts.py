@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from gem.data import TokenPair, pack
-from gem.head import check_head, hidden_states
-from gem_kernels import gem_score, linear_logprob_entropy
+from gem.head import completion_stats, ensure_fused
+from gem_kernels import gem_score
 
 GROUPS: list[list[TokenPair]] = [
     [([1, 5, 9], [4, 3, 8, 2]), ([1, 5, 9], [7, 2])],
@@ -36,8 +36,8 @@ def tiny(kind: str) -> Any:
 
 def results(model: Any, groups: list[list[TokenPair]], layout: str, spans: slice) -> list[torch.Tensor]:
     batch = pack(groups, layout=layout, pad_id=0)  # type: ignore[arg-type]
-    head = check_head(model)
-    stats = linear_logprob_entropy(hidden_states(model, batch), head.weight, batch["targets"])
+    ensure_fused(model)
+    _, stats = completion_stats(model, batch)
     start = batch["cu_seqlens"][:-1, None]
     branch, answer = (torch.tensor(s[spans]) + start for s in (BRANCH, ANSWER))
     score = gem_score(stats.entropy, branch, answer)
@@ -64,6 +64,7 @@ def test_a_packed_batch_would_show_leaking_attention() -> None:
     """The check above can fail: without position_ids, packed sequences see one another."""
     model = tiny("llama")
     batch = pack(GROUPS, layout="packed", pad_id=0)
-    right = hidden_states(model, batch)
+    ensure_fused(model)
+    _, right = completion_stats(model, batch)
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
-    assert float((hidden_states(model, batch) - right).abs().max()) > 1e-3
+    assert (completion_stats(model, batch)[1].logprob - right.logprob).abs().max() > 1e-3

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gem.config import RolloutArguments, ScoreArguments
 from gem.demo import build_tokenizer
 from gem.groups import Group, Member
-from gem.head import check_head
+from gem.head import ensure_fused, fuse_lm_head
 from gem.rollout import generate
 from gem.score import score_groups, token_stats
 
@@ -61,7 +61,8 @@ SEQUENCES = [
 
 @pytest.mark.parametrize("batch_tokens", [1, 12, 31, 10_000])
 def test_token_stats_are_the_models_own(model: Any, batch_tokens: int) -> None:
-    stats = token_stats(model, check_head(model), SEQUENCES, batch_tokens=batch_tokens)
+    fuse_lm_head(model, temperature=2.0)  # which is none of scoring's business
+    stats = token_stats(model, SEQUENCES, batch_tokens=batch_tokens)
     assert len(stats) == len(SEQUENCES)
     for (prompt, completion), got in zip(SEQUENCES, stats, strict=True):
         logprob, entropy = alone(model, prompt, completion)
@@ -78,23 +79,23 @@ def test_batches_stay_within_their_tokens(model: Any, monkeypatch: pytest.Monkey
         sizes.append(tuple(input_ids.shape))
         return forward(self, input_ids=input_ids, **kwargs)
 
-    head = check_head(model)
+    ensure_fused(model)
     monkeypatch.setattr(type(model.model), "forward", watched)
-    token_stats(model, head, SEQUENCES, batch_tokens=24)
+    token_stats(model, SEQUENCES, batch_tokens=24)
     assert sum(rows for rows, _ in sizes) == len(SEQUENCES)
     assert all(rows * width <= 24 or rows == 1 for rows, width in sizes)
     assert len(sizes) < len(SEQUENCES)
 
 
 def test_token_stats_ignore_dropout_and_restore_the_mode(model: Any) -> None:
-    head = check_head(model)
-    quiet = token_stats(model, head, SEQUENCES, batch_tokens=64)
+    ensure_fused(model)
+    quiet = token_stats(model, SEQUENCES, batch_tokens=64)
     model.train()
-    trained = token_stats(model, head, SEQUENCES, batch_tokens=64)
+    trained = token_stats(model, SEQUENCES, batch_tokens=64)
     assert model.training
     model.eval()
     assert all(torch.equal(a.logprob, b.logprob) for a, b in zip(quiet, trained, strict=True))
-    assert token_stats(model, head, [], batch_tokens=64) == []
+    assert token_stats(model, [], batch_tokens=64) == []
 
 
 # --- score_groups -----------------------------------------------------------------------------------------------------
@@ -112,9 +113,10 @@ def groups() -> list[Group]:
 
 def scored(model: Any, reference: Any = None, **changes: Any) -> list[Group]:
     found = groups()
-    own = (model, check_head(model))
-    ref = None if reference is None else (reference, check_head(reference))
-    score_groups(found, build_tokenizer(), own, ref, ScoreArguments(**changes))
+    for m in (model, reference):
+        if m is not None:
+            ensure_fused(m)
+    score_groups(found, build_tokenizer(), model, reference, ScoreArguments(**changes))
     return found
 
 
@@ -183,7 +185,8 @@ def test_cut_off_member_has_no_score(model: Any) -> None:
 
 def test_member_without_an_answer_has_no_score(model: Any) -> None:
     group = Group("", [1], [Member("candidate", [EOS]), Member("candidate", [*ids_of("1 ####"), EOS])])
-    score_groups([group], build_tokenizer(), (model, check_head(model)), None, ScoreArguments())
+    ensure_fused(model)
+    score_groups([group], build_tokenizer(), model, None, ScoreArguments())
     silent, said = group.members
     assert math.isnan(silent.score) and math.isnan(silent.final_entropy) and silent.branch_entropy == 0
     assert math.isfinite(said.score)  # "1" is the answer, its marker announces nothing

@@ -21,6 +21,7 @@ from gem.config import GuardArguments, LossArguments, RankArguments, RolloutArgu
 from gem.data import Example
 from gem.demo import build_tokenizer
 from gem.groups import Group, Member
+from gem.head import ensure_fused
 from gem.pipeline import GroupMaker, pair_group
 from gem.score import token_stats
 from gem.trainer import CollapseGuard, GEMTrainer, group_loss, has_fallen
@@ -64,16 +65,11 @@ def groups_of(model: Any, n: int) -> list[Group]:
         ]
         groups.append(Group("", e.prompt_ids, members))
     sequences = [(g.prompt_ids, m.ids) for g in groups for m in g.members]
-    stats = token_stats(model, trainer_head(model), sequences, batch_tokens=64)
+    ensure_fused(model)
+    stats = token_stats(model, sequences, batch_tokens=64)
     for member, s in zip((m for g in groups for m in g.members), stats, strict=True):
         member.logprobs = (s.logprob - 0.05).tolist()  # as if the policy had moved a little
     return groups
-
-
-def trainer_head(model: Any) -> Any:
-    from gem.head import check_head
-
-    return check_head(model)
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
@@ -223,7 +219,7 @@ def test_online_groups_are_fresh_and_on_policy(tmp_path: Path) -> None:
     assert member.role == "candidate"
     assert (
         member.logprobs
-        != token_stats(model, maker.head, [(seen[-1][0].prompt_ids, member.ids)], batch_tokens=64)[0].logprob.tolist()
+        != token_stats(model, [(seen[-1][0].prompt_ids, member.ids)], batch_tokens=64)[0].logprob.tolist()
     )  # the reference's, not the policy's
     logged = trainer.state.log_history[0]
     for name in ("kl", "weight_positive", "weight_negative", "score", "final_entropy", "branch_entropy", "length"):

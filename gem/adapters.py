@@ -1,0 +1,176 @@
+"""What a head module multiplies with at this moment: its weight and bias, and the adapters that peft has put on it.
+
+Looked up at every call: FSDP gathers the weight, peft switches adapters, and a wrapper may come later than fuse_lm_head.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from gem_kernels import LowRank, VocabShard
+
+
+class HeadParts(NamedTuple):
+    """logits = hidden weight^T + bias + the adapters' part, before the model's own transform."""
+
+    weight: Tensor  # (V, D), of a vocabulary-parallel head this rank's rows
+    bias: Tensor | None  # (V,)
+    low_rank: LowRank | None
+    shard: VocabShard | None = None  # of a vocabulary-parallel head
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0] if self.shard is None else self.shard.total
+
+    def local(self) -> HeadParts:
+        """As plain tensors: this rank's rows of a head placed Shard(0), the whole of a replicated one.
+
+        To be called inside the head's own forward: there FSDP has gathered what it sharded, and what is still a DTensor is
+        tensor parallel.
+        """
+        weight: Any = self.weight
+        if not _is_dtensor(weight):
+            return self
+        if self.low_rank is not None:
+            raise ValueError(
+                "LoRA on a vocabulary-parallel lm_head is not supported: leave lm_head out of target_modules, or put it into "
+                "modules_to_save"
+            )
+        whole = all(placement.is_replicate() for placement in weight.placements)
+        shard = None if whole else VocabShard.of(weight)
+        bias: Any = self.bias
+        return HeadParts(weight.to_local(), bias.to_local() if _is_dtensor(bias) else bias, None, shard)
+
+    def columns(self, vocab: int) -> HeadParts:
+        """The same for the first `vocab` entries: some models cut off the padding of their vocabulary."""
+        if vocab == self.vocab:
+            return self
+        start = 0 if self.shard is None else self.shard.start
+        rows, low = slice(max(0, vocab - start)), self.low_rank
+        return HeadParts(
+            self.weight[rows],
+            None if self.bias is None else self.bias[rows],
+            None if low is None else low._replace(b=low.b[rows]),
+            None if self.shard is None else self.shard._replace(start=min(start, vocab), total=vocab),
+        )
+
+
+def serving_module(head: nn.Module) -> nn.Module:
+    """The module whose forward makes the logits: inside peft's modules_to_save the active copy, else the head itself."""
+    if type(head).__name__ != "ModulesToSaveWrapper":
+        return head
+    wrapper = cast(Any, head)
+    if (
+        wrapper.disable_adapters
+        or not wrapper.active_adapters
+        or wrapper.active_adapters[0] not in wrapper.modules_to_save
+    ):
+        return cast(nn.Module, wrapper.original_module)
+    return cast(nn.Module, wrapper.modules_to_save[wrapper.active_adapters[0]])
+
+
+def head_parts(module: nn.Module) -> HeadParts:
+    """Weight, bias and adapters of a module from `serving_module`.
+
+    Raises:
+        ValueError: a head that would be computed wrongly, each with what to do: a quantised weight, an adapter that is not
+            plain LoRA (DoRA and the like), dropout on the adapter's input, a weight that is not in memory.
+    """
+    lora = _lora_layer(module)
+    linear = module if lora is None else lora.get_base_layer()
+    weight, bias = _dense(linear)
+    low_rank = None
+    if lora is not None:
+        bias, low_rank = _lora_parts(lora, bias)
+    return HeadParts(weight, bias, low_rank)
+
+
+def describe_adapter(head: nn.Module) -> str:
+    """In words, for a report: "none", "LoRA default (r=8)", "modules_to_save default"."""
+    if serving_module(head) is not head:
+        return f"modules_to_save {cast(Any, head).active_adapter}"
+    lora = _lora_layer(head)
+    if lora is None:
+        return "none"
+    state = ", disabled" if lora.disable_adapters else ", merged" if lora.merged else ""
+    return "LoRA " + ", ".join(f"{name} (r={lora.r[name]})" for name in lora.active_adapters if name in lora.r) + state
+
+
+def _lora_layer(module: nn.Module) -> Any:
+    """`module` as a peft LoraLayer, or None. Without peft there is none, and it need not be installed."""
+    if "peft" not in sys.modules:
+        return None
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if isinstance(module, Linear):
+        return module
+    if isinstance(module, BaseTunerLayer):
+        raise ValueError(
+            f"an adapter on the lm_head must be LoRA on a plain nn.Linear, got {type(module).__module__}."
+            f"{type(module).__name__}: leave lm_head out of target_modules, or put it into modules_to_save"
+        )
+    return None
+
+
+def _dense(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    what = f"the lm_head must be an nn.Linear with a floating-point weight (V, D), got {type(linear).__name__}"
+    if not isinstance(linear, nn.Linear) or not isinstance(weight, Tensor):
+        raise ValueError(f"{what} (any adapter on it but LoRA and modules_to_save is refused)")
+    if hasattr(weight, "ds_status") and weight.numel() == 0:
+        raise ValueError(
+            "the lm_head's weight is partitioned by ZeRO-3 and was not gathered by the head's own hooks (LoRA on the lm_head "
+            "hides it from them): use modules_to_save for the lm_head, or ZeRO-2"
+        )
+    plain = type(weight) in (Tensor, nn.Parameter) or _is_dtensor(weight)
+    if not plain or not weight.is_floating_point() or weight.ndim != 2:
+        raise ValueError(
+            f"{what} with a {type(weight).__name__} {tuple(weight.shape)} {weight.dtype}: a quantised head is not "
+            "supported, leave it out of the quantisation (bitsandbytes: llm_int8_skip_modules=['lm_head'])"
+        )
+    if weight.is_meta:
+        raise ValueError("the lm_head's weight is on the meta device: load or materialise the model's weights first")
+    return weight, bias
+
+
+def _lora_parts(lora: Any, bias: Tensor | None) -> tuple[Tensor | None, LowRank | None]:
+    """Bias and low-rank part: scale_i (h A_i^T) B_i^T over the active adapters i, as peft's own forward adds them."""
+    if lora.disable_adapters:
+        if lora.merged:
+            lora.unmerge()  # as peft's forward would
+        return bias, None
+    active = [name for name in lora.active_adapters if name in lora.lora_A]
+    if lora.merged or not active:
+        return bias, None
+    for name in active:
+        if name in lora.lora_variant:
+            variant = type(lora.lora_variant[name]).__name__.removesuffix("LinearVariant")
+            raise ValueError(
+                f"adapter {name!r} on the lm_head must be plain LoRA, got {variant} (DoRA and its like rescale the whole "
+                "weight): leave lm_head out of target_modules, merge it, or put it into modules_to_save"
+            )
+        p = getattr(lora.lora_dropout[name], "p", 0.0)
+        if p and lora.training:
+            raise ValueError(
+                f"adapter {name!r} on the lm_head must have lora_dropout=0 in training, got {p}: its input would be another "
+                "than the head's"
+            )
+        if lora.lora_B[name].bias is not None:
+            extra = lora.scaling[name] * lora.lora_B[name].bias
+            bias = extra if bias is None else bias + extra.to(bias.dtype)
+    a, b = ([side[name].weight for name in active] for side in (lora.lora_A, lora.lora_B))
+    if len(active) == 1:
+        return bias, LowRank(a[0], b[0], float(lora.scaling[active[0]]))
+    dtype = torch.float32 if any(t.dtype == torch.float32 for t in (*a, *b)) else a[0].dtype
+    scaled = [lora.scaling[name] * t.to(dtype) for name, t in zip(active, a, strict=True)]
+    return bias, LowRank(torch.cat(scaled), torch.cat([t.to(dtype) for t in b], 1), 1.0)
+
+
+def _is_dtensor(t: object) -> bool:
+    """Without the half second that importing the module takes."""
+    return hasattr(t, "device_mesh") and hasattr(t, "placements")

@@ -1,0 +1,123 @@
+"""gem-kernels doctor: what fuse_lm_head would do with a model, and whether our numbers are the model's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from gem.adapters import describe_adapter, head_parts, serving_module
+from gem.head import ensure_fused, fused_head, unwrapped
+from gem_kernels import LogitTransform, choose_impl
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found. bytes: what a training step of the model's own head holds for its logits, all at once."""
+
+    model: str
+    dtype: str
+    device: str
+    vocab: int  # V, rows of the weight
+    hidden: int  # D
+    logits: int  # entries that the model gives a token: V, or fewer where padding is cut off
+    bias: bool
+    tied: bool
+    trained: bool  # the head's weight gets a gradient
+    transform: LogitTransform
+    adapter: str
+    impl: str
+    largest_gap: float  # between the model's log-probs, entropies, lse and ours, nats
+    batch_size: int
+    seq_len: int
+    logit_bytes: int
+
+    def lines(self) -> list[str]:
+        """As a table, a line each."""
+        tokens = self.batch_size * (self.seq_len - 1)
+        padding = "" if self.logits == self.vocab else f", of which the model uses {self.logits}"
+        cost = "trained: 6 N D V FLOP for a group loss" if self.trained else "frozen: 4 N D V FLOP for a group loss"
+        rows = {
+            "model": f"{self.model}, {self.dtype}, on {self.device}",
+            "lm_head": f"V={self.vocab}{padding}, D={self.hidden}, {'bias' if self.bias else 'no bias'}, "
+            f"{'tied to' if self.tied else 'not tied to'} the input embeddings, {cost}",
+            "logits": describe_transform(self.transform),
+            "adapter": self.adapter,
+            "implementation": self.impl,
+            "self-check": f"passed: largest difference {self.largest_gap:.1e} nats",
+            "memory": f"{self.batch_size} x {self.seq_len} tokens: {self.logit_bytes / GIB:.2f} GiB of logits are not made "
+            f"({tokens} x {self.logits}, with what loss and gradient hold beside them); one tile of them is",
+        }
+        width = max(map(len, rows))
+        return [f"{name:{width}}  {text}" for name, text in rows.items()]
+
+
+def describe_transform(transform: LogitTransform) -> str:
+    """z' as a function of z, in words."""
+    z = "z" if transform.scale == 1 else f"{transform.scale:g} z"
+    return f"z' = {z}" if transform.softcap is None else f"z' = {transform.softcap:g} tanh({z} / {transform.softcap:g})"
+
+
+def diagnose(model: nn.Module, *, batch_size: int = 8, seq_len: int = 2048) -> Diagnosis:
+    """Fuse the model's lm_head (it stays fused) and tell what that means for batches of this size.
+
+    Raises:
+        TypeError, ValueError: what fuse_lm_head raises, and a batch_size < 1 or seq_len < 2.
+    """
+    for name, value, least in (("batch_size", batch_size, 1), ("seq_len", seq_len, 2)):
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+    ensure_fused(model)
+    causal_lm, fused = unwrapped(model), fused_head(model)
+    head = causal_lm.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+    parts = head_parts(serving_module(head))
+    # Logits, in fp32 where they are not yet, their log-probs, and the gradient of those: all at once in the model's own loss.
+    entry = sum({parts.weight.element_size(), 4}) + 8
+    return Diagnosis(
+        model=type(causal_lm).__name__,
+        dtype=str(parts.weight.dtype).removeprefix("torch."),
+        device=str(parts.weight.device),
+        vocab=parts.weight.shape[0],
+        hidden=parts.weight.shape[1],
+        logits=fused.vocab,
+        bias=parts.bias is not None,
+        tied=parts.weight is getattr(causal_lm.get_input_embeddings(), "weight", None),
+        trained=parts.weight.requires_grad,
+        transform=fused.transform,
+        adapter=describe_adapter(head),
+        impl=choose_impl("linear_logprob_entropy", fused.impl, parts.weight),
+        largest_gap=fused.largest_gap,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        logit_bytes=batch_size * (seq_len - 1) * fused.vocab * entry,
+    )
+
+
+def load(source: str) -> nn.Module:
+    """The model of a folder, hub name or config .json (then from scratch), adapters left as they are.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        if (Path(source) / "adapter_config.json").is_file():
+            from peft import AutoPeftModelForCausalLM
+
+            return AutoPeftModelForCausalLM.from_pretrained(source, dtype="auto")  # type: ignore[no-any-return]
+        config = transformers.AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model must be a folder, a hub name or a config .json, got {source!r}: {error}") from None
+    # The class that the checkpoint names: a vision-language model is not in the table of causal language models.
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    model_class: Any = named or transformers.AutoModelForCausalLM
+    if source.endswith(".json"):
+        make = model_class._from_config if named else model_class.from_config
+        return make(config, dtype=torch.float32)  # type: ignore[no-any-return]
+    return model_class.from_pretrained(source, dtype="auto")  # type: ignore[no-any-return]
