@@ -32,10 +32,11 @@ setup(
     install_requires=["torch>=2.8", "triton>=3.4; sys_platform == 'linux'"],
     extras_require={
         "train": TRAIN,
+        "trl": [*TRAIN, "trl>=1.16"],
         "bench": [*TRAIN, "pytest-benchmark>=5.0", "liger-kernel>=0.6", "cut-cross-entropy", "trl>=1.16"],
         "eval": ["lm-eval>=0.4.9", "math-verify>=0.8"],
         "flash": ["flash-attn"],
-        "test": [*TRAIN, "pytest>=8.0", "choix>=0.4", "scipy>=1.11"],
+        "test": [*TRAIN, "trl>=1.16", "pytest>=8.0", "choix>=0.4", "scipy>=1.11"],
         # With what the code imports: mypy then checks against the real signatures.
         "lint": [*TRAIN, "pytest>=8.0", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-tqdm"],
     },
