@@ -34,7 +34,7 @@ def newest() -> dict[str, Path]:
     found = {}
     for path in sorted(results.FOLDER.glob("*.json")):
         match = re.fullmatch(r"(.+)-\d{4}-\d\d-\d\d", path.stem)
-        if match and not path.stem.startswith(("drop_mass", "gpu-")):
+        if match and not path.stem.startswith(("drop_mass", "gpu-", "trl_heads")):
             found[match[1]] = path  # sorted by date: the last one stays
     return found
 

@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import contest, measure, plot, results
+from benchmarks import contest, measure, plot, results, trl_heads
 from benchmarks.gold import make_gold
 from benchmarks.peers import OURS
 from benchmarks.shapes import TINY, Shape, make_inputs, ragged
@@ -243,3 +243,10 @@ def test_tables_of_the_drop_mass_page_are_what_its_results_say(tmp_path: Path) -
     page = (ROOT / "docs" / "drop_mass.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(rows) > 20 and not [row for row in rows if row not in page]
+
+
+def test_the_table_of_trls_trainers_is_what_its_results_say() -> None:
+    *_, newest = sorted(results.FOLDER.glob("trl_heads-*.json"))
+    rows = trl_heads.table(json.loads(newest.read_text(encoding="utf-8")))
+    assert len(rows) == 2 + 2 * len(trl_heads.TASKS)
+    assert "\n".join(rows) in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")

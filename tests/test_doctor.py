@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import TEXT, available, build
 from peft import LoraConfig, get_peft_model
+from test_head import Changed
 from transformers import LlamaConfig
 
 from gem import cli
 from gem.doctor import Diagnosis, diagnose, load
 from gem.head import fuse_lm_head
 from gem_kernels import LogitTransform
-from tests.architectures import TEXT, available, build
-from tests.test_head import Changed
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import VOCAB, build
 from peft import IA3Config, LoraConfig, get_peft_model
+from test_fuse_architectures import batch, own_statistics
 from torch import Tensor, nn
 
 from gem.adapters import describe_adapter, head_parts
 from gem.head import fuse_lm_head, fused_head, unfuse
 from gem_kernels import TokenStats
-from tests.architectures import VOCAB, build
-from tests.test_fuse_architectures import batch, own_statistics
 
 R = 4
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, VOCAB, available, build
+from numerics import assert_all_close, make_upstream, weighted_sum
 from torch import Tensor
 
 from gem.head import fuse_lm_head, fused_head, unfuse
 from gem_kernels import LogitTransform, TokenStats
-from tests.architectures import ARCHITECTURES, VOCAB, available, build
-from tests.numerics import assert_all_close, make_upstream, weighted_sum
 
 B, T = 2, 11
 TRANSFORMS = {

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from architectures import VOCAB, build
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -23,7 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gem.head import fuse_lm_head, fused_head
 from gem_kernels import TokenStats
-from tests.architectures import VOCAB, build
 
 ROWS, T = 4, 9
 TIMEOUT = 240  # seconds; a case that hangs would otherwise hang the tests

@@ -44,6 +44,7 @@ from gem_kernels import (
     LogitTransform,
     LowRank,
     TokenStats,
+    VocabShard,
     compat,
     gem_score,
     linear_group_loss,
@@ -723,6 +724,80 @@ def test_spans_out_of_range_read_nothing_outside(impl: str) -> None:
     values = torch.rand(1000, device=DEVICE)
     topm_mean(values, torch.tensor([0, -500, 1 << 40, 1000], device=DEVICE), 3, impl=impl)  # type: ignore[arg-type]
     torch.cuda.synchronize()
+
+
+# --- models, and a vocabulary spread over ranks -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["statistics", "group loss"])
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_fused_model(name: str, dtype: torch.dtype, grouped: bool) -> None:
+    """What the head makes of the body's hidden states, against fp64; every parameter gets a gradient."""
+    pytest.importorskip("transformers")
+    from architectures import build
+
+    from gem.head import fuse_lm_head
+
+    model = build(name).to(DEVICE, dtype)
+    ids = torch.randint(10, 97, (3, 11), device=DEVICE)
+    labels = ids.masked_fill(torch.rand(3, 11, device=DEVICE) < 0.3, IGNORE_INDEX)
+    kept = labels[:, 1:] != IGNORE_INDEX
+    seen: list[Tensor] = []
+    model.lm_head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach()))
+    fuse_lm_head(model)
+    words = {"loss_fn": of_its_entropies, "cu_groups": torch.tensor([0, 5, int(kept.sum())], device=DEVICE)}
+    out = model(ids, labels=labels, fused_lm_head=True, **(words if grouped else {}))
+    z = seen[-1][:, :-1].double() @ model.lm_head.weight.detach().double().T
+    log_p = (z if name == "llama" else 5 * torch.tanh(z / 5)).log_softmax(-1)
+    expected = log_p.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0] * kept
+    torch.testing.assert_close(out.log_probs.double(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(out.entropy.double(), -(log_p.exp() * log_p).sum(-1) * kept, atol=1e-4, rtol=0)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@each_impl
+def test_a_vocabulary_of_one_rank_is_a_vocabulary(impl: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The collectives run on this device, and with one rank they change nothing."""
+    import torch.distributed as dist
+
+    backend = "nccl" if ON_GPU else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        case = on(make_case(120, 64, 1003, dtype=dtype, bias=False, rank=0))
+        group = dist.group.WORLD
+        assert group is not None
+        found: list[dict[str, Tensor | None]] = []
+        for shard in (None, VocabShard(group, 0, 1003)):
+            x = case.leaves()
+            cu_groups = torch.tensor([0, 50, 120], device=DEVICE)
+            arguments = {"impl": impl, "shard": shard}
+            result = linear_group_loss(x.hidden, x.weight, x.targets, cu_groups, of_its_entropies, **arguments)  # type: ignore[arg-type]
+            stats = linear_logprob_entropy(x.hidden, x.weight, x.targets, **arguments)  # type: ignore[arg-type]
+            (result.loss + stats.logprob.sum() + stats.entropy.sum()).backward()
+            found.append({"loss": result.loss.detach(), **stats._asdict(), **x.gradients()})
+        assert_same(*found)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_cached_exponentials_follow_a_maximum_of_other_ranks() -> None:
+    from gem_kernels.group_loss.exponentials import follow_maximum_
+    from gem_kernels.streaming import OnlineStats
+
+    cache, reference = torch.rand(70, 300, device=DEVICE).to(BF16), torch.randn(70, device=DEVICE)
+    gap = torch.where(torch.arange(70, device=DEVICE) % 3 == 0, 80.0, 3.0)  # beyond 60, and within
+    online = OnlineStats(torch.zeros(70, dtype=torch.int64, device=DEVICE), torch.stack([reference + gap] * 4))
+    factor = torch.where(gap > 60, (-gap).exp(), 1.0)
+    expected, expected_reference = (
+        (cache.float() * factor[:, None]).to(BF16),
+        reference + torch.where(gap > 60, gap, 0.0),
+    )
+    follow_maximum_(cache, reference, online)
+    torch.testing.assert_close(cache, expected, atol=1e-37, rtol=2**-7)  # below that numbers are subnormal
+    torch.testing.assert_close(reference, expected_reference)
 
 
 # --- how it behaves on a device ---------------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import TEXT, VOCAB, build
 from torch import Tensor, nn
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LlamaModel, T5Config, T5ForConditionalGeneration
 
 import gem
 from gem.head import FusedCausalLMOutput, fuse_lm_head, fused_head, unfuse
 from gem_kernels import LogitTransform, TokenStats, linear_group_loss
-from tests.architectures import TEXT, VOCAB, build
 
 B, T = 3, 10
 SKIP = -100
@@ -476,6 +476,47 @@ def test_accelerates_wrapper_for_mixed_precision() -> None:
         AcceleratorState._reset_state(True)
     exact = bare(**inputs, fused_lm_head=True)  # still fused, no longer under autocast
     assert 0 < float((exact.log_probs - out.log_probs).detach().abs().max()) < 1
+
+
+def test_a_plain_trainer_whose_collator_adds_the_flag(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    inputs = batch()
+    rows = [{name: t[i % B] for name, t in inputs.items()} for i in range(12)]
+    losses = {}
+    for fused in (False, True):
+
+        def collate(rows: list[dict[str, Tensor]], fused: bool = fused) -> dict[str, Any]:
+            columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+            return {**columns, "fused_lm_head": True} if fused else columns
+
+        set_seed(0)
+        model = build("llama")
+        args = TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            logging_steps=1,
+            max_steps=4,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=2,
+            optim="sgd",  # Adam would make steps of roundings where a gradient is 0
+            learning_rate=0.3,
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        trainer = Trainer(
+            fuse_lm_head(model) if fused else model,
+            args,
+            train_dataset=rows,
+            eval_dataset=rows[:4],
+            data_collator=collate,
+        )
+        trainer.train()
+        losses[fused] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        losses[fused].append(trainer.evaluate()["eval_loss"])
+    assert len(losses[True]) == 5 and losses[True][0] - losses[True][3] > 0.1
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)
 
 
 def test_torch_compile_keeps_one_graph() -> None:

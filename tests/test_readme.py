@@ -8,8 +8,10 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from architectures import ARCHITECTURES
 
 from gem import cli, demo
 from gem.demo import build_model, build_tokenizer, worked
@@ -20,12 +22,21 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
 COMMANDS = [line.split("#")[0].split() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 
 
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = [block for kind, block in BLOCKS if kind == "python"]
-    assert len(code.strip().splitlines()) <= 11
-    names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert names["weight"].grad is not None  # type: ignore[attr-defined]
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_inputs(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    kernels, model = [block for kind, block in BLOCKS if kind == "python"]
+    names: dict[str, Any] = {}
+    for code in (kernels, model):
+        assert len(code.strip().splitlines()) <= 11
+        exec(compile(code, "README.md", "exec"), names)
+    assert names["weight"].grad is not None
+    assert all(p.grad is not None for p in names["model"].parameters())
+    assert names["out"].log_probs.shape == (1, names["ids"].shape[1] - 1)
+
+
+def test_the_number_of_architectures() -> None:
+    assert f"{len(ARCHITECTURES)} architectures are tested" in README
 
 
 def test_make_targets_exist() -> None:
@@ -64,6 +75,7 @@ def test_the_training_commands_run_as_written(
     write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
     small = {
+        "doctor": "--batch_size 2",
         "sft": "--max_steps 2 --use_cpu",
         "score": "--max_new_tokens 6 --group_size 2",
         "train": "--max_steps 2 --use_cpu",
@@ -75,7 +87,7 @@ def test_the_training_commands_run_as_written(
         if command[0] == "gem-kernels":
             assert cli.main([*command[1:], *shlex.split(small[command[1]])]) == 0, capsys.readouterr().err
             ran.append(command[1])
-    assert ran == ["sft", "score", "train", "eval", "report"]
+    assert ran == ["doctor", "sft", "score", "train", "eval", "report"]
     assert (tmp_path / "report.html").stat().st_size > 2000
 
 

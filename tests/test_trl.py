@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("trl")
 
+from architectures import build
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import TrainerCallback
@@ -40,7 +41,6 @@ from gem.groups import Group, Member
 from gem.head import fuse_lm_head, fused_head
 from gem.integrations.trl import GEMReward, gem_rollout, use_gem_head
 from gem.score import score_groups
-from tests.architectures import build
 
 STEPS = 5
 TIMES = ("time", "runtime", "per_second", "total_flos")

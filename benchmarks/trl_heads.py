@@ -1,0 +1,199 @@
+"""Five steps of TRL's trainers with TRL's lm_head and with ours: peak memory, time and losses, on a CPU.
+
+    python -m benchmarks.trl_heads --out benchmarks/results/trl_heads-<device>-<date>.json
+    python -m benchmarks.trl_heads --table benchmarks/results/trl_heads-<device>-<date>.json     the rows of docs/models.md
+
+A Llama with a small body under a vocabulary of 128256, fp32. Every run is a process of its own, the heads take turns, and the
+table shows medians. Peak: the resident set at its highest in train() less what was resident before, so weights are out,
+gradients and optimizer states in, for both. What is freed goes back to the system at once (MALLOC_*): the peak is what is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import ROOT, describe_machine, said
+
+V, D, STEPS, ROUNDS = 128256, 64, 5, 3
+TASKS = {
+    "DPO": "8 sequences of 64 + 192 tokens",
+    "GRPO": "8 completions of up to 64 tokens for a prompt of 128",
+    "SFT": "4 sequences of 512 tokens",
+}
+HEADS = ("TRL", "gem-kernels")
+FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+QUIET = {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+
+
+def resident(field: str) -> float:
+    """MiB"""
+    with open("/proc/self/status", encoding="utf-8") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def build_trainer(task: str, folder: str) -> Any:
+    import torch
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # type: ignore[attr-defined]
+
+    from gem.demo import build_tokenizer
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "hidden_size": D,
+        "intermediate_size": 2 * D,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=V, num_key_value_heads=4, **sizes, **special)).save_pretrained(folder)
+    rng = random.Random(0)
+
+    def text(n: int) -> str:
+        return "".join(rng.choice("0123456789+= ") for _ in range(n))
+
+    common: dict[str, Any] = {
+        "output_dir": folder,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": False,
+    }
+    tokenizer = build_tokenizer()
+    kind: Any
+    args: Any
+    match task:
+        case "DPO":
+            rows = [{"prompt": text(63), "chosen": text(191), "rejected": text(191)} for _ in range(4 * STEPS)]
+            kind, args = DPOTrainer, DPOConfig(per_device_train_batch_size=4, max_length=512, **common)
+        case "SFT":
+            rows = [{"prompt": text(1), "completion": text(509)} for _ in range(4 * STEPS)]
+            kind, args = SFTTrainer, SFTConfig(per_device_train_batch_size=4, max_length=512, **common)
+        case _:
+            rows = [{"prompt": text(127)} for _ in range(8 * STEPS)]
+            size: dict[str, Any] = {"per_device_train_batch_size": 8, "num_generations": 8, "max_completion_length": 64}
+            kind, args = GRPOTrainer, GRPOConfig(beta=0.1, **size, **common)
+    reward = {"reward_funcs": mean_token} if task == "GRPO" else {}
+    return kind(folder, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **reward)
+
+
+def mean_token(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [sum(token % 7 for token in ids) / len(ids) for ids in completion_ids]
+
+
+@contextlib.contextmanager
+def timed(owner: Any, method: str, total: list[float]) -> Iterator[None]:
+    """Inside, the seconds spent in owner.method add up in total."""
+    inner = getattr(owner, method)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            total.append(time.perf_counter() - start)
+
+    setattr(owner, method, watched)
+    yield
+
+
+def run(task: str, head: str) -> dict[str, Any]:
+    """One run, in this process."""
+    from gem.integrations.trl import use_gem_head
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(task, folder)
+        if head == "gem-kernels":
+            use_gem_head(trainer)
+        generation: list[float] = []
+        with timed(trainer.model, "generate", generation), contextlib.redirect_stdout(io.StringIO()):
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again from here
+            before, start = resident("VmRSS"), time.perf_counter()
+            trainer.train()
+            seconds = time.perf_counter() - start
+        peak = resident("VmHWM") - before
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"peak_mib": peak, "seconds": seconds - sum(generation), "generation": sum(generation), "losses": losses}
+
+
+def measure() -> dict[str, Any]:
+    """All runs, the heads in turns."""
+    rows: list[dict[str, Any]] = []
+    load = os.getloadavg()
+    for number in range(ROUNDS):
+        for task in TASKS:
+            for head in HEADS if number % 2 == 0 else HEADS[::-1]:
+                command = [sys.executable, "-m", "benchmarks.trl_heads", "--run", task, head]
+                environment = {**os.environ, **FREE_AT_ONCE, **QUIET}
+                done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise RuntimeError(done.stderr[-3000:])
+                rows.append({"task": task, "head": head, **json.loads(done.stdout.splitlines()[-1])})
+                print(rows[-1], flush=True)
+    return {
+        "machine": describe_machine(),
+        "date": date.today().isoformat(),
+        "commit": said("git", "rev-parse", "HEAD"),
+        "load": {"before": load, "after": os.getloadavg()},
+        "shape": {"V": V, "D": D, "steps": STEPS, "rounds": ROUNDS},
+        "runs": rows,
+    }
+
+
+def table(document: dict[str, Any]) -> list[str]:
+    lines = [
+        "| trainer | head | peak MiB | seconds, 5 steps | largest difference of a loss |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for task, batch in TASKS.items():
+        runs = {h: [r for r in document["runs"] if (r["task"], r["head"]) == (task, h)] for h in HEADS}
+        gap = max(abs(a - b) for a, b in zip(*(runs[h][0]["losses"] for h in HEADS), strict=True))
+        for head in HEADS:
+            peak, seconds = (statistics.median(r[name] for r in runs[head]) for name in ("peak_mib", "seconds"))
+            what = f"{task}: {batch}" if head == HEADS[0] else ""
+            lines.append(
+                f"| {what} | {head} | {peak:,.0f} | {seconds:.1f} | {'' if head == HEADS[0] else f'{gap:.0e}'} |"
+            )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="measure, and write this JSON")
+    parser.add_argument("--table", type=Path, help="print the table of a JSON")
+    parser.add_argument("--run", nargs=2, metavar=("TASK", "HEAD"), help="one run in this process")
+    arguments = parser.parse_args()
+    if arguments.run:
+        print(json.dumps(run(*arguments.run)))
+        return
+    if arguments.out:
+        arguments.out.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+    print("\n".join(table(json.loads((arguments.table or arguments.out).read_text(encoding="utf-8")))))
+
+
+if __name__ == "__main__":
+    main()
