@@ -220,6 +220,9 @@ def _run_training(trainer: Any, evaluation: Any, resume: str | None) -> None:
     metrics = {"train_steps": float(trainer.state.global_step)}
     if evaluation is not None:
         metrics |= {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
+    if not trainer.is_world_process_zero():
+        return
+    if evaluation is not None:
         write_lines(folder / "completions.jsonl", [json.dumps(c, ensure_ascii=False) for c in evaluation.completions])
         trainer.save_state()
     write_lines(folder / METRICS_FILE, [json.dumps(metrics, indent=1)])
@@ -239,7 +242,8 @@ def _sft(argv: Sequence[str]) -> None:
     loss.loss = "sft"
     tokenizer = load_tokenizer(model_args)
     examples = _examples(data, tokenizer, ("chosen",))
-    resume = prepare_output(Path(training.output_dir), "sft", settings)
+    with training.main_process_first(local=False):
+        resume = prepare_output(Path(training.output_dir), "sft", settings)
     set_seed(training.seed)
     model = load_model(model_args, tokenizer)
     groups = [pair_group(example) for example in examples]
@@ -307,7 +311,8 @@ def _train(argv: Sequence[str]) -> None:
         items = _examples(data, tokenizer, ("chosen", "rejected") if rank.human_weight else ())
     elif (share := pair_auroc(items)) < guard.auroc_gate:
         logging.warning("AUROC gate: %s", gate_message(share, guard))
-    resume = prepare_output(Path(training.output_dir), "train", settings)
+    with training.main_process_first(local=False):
+        resume = prepare_output(Path(training.output_dir), "train", settings)
     set_seed(training.seed)
     model = load_model(model_args, tokenizer)
     make_groups = None

@@ -32,7 +32,8 @@ class GEMTrainer(Trainer):
 
     Args:
         model: a transformers causal language model, or a peft model around one.
-        args: TrainingArguments; per_device_train_batch_size counts groups.
+        args: TrainingArguments; per_device_train_batch_size counts groups. Several processes (torchrun) train one model by
+            DistributedDataParallel; each logs the health of its own groups.
         loss: which loss and its weights (gem.config.LossArguments).
         guard: AUROC gate and automatic stop.
         train_dataset: groups, or examples when make_groups is given.
@@ -56,10 +57,6 @@ class GEMTrainer(Trainer):
     ) -> None:
         check(loss)
         check(guard)
-        if args.world_size > 1:
-            raise ValueError(
-                f"args must ask for one process (several come with a later release), got {args.world_size}"
-            )
         if args.eval_strategy != "no" and evaluation is None:
             raise ValueError(f"evaluation must be given with eval_strategy={args.eval_strategy}, got None")
         args.remove_unused_columns = False
@@ -72,6 +69,11 @@ class GEMTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[CollapseGuard(guard), *callbacks],
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.n_gpu > 1:
+            other = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else "DataParallel"
+            raise ValueError(
+                f"args must ask for one process a device (DistributedDataParallel) or for one, got {other}"
+            )
         if not args.disable_tqdm:
             self.pop_callback(ProgressCallback)
             self.add_callback(Progress())
@@ -85,7 +87,7 @@ class GEMTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
-        """The micro-batches of one optimizer step, and how many items (groups; tokens for sft) they hold in all."""
+        """The micro-batches of one optimizer step, and how many items (groups; tokens for sft) it has on all processes."""
         micro_batches: list[list[Any]] = [items for _, items in zip(range(num_batches), epoch_iterator, strict=False)]
         if self.make_groups is not None:
             fresh = iter(self.make_groups([example for items in micro_batches for example in items]))
@@ -94,9 +96,10 @@ class GEMTrainer(Trainer):
         for name, values in group_health(groups).items():
             self._record(name, torch.tensor(values).nanmean())
         batches = [self._batch(items) for items in micro_batches]
+        items = len(groups)
         if self.loss.loss == "sft":
-            return batches, sum(len(m.ids) for group in groups for m in group.members if m.role == "chosen")
-        return batches, len(groups)
+            items = sum(len(m.ids) for group in groups for m in group.members if m.role == "chosen")
+        return batches, int(self.accelerator.reduce(torch.tensor(items, device=device)))
 
     def _batch(self, groups: Sequence[Group]) -> dict[str, Any]:
         """pack() of the groups, and per sequence its weight and role, per token its reference log-prob."""
@@ -125,6 +128,7 @@ class GEMTrainer(Trainer):
             inputs[name].split(inputs["members_per_group"]) for name in ("weight", "role", "fresh")
         )
         items = num_items_in_batch if num_items_in_batch is not None else len(weights)
+        share = self.accelerator.num_processes  # DistributedDataParallel averages the gradients of all processes
 
         def loss_fn(stats: TokenStats, group: int) -> Tensor:
             at = slice(tokens[group], tokens[group + 1])
@@ -133,7 +137,8 @@ class GEMTrainer(Trainer):
             terms = group_loss(stats.logprob, ref, inputs["sequence"][at], *members, self.loss)
             for name, value in terms.items():
                 self._record(name, value.detach())
-            return terms["loss"] / items
+            loss: Tensor = terms["loss"] * share / items
+            return loss
 
         result, stats = completion_stats(model, inputs, loss_fn=loss_fn, cu_groups=inputs["cu_groups"])
         return (result, {"stats": stats}) if return_outputs else result
