@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from gem_kernels import LowRank, VocabShard
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 class HeadParts(NamedTuple):
     """logits = hidden weight^T + bias + the adapters' part, before the model's own transform."""
@@ -127,8 +129,10 @@ def _dense(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
             "the lm_head's weight is partitioned by ZeRO-3 and was not gathered by the head's own hooks (LoRA on the lm_head "
             "hides it from them): use modules_to_save for the lm_head, or ZeRO-2"
         )
+    if type(linear).forward is not nn.Linear.forward:
+        raise ValueError(f"{what}, whose forward is its own: what it does beside the product would be left out")
     plain = type(weight) in (Tensor, nn.Parameter) or _is_dtensor(weight)
-    if not plain or not weight.is_floating_point() or weight.ndim != 2:
+    if not plain or weight.dtype not in _FLOATS or weight.ndim != 2:
         raise ValueError(
             f"{what} with a {type(weight).__name__} {tuple(weight.shape)} {weight.dtype}: a quantised head is not "
             "supported, leave it out of the quantisation (bitsandbytes: llm_int8_skip_modules=['lm_head'])"

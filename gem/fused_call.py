@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,10 +22,13 @@ from transformers.utils.generic import ModelOutput
 
 from gem.adapters import HeadParts, head_parts, serving_module
 from gem.extra_outputs import EXTRA_OUTPUTS
+from gem.head_check import what_differs
 from gem_kernels import IGNORE_INDEX, Impl, LogitTransform, TokenStats, linear_group_loss, linear_logprob_entropy_max
 
 LossFn = Callable[[TokenStats, int], Tensor]
 Answer = Callable[[nn.Module, Tensor], Tensor]
+PROBE = (-48.0, -1.5, 1.5, 48.0)  # logits that travel behind every answer; exact in any dtype
+ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 @dataclass
@@ -64,49 +68,77 @@ class FusedCausalLMOutput(ModelOutput):
 
 
 class HeadSwitch:
-    """The forward of an lm_head: its own, or while `answer` is set, `answer(head, hidden)`. The head's hooks fire as ever.
+    """The forward of an lm_head: its own, or in a fused call `answer(head, hidden)`. The head's hooks fire as ever.
 
-    It stays where it is between calls, as torch.compile cannot follow a method that comes and goes.
+    It stays where it is between calls, as torch.compile cannot follow a method that comes and goes. Each thread has its own
+    answer; and while that is computed none, so that a loss_fn may call the model.
     """
 
-    def __init__(self, head: nn.Module) -> None:
-        self.head, self.own_forward, self.answer = head, head.forward, cast(Answer | None, None)
-        self.shadowed = vars(head).get("forward")
+    def __init__(self, head: nn.Module, slot: str) -> None:
+        self.head, self.slot, self.shadowed = head, slot, vars(head).get(slot)
+        self.own_forward = getattr(head, slot)
+        self.answers: dict[int, Answer] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.answer is None:
+        answer = self.answers.pop(_thread(), None)
+        if answer is None:
             return self.own_forward(*args, **kwargs)
-        if len(args) != 1 or kwargs:
-            raise ValueError(f"the lm_head must be called with the hidden states alone, got {[*args[1:], *kwargs]} too")
-        return self.answer(self.head, args[0])
+        try:
+            if len(args) != 1 or kwargs:
+                extra = [*args[1:], *kwargs]
+                raise ValueError(f"the lm_head must be called with the hidden states alone, got {extra} too")
+            return answer(self.head, args[0])
+        finally:
+            self.answers[_thread()] = answer
 
     @staticmethod
-    def of(causal_lm: Any) -> HeadSwitch:
-        """That of the head that serves now: peft may have changed it since the last call."""
+    def of(causal_lm: Any, attach: bool = False) -> HeadSwitch:
+        """That of the head that serves now: peft may have changed it since the last call.
+
+        Raises:
+            ValueError: the head's forward was replaced after fuse_lm_head (attach=False), which nobody has checked.
+        """
         head = serving_module(causal_lm.get_output_embeddings())
-        if not isinstance(vars(head).get("forward"), HeadSwitch):
-            head.forward = HeadSwitch(head)  # type: ignore[method-assign]
-        return cast(HeadSwitch, head.forward)
+        # accelerate stands in front of a head that it moves between devices: we stand behind it.
+        slot = "_old_forward" if hasattr(head, "_hf_hook") else "forward"
+        present = vars(head).get(slot)
+        if isinstance(present, HeadSwitch):
+            return present
+        if present is not None and slot == "forward" and not attach:
+            raise ValueError(
+                "lm_head.forward was replaced after fuse_lm_head: call fuse_lm_head again, which checks it"
+            )
+        switch = HeadSwitch(head, slot)
+        setattr(head, slot, switch)
+        return switch
 
     @staticmethod
     def remove_all(model: nn.Module) -> None:
         for module in model.modules():
-            switch = vars(module).get("forward")
-            if isinstance(switch, HeadSwitch):
-                del module.forward
-                if switch.shadowed is not None:
-                    module.forward = switch.shadowed
+            for slot in ("forward", "_old_forward"):
+                switch = vars(module).get(slot)
+                if isinstance(switch, HeadSwitch):
+                    delattr(module, slot)
+                    if switch.shadowed is not None:
+                        setattr(module, slot, switch.shadowed)
+
+
+@torch.compiler.assume_constant_result
+def _thread() -> int:
+    return threading.get_ident()
 
 
 @contextmanager
-def answering(causal_lm: Any, answer: Answer) -> Iterator[None]:
-    """Inside, the model's lm_head answers with `answer(head, hidden)`."""
-    switch = HeadSwitch.of(causal_lm)
-    switch.answer = answer
+def answering(switch: HeadSwitch, answer: Answer) -> Iterator[None]:
+    """Inside, the model's lm_head answers this thread with `answer(head, hidden)`."""
+    before = switch.answers.get(_thread())
+    switch.answers[_thread()] = answer
     try:
         yield
     finally:
-        switch.answer = None
+        del switch.answers[_thread()]
+        if before is not None:
+            switch.answers[_thread()] = before
 
 
 @dataclass(eq=False)
@@ -115,6 +147,7 @@ class FusedHead:
 
     transform: LogitTransform  # the model's, with the temperature asked for
     vocab: int  # logits of a token
+    rows: int  # of the head, when it was checked
     outputs: tuple[str, ...]
     impl: Impl
     cache_bytes: int
@@ -122,6 +155,8 @@ class FusedHead:
     own_forward: Callable[..., Any] = field(repr=False)
     shadowed: dict[str, Any] = field(repr=False)  # what stood in the model's __dict__ under the names that we use
     largest_gap: float = 0.0  # between the model's statistics and ours when it was checked, nats
+    resolution: float = 0.0  # eps of the coarsest arithmetic between hidden states and logits, then
+    router_problem: str = ""  # why a loss with router logits would not be the model's own
 
     def __post_init__(self) -> None:
         # generate() and Trainer read the signature: it stays the model's.
@@ -156,27 +191,47 @@ class FusedHead:
             )
         if (loss_fn is None) != (cu_groups is None):
             raise ValueError("loss_fn and cu_groups go together, got one of them")
+        given_labels = labels if labels is not None else shift_labels
+        if not isinstance(given_labels, Tensor) or given_labels.ndim != 2:
+            came = tuple(given_labels.shape) if isinstance(given_labels, Tensor) else type(given_labels).__name__
+            raise ValueError(f"labels must be a tensor of token ids (batch, seq_len), got {came}")
+        for name in ("logits_to_keep", "num_logits_to_keep"):
+            if not isinstance(keep := kwargs.get(name, 0), int) or keep:
+                raise ValueError(f"{name} must be 0 in a fused call (labels of -100 cost nothing), got {keep}")
+        if isinstance(num_items_in_batch, int) and num_items_in_batch < 1:
+            raise ValueError(f"num_items_in_batch must be >= 1, got {num_items_in_batch}")
         width = slice(None)
         if labels is not None:
-            # The last position predicts nothing. It keeps its place until the end, so that no hidden state is copied.
+            # The last position predicts nothing, and keeps its place: the lm_head sees a hidden state for each label.
             shift_labels, width = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), slice(-1)
         transform = self.transform if temperature is None else replace(self.transform, temperature=temperature)
         question = Question(self, transform, cast(Tensor, shift_labels), loss_fn, cu_groups)
-        with answering(self.model, question):
+        with answering(HeadSwitch.of(self.model), question):
             own = self.own_forward(*args, **{**kwargs, **self.options})
+        question.verify(own)
         output = question.output(width, num_items_in_batch)
         output.aux_loss = getattr(own, "aux_loss", None)
         if output.aux_loss is not None:
-            weight = getattr(self.model.config.get_text_config(), "router_aux_loss_coef", 0.0)
-            output.loss = cast(Tensor, output.loss) + weight * output.aux_loss
+            if self.router_problem:
+                raise ValueError(self.router_problem)
+            output.loss = cast(Tensor, output.loss) + self.router_weight() * output.aux_loss
         return output
+
+    def router_weight(self) -> float:
+        """Of the load-balancing loss in the model's own loss."""
+        owners = (self.model, self.model.config.get_text_config())
+        return next(
+            (float(w) for owner in owners for name in ROUTER_WEIGHTS if (w := getattr(owner, name, None)) is not None),
+            0.0,
+        )
 
 
 class Question:
     """One fused call: what is asked of the lm_head, and its answer.
 
     The answer passes through the model in place of the logits, (B, T, k) with k statistics where the logits have V entries: so
-    it leaves the head through the head's own hooks, and FSDP and ZeRO-3 know when the backward will need the weight again.
+    it leaves the head through the head's own hooks, and FSDP and ZeRO-3 know when the backward will need the weight again. A
+    few known logits go with it: what they come out as tells, in every call, whether the model still does what was checked.
     """
 
     def __init__(
@@ -198,10 +253,17 @@ class Question:
         if self.answer is not None or hidden.shape[:-1] != self.targets.shape:
             came = "a second call" if self.answer is not None else f"hidden states {tuple(hidden.shape)}"
             raise ValueError(f"expected one call of the lm_head, for labels {tuple(self.targets.shape)}, got {came}")
-        parts = head_parts(head).local().columns(self.fused.vocab)
+        parts = head_parts(head).local()
+        if parts.vocab != self.fused.rows:
+            raise ValueError(
+                f"the lm_head has {parts.vocab} rows, and had {self.fused.rows} when fuse_lm_head checked it: call it again"
+            )
+        parts = parts.columns(self.fused.vocab)
         # accelerate would move them between devices in the head's own forward, which we stand for.
         hidden, self.targets = hidden.to(parts.weight.device), self.targets.to(parts.weight.device)
-        self.answer = self._statistics(hidden, parts) if self.loss_fn is None else self._group_loss(hidden, parts)
+        answer = self._statistics(hidden, parts) if self.loss_fn is None else self._group_loss(hidden, parts)
+        probe = answer.new_tensor(PROBE).expand(*answer.shape[:-1], -1)
+        self.answer = torch.cat([answer, probe], -1)
         if head._forward_hooks:
             self.handle = head.register_forward_hook(self._left_the_head)  # after all others
         return self.answer
@@ -213,17 +275,32 @@ class Question:
         if isinstance(output, Tensor) and output.dtype == cast(Tensor, self.answer).dtype:
             self.answer = output
 
+    def verify(self, own: Any) -> None:
+        """Raise ValueError where the model has made something else of the known logits than when it was checked."""
+        if torch.compiler.is_compiling():  # a graph cannot look; the head was checked when it was attached
+            return
+        came, n = getattr(own, "logits", None), len(PROBE)
+        if self.answer is None or not isinstance(came, Tensor) or came.shape != self.answer.shape:
+            raise ValueError("the model's forward did not hand on what its lm_head (get_output_embeddings) gave it")
+        eps = max(self.fused.resolution, float(torch.finfo(came.dtype).eps))
+        transform = replace(self.fused.transform, temperature=1.0)
+        problem = what_differs(transform, self.answer.new_tensor(PROBE), came.detach()[..., -n:], eps)
+        if problem is not None:
+            raise ValueError(
+                f"{type(self.fused.model).__name__} no longer does to its logits what it did when fuse_lm_head checked it (its "
+                f"config, or a hook of the lm_head, was changed): {problem}; call fuse_lm_head again"
+            )
+
     def output(self, width: slice, num_items_in_batch: Tensor | int | None) -> FusedCausalLMOutput:
         """What the fused call returns, of the positions in `width`."""
-        if self.answer is None:
-            raise ValueError("the model's forward did not call its lm_head (get_output_embeddings)")
+        answer = cast(Tensor, self.answer)
         label_mask = (self.targets != IGNORE_INDEX)[:, width]
-        log_probs, entropy, lse = self.answer.unbind(-1) if self.stats is None else self.stats
+        log_probs, entropy, lse = answer[..., :3].unbind(-1) if self.stats is None else self.stats
         if self.stats is None:
             items = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = -log_probs.sum() / items
         else:
-            loss = self.answer[0, 0, 0]
+            loss = answer[0, 0, 0]
         fields = {"log_probs": log_probs, "entropy": entropy, "lse": lse, **self.extra}
         return FusedCausalLMOutput(
             loss=loss, label_mask=label_mask, **{name: t[:, width] for name, t in fields.items()}
@@ -246,7 +323,7 @@ class Question:
         if torch.compiler.is_compiling() and self.loss_fn is None:
             # How many there are would split the graph. The ops leave ignored tokens out themselves.
             return hidden, self.targets, lambda t: t.masked_fill(~mask, 0)
-        # masked_scatter keeps the model in the graph where nothing has a label: a zero that can be differentiated.
+        # The chunked op would compute them on CUDA. masked_scatter keeps the model in the graph where nothing has a label.
         return hidden[mask], self.targets[mask], lambda t: t.new_zeros(mask.shape).masked_scatter(mask, t)
 
     def _statistics(self, hidden: Tensor, parts: HeadParts) -> Tensor:

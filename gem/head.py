@@ -10,6 +10,7 @@ B sequences, T tokens of a sequence, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -19,7 +20,15 @@ from transformers import PreTrainedModel
 from gem.adapters import head_parts, serving_module
 from gem.extra_outputs import EXTRA_OUTPUTS
 from gem.fused_call import Answer, FusedCausalLMOutput, FusedHead, HeadSwitch, answering
-from gem.head_check import check_against_logits, find_transform, gathering, resolution, trial_tokens, undisturbed
+from gem.head_check import (
+    check_against_logits,
+    check_losses,
+    check_product,
+    find_transform,
+    gathering,
+    trial_tokens,
+    undisturbed,
+)
 from gem_kernels import Impl, LogitTransform, TokenStats
 
 __all__ = ["FusedCausalLMOutput", "FusedHead", "ensure_fused", "fuse_lm_head", "fused_head", "unfuse"]
@@ -74,13 +83,16 @@ def fuse_lm_head(
     if causal_lm.config.is_encoder_decoder:
         raise ValueError(f"model must be a decoder-only language model, got {type(causal_lm).__name__}")
     head = serving_module(causal_lm.get_output_embeddings())
-    if not any(hasattr(p, "ds_status") for p in head.parameters()):  # ZeRO-3 shows its weights inside a forward alone
-        head_parts(head)  # what it refuses, before anything is patched, and in the mode in which the model is
+    # What it refuses, before anything is patched, and in the mode in which the model is. ZeRO-3 and accelerate may show the
+    # weight inside a forward alone.
+    if not hasattr(head, "_hf_hook") and not any(hasattr(p, "ds_status") for p in head.parameters()):
+        head_parts(head)
     if _FUSED in vars(causal_lm) and _on_top(causal_lm):
         unfuse(causal_lm)
     fused = FusedHead(
         transform=transform,
         vocab=0,
+        rows=0,
         outputs=tuple(outputs),
         impl=impl,
         cache_bytes=cache_bytes,
@@ -91,7 +103,7 @@ def fuse_lm_head(
     causal_lm.forward = fused
     setattr(causal_lm, _FUSED, fused)
     try:
-        _examine(fused)
+        _examine(fused, model)
     except BaseException:
         unfuse(causal_lm)
         raise
@@ -142,7 +154,10 @@ def completion_stats(model: nn.Module, batch: dict[str, Any], **asked: Any) -> t
     names = ("input_ids", "position_ids", "attention_mask", "shift_labels")
     inputs = {name: batch[name] for name in names if name in batch}
     out = model(**inputs, fused_lm_head=True, temperature=1.0, **asked)
-    return out.loss, TokenStats(*(s[out.label_mask] for s in (out.log_probs, out.entropy, out.lse)))
+    if not isinstance(out, FusedCausalLMOutput) or out.loss is None:
+        raise ValueError("the model's forward was replaced after fuse_lm_head: call fuse_lm_head again")
+    kept = cast(Tensor, out.label_mask)
+    return out.loss, TokenStats(*(cast(Tensor, s)[kept] for s in (out.log_probs, out.entropy, out.lse)))
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -170,20 +185,53 @@ def _on_top(causal_lm: PreTrainedModel) -> bool:
     return vars(causal_lm).get("forward") is vars(causal_lm)[_FUSED]
 
 
-def _examine(fused: FusedHead) -> None:
+def _examine(fused: FusedHead, wrapped: nn.Module) -> None:
     """Find out what the model does to its logits, and raise ValueError unless our numbers are its own."""
-    model, temperature = fused.model, fused.transform.temperature
-    ids, weight = trial_tokens(model), model.get_input_embeddings().weight
-
-    def logits_when(answer: Answer) -> Tensor:
-        with answering(model, answer):
-            return cast(Tensor, model(input_ids=ids, **fused.options).logits)
-
+    model, name, temperature = fused.model, type(fused.model).__name__, fused.transform.temperature
+    switch = HeadSwitch.of(model, attach=True)
     with undisturbed(model), gathering(model):
-        fused.transform, fused.vocab = find_transform(model, temperature, logits_when)
-        logits = model(input_ids=ids, **fused.options).logits / temperature
+        ids = trial_tokens(model)
+
+        def logits_when(answer: Answer) -> Tensor:
+            with answering(switch, answer):
+                return cast(Tensor, model(input_ids=ids, **fused.options).logits)
+
+        try:
+            model(input_ids=ids, **fused.options)
+        except Exception as error:
+            raise ValueError(
+                f"{name} must run on token ids alone for its lm_head to be checked, it raised {error!r}"
+            ) from error
+        found = find_transform(model, temperature, logits_when)
+        fused.transform, fused.vocab, fused.rows, fused.resolution = found
+
+        def own_product(head: nn.Module, hidden: Tensor) -> Tensor:
+            parts = head_parts(head).local()
+            if parts.shard is None:  # else the tokens below have to do
+                check_product(name, switch.own_forward, hidden, parts, found.resolution)
+            return cast(Tensor, switch.own_forward(hidden))
+
+        logits = logits_when(own_product) / temperature
         ours = model(input_ids=ids, labels=ids, fused_lm_head=True)
-    stats = TokenStats(ours.log_probs, ours.entropy, ours.lse)
-    fused.largest_gap = check_against_logits(
-        type(model).__name__, logits, ids.to(logits.device), stats, resolution(weight)
-    )
+        stats = TokenStats(ours.log_probs, ours.entropy, ours.lse)
+        fused.largest_gap = check_against_logits(name, logits, ids.to(logits.device), stats, found.resolution)
+        check_losses(name, *_losses(fused, ids), found.resolution)
+        if "output_router_logits" in inspect.signature(fused).parameters or hasattr(
+            model.config.get_text_config(), "output_router_logits"
+        ):
+            try:
+                check_losses(name, *_losses(fused, ids, output_router_logits=True), found.resolution)
+            except Exception as error:  # of the model itself, too: some cannot
+                fused.router_problem = f"the router loss of {name} cannot be reproduced: {error}"
+        if hasattr(wrapped, "get_base_model"):
+            out = cast(Any, wrapped)(input_ids=ids, labels=ids, fused_lm_head=True)
+            if not isinstance(out, FusedCausalLMOutput):
+                raise ValueError(
+                    f"{type(wrapped).__name__} does not pass a call on to the forward of {name}: fuse that alone"
+                )
+
+
+def _losses(fused: FusedHead, ids: Tensor, **more: Any) -> tuple[Any, Any]:
+    """The model's own output with labels, and ours, at temperature 1."""
+    inputs = {"input_ids": ids, "labels": ids, **more}
+    return fused.model(**inputs, **fused.options), fused.model(**inputs, fused_lm_head=True, temperature=1.0)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gem.adapters import head_parts
+from gem.adapters import HeadParts, head_parts
 from gem_kernels import LogitTransform, TokenStats
 
 TOKENS = 8  # that go through the model
@@ -23,7 +24,7 @@ SPREAD = 60.0  # logits of the probe lie in [-SPREAD, SPREAD]
 # What configs call the number that multiplies (Cohere, Falcon-H1, Muse) or divides (Granite; HyperCLOVA X multiplies by it, and
 # MiniCPM divides its hidden states instead): the config gives the number, the probe says what the model does with it.
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-SOFTCAPS = ("final_logit_softcapping",)
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @contextmanager
@@ -76,13 +77,25 @@ def trial_tokens(model: Any) -> Tensor:
             if name.endswith(("_token_id", "_token_index")):
                 special |= set(value) if isinstance(value, (list, tuple)) else {value}
     ids = [i for i in range(min(model.config.get_text_config().vocab_size, 1000)) if i not in special][:TOKENS]
-    return torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    if len(ids) < 2:
+        raise ValueError(
+            f"a check of the lm_head needs 2 ordinary tokens, the vocabulary of {type(model).__name__} has {len(ids)}"
+        )
+    device = model.get_input_embeddings().weight.device
+    return torch.tensor([ids], device="cpu" if device.type == "meta" else device)  # accelerate moves what it offloads
 
 
-def find_transform(
-    model: Any, temperature: float, logits_when: Callable[[Callable[..., Tensor]], Tensor]
-) -> tuple[LogitTransform, int]:
-    """The transform that the config names and the model applies, with our temperature; and how many logits a token has.
+class Found(NamedTuple):
+    """What the probe found."""
+
+    transform: LogitTransform
+    vocab: int  # logits of a token
+    rows: int  # of the head, of which the first `vocab` count
+    resolution: float  # eps of the coarsest arithmetic between hidden states and logits
+
+
+def find_transform(model: Any, temperature: float, logits_when: Callable[[Callable[..., Tensor]], Tensor]) -> Found:
+    """The transform that the config names and the model applies, with our temperature, and in what arithmetic.
 
     Args:
         logits_when: what the lm_head answers -> the model's logits (1, TOKENS, V).
@@ -91,9 +104,12 @@ def find_transform(
         ValueError: the model does something else to its logits.
     """
     asked: list[Tensor] = []
+    coarsest = 0.0
 
-    def probe(head: nn.Module, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    def probe(head: nn.Module, hidden: Tensor) -> Tensor:
+        nonlocal coarsest
         parts = head_parts(head).local()
+        coarsest = resolution(hidden, parts)
         z = torch.linspace(-SPREAD, SPREAD, parts.vocab, dtype=torch.float64, device=hidden.device)
         asked.append(z.to(parts.weight.dtype).expand(*hidden.shape[:-1], -1))
         return asked[-1].contiguous()
@@ -105,31 +121,37 @@ def find_transform(
             f"{name} must call its lm_head (get_output_embeddings) once a forward, it called it {len(asked)} times"
         )
     z = asked[0].double()
-    vocab = got.shape[-1]
-    if got.shape[:-1] != z.shape[:-1] or vocab > z.shape[-1]:
+    rows, vocab = z.shape[-1], got.shape[-1]
+    if got.shape[:-1] != z.shape[:-1] or vocab > rows:
         raise ValueError(
             f"{name} turns logits of shape {tuple(z.shape)} into {tuple(got.shape)}: expected one row a token"
         )
-    z, got = z[..., :vocab], got.double()  # some cut off the padding of their vocabulary
+    z, eps = z[..., :vocab], max(torch.finfo(t.dtype).eps for t in (asked[0], got))  # some cut off their padding
     config = model.config.get_text_config()
     numbers = [value for field in SCALES if (value := getattr(config, field, None))]
     scales = [*numbers, *(1.0 / value for value in numbers), 1.0]
     caps = [*(value for field in SOFTCAPS if (value := getattr(config, field, None))), None]
-    eps = torch.finfo(asked[0].dtype).eps
-    first_guess = None
+    problems = []
     for scale, softcap in product(scales, caps):
         transform = LogitTransform(scale=float(scale), softcap=None if softcap is None else float(softcap))
-        expected = apply(transform, z)
-        # At most four operations, each rounded by eps / 2 of its result.
-        wrong = ~((got - expected).abs() <= 2 * eps * expected.abs() + 1e-30)
-        if not wrong.any():
-            return LogitTransform(transform.scale, transform.softcap, temperature), vocab
-        first_guess = first_guess or (transform, float(z[wrong][0]), float(got[wrong][0]), float(expected[wrong][0]))
-    assert first_guess is not None
-    transform, at, came, due = first_guess
-    raise ValueError(
-        f"{name} does something to its logits that its config does not name: it turns a logit of {at:.5g} into {came:.5g}, "
-        f"and its config (scale {transform.scale:g}, softcap {transform.softcap}) into {due:.5g}"
+        problem = what_differs(transform, z, got, eps)
+        if problem is None:
+            return Found(replace(transform, temperature=temperature), vocab, rows, max(coarsest, eps))
+        problems.append(problem)
+    raise ValueError(f"{name} does something to its logits that its config does not name: {problems[0]}")
+
+
+def what_differs(transform: LogitTransform, z: Tensor, got: Tensor, eps: float) -> str | None:
+    """In words, where `got` is not what the transform makes of z; None: nowhere. Any shape; eps: of their dtype."""
+    expected, got = apply(transform, z.double()), got.double()
+    # At most four operations, each rounded by eps / 2 of its result.
+    wrong = ~((got - expected).abs() <= 2 * eps * expected.abs() + 1e-30)
+    if not wrong.any():
+        return None
+    at, came, due = (float(t.expand_as(wrong)[wrong][0]) for t in (z, got, expected))
+    return (
+        f"it turns a logit of {at:.5g} into {came:.5g}, and its config (scale {transform.scale:g}, softcap "
+        f"{transform.softcap}) into {due:.5g}"
     )
 
 
@@ -139,6 +161,37 @@ def apply(transform: LogitTransform, z: Tensor) -> Tensor:
     if transform.softcap is not None:
         z = transform.softcap * torch.tanh(z / transform.softcap)
     return z / transform.temperature
+
+
+def check_product(
+    name: str, own_forward: Callable[[Tensor], Tensor], hidden: Tensor, parts: HeadParts, eps: float
+) -> None:
+    """Raise ValueError where the head's own forward is not the product that its parts say, for hidden states (1, T, D) as they
+    are and so large that a bend of its own would show."""
+    h = hidden.double()
+    z = torch.cat([h @ rows.double().T for rows in parts.weight.split(4096)], -1)  # the whole in fp64 may be gigabytes
+    if parts.low_rank is not None:
+        z += parts.low_rank.scale * (h @ parts.low_rank.a.double().T) @ parts.low_rank.b.double().T
+    bias = 0.0 if parts.bias is None else parts.bias.double()
+    for factor in (1.0, SPREAD / max(float(z.nan_to_num().abs().max()), 1e-30)):
+        got, expected = own_forward(hidden * factor).double(), factor * z + bias
+        wrong = ~((got - expected).abs() <= 4 * eps * (float(expected.nan_to_num().abs().max()) + 10.0))
+        if wrong.any():
+            raise ValueError(
+                f"the lm_head of {name} is more than the product with its weight: it gives a logit {float(got[wrong][0]):.6g}, "
+                f"the product is {float(expected[wrong][0]):.6g}"
+            )
+
+
+def check_losses(name: str, own: Any, ours: Any, eps: float) -> None:
+    """Raise ValueError unless the loss of a fused call is the model's own, for what carries both."""
+    a, b = float(own.loss), float(ours.loss)
+    eps = max(eps, torch.finfo(torch.float32).eps)  # in which transformers computes the loss of any model
+    if not abs(a - b) <= 4 * eps * (abs(a) + 10.0):
+        raise ValueError(
+            f"the loss of {name} is another than the mean of -log p of the next token (it shifts its labels otherwise, or adds "
+            f"a term that its config weighs): its own is {a:.6g}, ours {b:.6g}"
+        )
 
 
 def check_against_logits(name: str, logits: Tensor, ids: Tensor, ours: TokenStats, resolution: float) -> float:
@@ -172,11 +225,14 @@ def check_against_logits(name: str, logits: Tensor, ids: Tensor, ours: TokenStat
     return largest
 
 
-def resolution(weight: Tensor) -> float:
-    """eps of the arithmetic that a matrix product with this weight really has."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return float(torch.finfo(torch.get_autocast_dtype(device)).eps)
-    if device == "cuda" and weight.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
-        return 2.0**-10  # TF32
-    return float(torch.finfo(weight.dtype).eps)
+def resolution(hidden: Tensor, parts: HeadParts) -> float:
+    """eps of the arithmetic that the head's product really has, as seen from inside the model's forward."""
+    device = hidden.device.type
+    tensors = [hidden, parts.weight, *([] if parts.low_rank is None else parts.low_rank[:2])]
+    dtypes = {t.dtype for t in tensors}
+    if torch.is_autocast_enabled(device) and torch.float64 not in dtypes:
+        dtypes.add(torch.get_autocast_dtype(device))
+    eps = max(float(torch.finfo(dtype).eps) for dtype in dtypes)
+    if device == "cuda" and torch.float32 in dtypes and torch.get_float32_matmul_precision() != "highest":
+        return max(eps, 2.0**-10)  # TF32
+    return eps

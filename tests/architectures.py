@@ -108,6 +108,7 @@ TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "hyperclovax": ("HyperCLOVAX", {**HEADS, "logits_scaling": 0.25}),
     "nanochat": ("NanoChat", {**HEADS, "final_logit_softcapping": 4.0}),
+    "recurrent-gemma": ("RecurrentGemma", {**HEADS, "logits_soft_cap": 5.0, "lru_width": 32, "num_hidden_layers": 3}),
     "glm4": ("Glm4", HEADS),
     "exaone4": ("Exaone4", HEADS),
 }

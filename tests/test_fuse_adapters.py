@@ -275,6 +275,18 @@ def test_dropout_in_evaluation_is_attached() -> None:
     check_against_peft(model)
 
 
+def test_a_wrapper_that_does_not_pass_the_call_on_is_refused() -> None:
+    """It took the model's forward when it was built, before ours was there."""
+    from peft import AdaptionPromptConfig
+
+    config = AdaptionPromptConfig(adapter_layers=1, adapter_len=2, task_type="CAUSAL_LM")
+    model = get_peft_model(build("llama"), config)
+    with pytest.raises(
+        ValueError, match="PeftModelForCausalLM does not pass a call on to the forward of LlamaForCausalLM"
+    ):
+        fuse_lm_head(model)
+
+
 def test_adapters_chosen_per_row_are_refused() -> None:
     model = with_adapter(lora())
     fuse_lm_head(model)

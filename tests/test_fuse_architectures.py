@@ -22,6 +22,7 @@ TRANSFORMS = {
     "gemma2": LogitTransform(softcap=5.0),
     "gemma3": LogitTransform(softcap=5.0),
     "nanochat": LogitTransform(softcap=4.0),
+    "recurrent-gemma": LogitTransform(softcap=5.0),
     "granite": LogitTransform(scale=0.25),  # divides by 4
     "granite-moe": LogitTransform(scale=0.25),
     "hyperclovax": LogitTransform(scale=0.25),  # multiplies by 0.25
@@ -116,6 +117,25 @@ def test_the_router_loss_is_kept(name: str) -> None:
         if p.grad is not None:
             torch.testing.assert_close(p.grad, expected[n], rtol=1e-4, atol=1e-6 * float(expected[n].abs().max() + 1))
     assert model(**inputs, fused_lm_head=True).aux_loss is None
+
+
+def test_the_weight_of_the_router_loss_is_the_models_of_this_moment() -> None:
+    """It reads its own attribute, not its config."""
+    model, inputs = fuse_lm_head(build("mixtral", router_aux_loss_coef=0.5)), batch()
+    model.router_aux_loss_coef = 0.25
+    own, out = (model(**inputs, output_router_logits=True, **f) for f in ({}, {"fused_lm_head": True}))
+    torch.testing.assert_close(out.loss, own.loss, rtol=1e-6, atol=1e-6)
+
+
+def test_a_router_loss_of_another_weight_is_refused_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = build("mixtral", router_aux_loss_coef=0.5), batch()
+    monkeypatch.setattr("gem.fused_call.ROUTER_WEIGHTS", ("a_name_that_it_has_not",))
+    fuse_lm_head(model)
+    assert model(**inputs, fused_lm_head=True).aux_loss is None
+    with pytest.raises(
+        ValueError, match="the router loss of MixtralForCausalLM cannot be reproduced: the loss of .* ours"
+    ):
+        model(**inputs, fused_lm_head=True, output_router_logits=True)
 
 
 @pytest.mark.parametrize("name", ["llama tied", "gemma2", "gpt2", "mamba", "gpt-oss", "llava"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,11 @@ def test_a_group_loss_is_that_of_the_op() -> None:
         ),
         ({"labels": torch.full((B, T), VOCAB)}, rf"in \[0, V={VOCAB}\) or ignore_index=-100, got {VOCAB}"),
         ({"temperature": 0.0}, "temperature must be finite and > 0, got 0.0"),
-        ({"logits_to_keep": 2}, r"for labels \(3, 10\), got hidden states \(3, 2, 32\)"),
+        ({"logits_to_keep": 2}, r"logits_to_keep must be 0 in a fused call \(labels of -100 cost nothing\), got 2"),
+        ({"logits_to_keep": torch.arange(T).flip(0)}, "logits_to_keep must be 0 in a fused call"),
+        ({"labels": [[1, 2]]}, r"labels must be a tensor of token ids \(batch, seq_len\), got list"),
+        ({"labels": torch.zeros(T, dtype=torch.int64)}, r"labels must be a tensor .*, got \(10,\)"),
+        ({"num_items_in_batch": 0}, "num_items_in_batch must be >= 1, got 0"),
     ],
 )
 def test_bad_calls_are_refused_and_leave_the_model_usable(changes: dict[str, Any], message: str) -> None:
@@ -305,8 +310,11 @@ class Changed(LlamaForCausalLM):
     change = staticmethod(lambda z: z * 1.7)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.pop("labels", None)
         out = super().forward(*args, **kwargs)
         out.logits = self.change(out.logits)
+        if labels is not None:
+            out.loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=out.logits.shape[-1])
         return out
 
 
@@ -383,7 +391,7 @@ def test_refuses_nan_in_the_head() -> None:
     model = build("llama")
     with torch.no_grad():
         model.lm_head.weight[3, 3] = torch.nan
-    with pytest.raises(ValueError, match="does something to its logits"):
+    with pytest.raises(ValueError, match="is more than the product with its weight: it gives a logit nan"):
         fuse_lm_head(model)
 
 
@@ -419,6 +427,130 @@ def test_a_vocabulary_whose_padding_the_model_cuts_off(monkeypatch: pytest.Monke
     torch.testing.assert_close(out.log_probs.double(), expected["log_probs"], atol=2e-5, rtol=1e-5)
     out.loss.backward()
     assert not model.lm_head.weight.grad[90:].any()
+
+
+class Unshifted(LlamaForCausalLM):
+    """Its labels are those of the positions themselves, as a decoder of BART has them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.pop("labels", None)
+        out = super().forward(*args, **kwargs)
+        if labels is not None:
+            out.loss = nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
+        return out
+
+
+def test_refuses_a_loss_that_is_another() -> None:
+    with pytest.raises(ValueError, match=r"the loss of Unshifted is another than .* its own is [\d.]+, ours [\d.]+"):
+        fuse_lm_head(Unshifted(LlamaConfig(**TEXT, initializer_range=0.5)))
+
+
+class Bent(nn.Linear):
+    """Nearly a product while its logits are small."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 59 * torch.tanh(super().forward(hidden) / 59)
+
+
+def with_head(head: nn.Module) -> Any:
+    model = build("llama")
+    model.lm_head = head
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_refuses_a_head_that_is_more_than_a_product(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="got Bent, whose forward is its own"):
+        fuse_lm_head(with_head(Bent(32, VOCAB)).to(dtype))
+    model = with_head(nn.Linear(32, VOCAB)).to(dtype)
+    nn.init.normal_(model.lm_head.weight, std=0.02)
+    model.lm_head.forward = lambda h: 59 * torch.tanh(nn.functional.linear(h, model.lm_head.weight) / 59)
+    if dtype == torch.float32:  # in bf16 it is within the rounding of a logit of 60
+        with pytest.raises(
+            ValueError, match="the lm_head of LlamaForCausalLM is more than the product with its weight"
+        ):
+            fuse_lm_head(model)
+    model.lm_head.forward = lambda h: 2 * nn.functional.linear(h, model.lm_head.weight, model.lm_head.bias)
+    with pytest.raises(ValueError, match="is more than the product with its weight"):
+        fuse_lm_head(model)
+
+
+def test_refuses_a_vocabulary_without_ordinary_tokens() -> None:
+    with pytest.raises(ValueError, match="needs 2 ordinary tokens, the vocabulary of LlamaForCausalLM has 1"):
+        fuse_lm_head(LlamaForCausalLM(LlamaConfig(**{**TEXT, "vocab_size": 4})))
+
+
+class Picky(LlamaForCausalLM):
+    def forward(self, *args: Any, pixels: Tensor | None = None, **kwargs: Any) -> Any:
+        if pixels is None:
+            raise TypeError("pixels are missing")
+        return super().forward(*args, **kwargs)
+
+
+def test_a_model_that_needs_more_than_tokens_is_told_off() -> None:
+    with pytest.raises(ValueError, match=r"Picky must run on token ids alone .* TypeError\('pixels are missing'\)"):
+        fuse_lm_head(Picky(LlamaConfig(**TEXT)))
+
+
+# --- what changes after the check: noticed in every call ------------------------------------------------------------------
+
+
+def grow(model: Any) -> None:
+    model.resize_token_embeddings(130)
+
+
+def softcap(value: float | None) -> Any:
+    return lambda model: setattr(model.config, "final_logit_softcapping", value)
+
+
+def hook(function: Any, register: str = "register_forward_hook") -> Any:
+    return lambda model: getattr(model.lm_head, register)(lambda module, arguments, out: function(out))
+
+
+def own_forward(model: Any) -> None:
+    inner = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 2 * inner(hidden)
+
+
+def subclass(model: Any) -> None:
+    model.lm_head.__class__ = Bent
+
+
+NO_LONGER = "no longer does to its logits what it did when fuse_lm_head checked it"
+LATER = {
+    "a larger vocabulary": ("llama", grow, "the lm_head has 130 rows, and had 97 when fuse_lm_head checked it"),
+    "a larger vocabulary, tied": ("llama tied", grow, "the lm_head has 130 rows, and had 97"),
+    "no softcap": (
+        "gemma2",
+        softcap(None),
+        f"Gemma2ForCausalLM {NO_LONGER} .* it turns a logit of -48 into -48, and its",
+    ),
+    "another softcap": ("gemma2", softcap(4.0), NO_LONGER),
+    "another scale": ("granite", lambda model: setattr(model.config, "logits_scaling", 3.0), NO_LONGER),
+    "a hook that scales": ("llama", hook(lambda out: out * 0.5), NO_LONGER),
+    "a hook that scales in place": ("llama", hook(lambda out: out.mul_(0.5)), NO_LONGER),
+    "a hook that clamps": ("llama", hook(lambda out: out.clamp(-20, 20)), NO_LONGER),
+    "another forward": ("llama", own_forward, "lm_head.forward was replaced after fuse_lm_head"),
+    "another class": ("llama", subclass, "got Bent, whose forward is its own"),
+}
+
+
+@pytest.mark.parametrize("what", LATER)
+def test_what_changes_later_is_noticed(what: str) -> None:
+    name, change, message = LATER[what]
+    model = fuse_lm_head(build(name))
+    change(model)
+    for grouped in ({}, {"loss_fn": entropy_weighted, "cu_groups": torch.tensor([0, 4, 20])}):
+        with pytest.raises(ValueError, match=message):
+            model(**batch(), fused_lm_head=True, **grouped)
+
+
+def test_a_pre_hook_of_the_head_counts() -> None:
+    model = fuse_lm_head(build("llama"))
+    model.lm_head.register_forward_pre_hook(lambda module, arguments: (arguments[0] * 0.5,))
+    z = model(batch()["input_ids"]).logits[:, :-1]
+    out = model(**batch(), fused_lm_head=True)
+    torch.testing.assert_close(out.lse.double(), from_logits(z, batch()["labels"][:, 1:])["lse"], atol=2e-5, rtol=1e-5)
 
 
 # --- the ways in which models are run -------------------------------------------------------------------------------------
@@ -517,6 +649,74 @@ def test_a_plain_trainer_whose_collator_adds_the_flag(tmp_path: Path) -> None:
         losses[fused].append(trainer.evaluate()["eval_loss"])
     assert len(losses[True]) == 5 and losses[True][0] - losses[True][3] > 0.1
     assert losses[True] == pytest.approx(losses[False], abs=1e-4)
+
+
+def test_threads_each_get_their_own_answer() -> None:
+    model = fuse_lm_head(build("llama"))
+    batches = [{"input_ids": t, "labels": t} for t in torch.randint(10, VOCAB, (4, 2, 7))]
+    with torch.no_grad():
+        expected = [model(**b, fused_lm_head=True).log_probs for b in batches]
+        logits = [model(b["input_ids"]).logits for b in batches]
+
+        def both(i: int) -> bool:
+            fused = model(**batches[i % 4], fused_lm_head=True).log_probs
+            plain = model(batches[i % 4]["input_ids"]).logits
+            return torch.equal(fused, expected[i % 4]) and torch.equal(plain, logits[i % 4])
+
+        def quiet(i: int) -> bool:
+            with torch.no_grad():
+                return both(i)
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(quiet, range(200)))
+
+
+def test_a_loss_fn_may_call_the_model_and_may_fail() -> None:
+    model, inputs = fuse_lm_head(build("llama")), batch()
+    seen: list[Tensor] = []
+
+    def asks(stats: TokenStats, group: int) -> Tensor:
+        with torch.no_grad():
+            seen.append(model(inputs["input_ids"]).logits)
+            seen.append(model(**inputs, fused_lm_head=True).log_probs)
+        return -stats.logprob.sum()
+
+    out = model(**inputs, fused_lm_head=True, loss_fn=asks, cu_groups=torch.tensor([0, 20]))
+    torch.testing.assert_close(out.loss, -out.log_probs.sum())
+    assert seen[0].shape == (B, T, VOCAB) and torch.equal(seen[1], model(**inputs, fused_lm_head=True).log_probs)
+
+    def fails(stats: TokenStats, group: int) -> Tensor:
+        raise RuntimeError("a mistake of the caller")
+
+    with pytest.raises(RuntimeError, match="a mistake of the caller"):
+        model(**inputs, fused_lm_head=True, loss_fn=fails, cu_groups=torch.tensor([0, 20]))
+    assert model(inputs["input_ids"]).logits.shape == (B, T, VOCAB)
+
+
+@pytest.mark.parametrize("first", ["fuse", "offload"])
+def test_a_head_that_accelerate_moves_between_devices(first: str) -> None:
+    from accelerate import cpu_offload
+
+    model, inputs = build("llama"), batch()
+    expected = model(**inputs).loss.detach()
+    if first == "fuse":
+        fuse_lm_head(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    if first == "offload":
+        fuse_lm_head(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs, fused_lm_head=True).loss, expected, atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(model(**inputs).loss, expected)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_a_head_of_another_dtype_than_the_body(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    body, head = dtypes
+    model = build("llama").to(body)
+    model.lm_head.to(head)
+    model.lm_head.register_forward_pre_hook(lambda module, arguments: (arguments[0].to(head),))
+    out = fuse_lm_head(model)(**batch(), fused_lm_head=True)
+    torch.testing.assert_close(out.loss, model(**batch()).loss, atol=5e-2, rtol=0)
 
 
 def test_torch_compile_keeps_one_graph() -> None:

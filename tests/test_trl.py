@@ -253,13 +253,18 @@ def test_the_router_loss_where_trls_head_fails(folder: str, tmp_path: Path) -> N
     assert trainer.state.log_history[0]["aux_loss"] > 0.5
 
 
-def test_under_autocast_the_losses_differ_by_the_rounding_of_bf16_logits(folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [SFTTrainer, DPOTrainer, GRPOTrainer], ids=lambda kind: kind.__name__)
+def test_under_autocast_the_losses_differ_by_the_rounding_of_bf16_logits(
+    kind: type, folder: str, tmp_path: Path
+) -> None:
+    """TRL prepares the reference of DPO and GRPO when it is built: autocast is then inside its forward."""
     losses = []
     for ours in (False, True):
-        trainer = build_trainer(SFTTrainer, folder, folder, tmp_path, bf16=True, max_steps=3)
+        torch.manual_seed(3)
+        trainer = build_trainer(kind, folder, folder, tmp_path, bf16=True, max_steps=3, learning_rate=1e-4)
         (use_gem_head(trainer) if ours else trainer).train()
         losses.append([entry["loss"] for entry in logs(trainer)[:3]])
-    assert losses[1] == pytest.approx(losses[0], abs=2e-2)
+    assert losses[1] == pytest.approx(losses[0], abs=3e-2)
 
 
 def test_a_head_in_fp32_beside_a_narrow_body(folder: str, tmp_path: Path) -> None:
