@@ -197,10 +197,10 @@ def _examine(fused: FusedHead, wrapped: nn.Module) -> None:
                 return cast(Tensor, model(input_ids=ids, **fused.options).logits)
 
         try:
-            model(input_ids=ids, **fused.options)
+            model(input_ids=ids, labels=ids, **fused.options)
         except Exception as error:
             raise ValueError(
-                f"{name} must run on token ids alone for its lm_head to be checked, it raised {error!r}"
+                f"{name} must run on token ids and labels alone for its lm_head to be checked, it raised {error!r}"
             ) from error
         found = find_transform(model, temperature, logits_when)
         fused.transform, fused.vocab, fused.rows, fused.resolution = found

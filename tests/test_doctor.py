@@ -9,7 +9,7 @@ import pytest
 import torch
 from architectures import TEXT, available, build
 from peft import LoraConfig, get_peft_model
-from test_head import Changed
+from test_head_check import Changed
 from transformers import LlamaConfig
 
 from gem import cli

@@ -1,0 +1,267 @@
+"""What fuse_lm_head refuses when it checks a model, and what a fused call notices later: nothing wrong gets through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from architectures import TEXT, VOCAB, build
+from test_head import batch, entropy_weighted, from_logits
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gem.head import fuse_lm_head, fused_head
+
+# --- the self-check -----------------------------------------------------------------------------------------------------
+
+
+class Changed(LlamaForCausalLM):
+    """Does something to its logits that its config does not name."""
+
+    change = staticmethod(lambda z: z * 1.7)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.pop("labels", None)
+        out = super().forward(*args, **kwargs)
+        out.logits = self.change(out.logits)
+        if labels is not None:
+            out.loss = self.loss_function(logits=out.logits, labels=labels, vocab_size=out.logits.shape[-1])
+        return out
+
+
+CHANGES = {
+    "scaled": lambda z: z * 1.7,
+    "shifted": lambda z: z + 0.3,  # the same log-probs, another lse
+    "softcap": lambda z: 30 * torch.tanh(z / 30),
+    "softcap far above any logit of random weights": lambda z: 59 * torch.tanh(z / 59),
+    "one column": lambda z: torch.cat([z[..., :-1], z[..., -1:] + 1], -1),
+    "masked column": lambda z: z.masked_fill(torch.arange(z.shape[-1]) == 5, -torch.inf),
+    "reversed": lambda z: z.flip(-1),
+    "nan": lambda z: z * torch.nan,
+    "in place": lambda z: z.mul_(1.7),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("std", [0.02, 0.5])
+@pytest.mark.parametrize("change", CHANGES)
+def test_refuses_logits_that_the_config_does_not_explain(
+    change: str, std: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Changed, "change", staticmethod(CHANGES[change]))
+    model = Changed(LlamaConfig(**TEXT, initializer_range=std)).to(dtype).train()
+    with pytest.raises(
+        ValueError, match="Changed does something to its logits that its config does not name: it turns a logit"
+    ):
+        fuse_lm_head(model)
+    assert model.training and "forward" not in vars(model)  # a refusal leaves the model as it was
+
+
+def test_the_refusal_names_both_numbers() -> None:
+    with pytest.raises(
+        ValueError, match=r"it turns a logit of -60 into -102, and its config \(scale 1, softcap None\) into -60"
+    ):
+        fuse_lm_head(Changed(LlamaConfig(**TEXT)))
+
+
+class Hidden(LlamaForCausalLM):
+    """Its head is called as it should be, and its logits come from elsewhere."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        if out.logits.shape[-1] == VOCAB and out.logits.requires_grad is False and out.logits.flatten()[0] != -60:
+            out.logits = out.logits.roll(1, 1)
+        return out
+
+
+def test_the_second_check_compares_real_tokens() -> None:
+    with pytest.raises(
+        ValueError, match=r"the (logprob|entropy|lse) of its own logits is -?[\d.]+, ours -?[\d.]+, expected"
+    ):
+        fuse_lm_head(Hidden(LlamaConfig(**TEXT)))
+
+
+def test_refuses_a_softcap_that_the_config_does_not_show() -> None:
+    model = build("gemma2")
+    forward = model.forward
+
+    def shown_only_inside(*args: Any, **kwargs: Any) -> Any:
+        model.config.final_logit_softcapping = 3.0
+        out = forward(*args, **kwargs)
+        model.config.final_logit_softcapping = None
+        return out
+
+    model.forward = shown_only_inside
+    model.config.final_logit_softcapping = None
+    with pytest.raises(ValueError, match="does something to its logits"):
+        fuse_lm_head(model)
+    assert model.forward is shown_only_inside
+
+
+def test_refuses_nan_in_the_head() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="is more than the product with its weight: it gives a logit nan"):
+        fuse_lm_head(model)
+
+
+class Twice(LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        self.lm_head(torch.zeros(1, 1, self.config.hidden_size))
+        return out
+
+
+class Never(LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.model(*args, **{k: v for k, v in kwargs.items() if k != "return_dict"})
+        out.logits = out.last_hidden_state @ self.lm_head.weight.T
+        return out
+
+
+@pytest.mark.parametrize(("kind", "times"), [(Twice, 2), (Never, 0)])
+def test_refuses_a_head_that_is_not_called_once(kind: Any, times: int) -> None:
+    with pytest.raises(ValueError, match=rf"must call its lm_head .* once a forward, it called it {times} times"):
+        fuse_lm_head(kind(LlamaConfig(**TEXT)))
+
+
+def test_a_vocabulary_whose_padding_the_model_cuts_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Changed, "change", staticmethod(lambda z: z[..., :90]))
+    model, inputs = Changed(LlamaConfig(**TEXT, initializer_range=0.5)), batch()
+    inputs["labels"] = inputs["labels"].clamp(max=89)
+    fuse_lm_head(model)
+    assert fused_head(model).vocab == 90
+    z = model(inputs["input_ids"]).logits[:, :-1]
+    out = model(**inputs, fused_lm_head=True)
+    expected = from_logits(z, inputs["labels"][:, 1:])
+    torch.testing.assert_close(out.log_probs.double(), expected["log_probs"], atol=2e-5, rtol=1e-5)
+    out.loss.backward()
+    assert not model.lm_head.weight.grad[90:].any()
+
+
+class Unshifted(LlamaForCausalLM):
+    """Its labels are those of the positions themselves, as a decoder of BART has them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.pop("labels", None)
+        out = super().forward(*args, **kwargs)
+        if labels is not None:
+            out.loss = nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
+        return out
+
+
+def test_refuses_a_loss_that_is_another() -> None:
+    with pytest.raises(ValueError, match=r"the loss of Unshifted is another than .* its own is [\d.]+, ours [\d.]+"):
+        fuse_lm_head(Unshifted(LlamaConfig(**TEXT, initializer_range=0.5)))
+
+
+class Bent(nn.Linear):
+    """Nearly a product while its logits are small."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 59 * torch.tanh(super().forward(hidden) / 59)
+
+
+def with_head(head: nn.Module) -> Any:
+    model = build("llama")
+    model.lm_head = head
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_refuses_a_head_that_is_more_than_a_product(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="got Bent, whose forward is its own"):
+        fuse_lm_head(with_head(Bent(32, VOCAB)).to(dtype))
+    model = with_head(nn.Linear(32, VOCAB)).to(dtype)
+    nn.init.normal_(model.lm_head.weight, std=0.02)
+    model.lm_head.forward = lambda h: 59 * torch.tanh(nn.functional.linear(h, model.lm_head.weight) / 59)
+    if dtype == torch.float32:  # in bf16 it is within the rounding of a logit of 60
+        with pytest.raises(
+            ValueError, match="the lm_head of LlamaForCausalLM is more than the product with its weight"
+        ):
+            fuse_lm_head(model)
+    model.lm_head.forward = lambda h: 2 * nn.functional.linear(h, model.lm_head.weight, model.lm_head.bias)
+    with pytest.raises(ValueError, match="is more than the product with its weight"):
+        fuse_lm_head(model)
+
+
+def test_refuses_a_vocabulary_without_ordinary_tokens() -> None:
+    with pytest.raises(ValueError, match="needs 2 ordinary tokens, the vocabulary of LlamaForCausalLM has 1"):
+        fuse_lm_head(LlamaForCausalLM(LlamaConfig(**{**TEXT, "vocab_size": 4})))
+
+
+class Picky(LlamaForCausalLM):
+    def forward(self, *args: Any, pixels: Tensor | None = None, **kwargs: Any) -> Any:
+        if pixels is None:
+            raise TypeError("pixels are missing")
+        return super().forward(*args, **kwargs)
+
+
+def test_a_model_that_needs_more_than_tokens_is_told_off() -> None:
+    with pytest.raises(
+        ValueError, match=r"Picky must run on token ids and labels alone .* TypeError\('pixels are missing'\)"
+    ):
+        fuse_lm_head(Picky(LlamaConfig(**TEXT)))
+
+
+# --- what changes after the check: noticed in every call ------------------------------------------------------------------
+
+
+def grow(model: Any) -> None:
+    model.resize_token_embeddings(130)
+
+
+def softcap(value: float | None) -> Any:
+    return lambda model: setattr(model.config, "final_logit_softcapping", value)
+
+
+def hook(function: Any, register: str = "register_forward_hook") -> Any:
+    return lambda model: getattr(model.lm_head, register)(lambda module, arguments, out: function(out))
+
+
+def own_forward(model: Any) -> None:
+    inner = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 2 * inner(hidden)
+
+
+def subclass(model: Any) -> None:
+    model.lm_head.__class__ = Bent
+
+
+NO_LONGER = "no longer does to its logits what it did when fuse_lm_head checked it"
+LATER = {
+    "a larger vocabulary": ("llama", grow, "the lm_head has 130 rows, and had 97 when fuse_lm_head checked it"),
+    "a larger vocabulary, tied": ("llama tied", grow, "the lm_head has 130 rows, and had 97"),
+    "no softcap": (
+        "gemma2",
+        softcap(None),
+        f"Gemma2ForCausalLM {NO_LONGER} .* it turns a logit of -48 into -48, and its",
+    ),
+    "another softcap": ("gemma2", softcap(4.0), NO_LONGER),
+    "another scale": ("granite", lambda model: setattr(model.config, "logits_scaling", 3.0), NO_LONGER),
+    "a hook that scales": ("llama", hook(lambda out: out * 0.5), NO_LONGER),
+    "a hook that scales in place": ("llama", hook(lambda out: out.mul_(0.5)), NO_LONGER),
+    "a hook that clamps": ("llama", hook(lambda out: out.clamp(-20, 20)), NO_LONGER),
+    "another forward": ("llama", own_forward, "lm_head.forward was replaced after fuse_lm_head"),
+    "another class": ("llama", subclass, "got Bent, whose forward is its own"),
+}
+
+
+@pytest.mark.parametrize("what", LATER)
+def test_what_changes_later_is_noticed(what: str) -> None:
+    name, change, message = LATER[what]
+    model = fuse_lm_head(build(name))
+    change(model)
+    for grouped in ({}, {"loss_fn": entropy_weighted, "cu_groups": torch.tensor([0, 4, 20])}):
+        with pytest.raises(ValueError, match=message):
+            model(**batch(), fused_lm_head=True, **grouped)
+
+
+def test_a_pre_hook_of_the_head_counts() -> None:
+    model = fuse_lm_head(build("llama"))
+    model.lm_head.register_forward_pre_hook(lambda module, arguments: (arguments[0] * 0.5,))
+    z = model(batch()["input_ids"]).logits[:, :-1]
+    out = model(**batch(), fused_lm_head=True)
+    torch.testing.assert_close(out.lse.double(), from_logits(z, batch()["labels"][:, 1:])["lse"], atol=2e-5, rtol=1e-5)
