@@ -264,16 +264,19 @@ class Question:
         answer = self._statistics(hidden, parts) if self.loss_fn is None else self._group_loss(hidden, parts)
         probe = answer.new_tensor(PROBE).expand(*answer.shape[:-1], -1)
         self.answer = torch.cat([answer, probe], -1)
-        if head._forward_hooks:
-            self.handle = head.register_forward_hook(self._left_the_head)  # after all others
+        if not head._forward_hooks:
+            return self.answer.clone()  # the model may scale its logits in place
+        self.handle = head.register_forward_hook(self._left_the_head)  # after all others
         return self.answer
 
-    def _left_the_head(self, head: nn.Module, arguments: Any, output: object) -> None:
-        """What the head's hooks made of the answer. ZeRO-3 hangs the gathering of the weight for the backward on a new tensor;
-        FSDP2 on the one that it got, and may then round it to the dtype of its policy."""
+    def _left_the_head(self, head: nn.Module, arguments: Any, output: Any) -> Any:
+        """Keep what the head's hooks made of the answer. ZeRO-3 hangs the gathering of the weight for the backward on a new
+        tensor; FSDP2 on the one that it got, and may then round it to the dtype of its policy."""
         self.handle.remove()
-        if isinstance(output, Tensor) and output.dtype == cast(Tensor, self.answer).dtype:
-            self.answer = output
+        if not isinstance(output, Tensor) or output.dtype != cast(Tensor, self.answer).dtype:
+            return output
+        self.answer = output
+        return output.clone()
 
     def verify(self, own: Any) -> None:
         """Raise ValueError where the model has made something else of the known logits than when it was checked."""

@@ -107,6 +107,22 @@ def test_refuses_nan_in_the_head() -> None:
         fuse_lm_head(model)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_model_that_scales_its_logits_in_place(hooked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Changed, "change", staticmethod(lambda z: z.mul_(0.25)))
+    config = LlamaConfig(**TEXT, initializer_range=0.5)
+    config.logit_scale = 0.25
+    model = Changed(config)
+    if hooked:
+        model.lm_head.register_forward_hook(lambda module, arguments, out: None)
+    fuse_lm_head(model)
+    z = model(batch()["input_ids"]).logits[:, :-1]
+    out = model(**batch(), fused_lm_head=True)
+    torch.testing.assert_close(out.lse.double(), from_logits(z, batch()["labels"][:, 1:])["lse"], atol=2e-5, rtol=1e-5)
+    out.loss.backward()
+    assert model.lm_head.weight.grad.any()
+
+
 class Twice(LlamaForCausalLM):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)
