@@ -91,6 +91,20 @@ def head_parts(module: nn.Module) -> HeadParts:
     return HeadParts(weight, bias, low_rank)
 
 
+def product_of(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, dtype: torch.dtype
+) -> Tensor:
+    """hidden W^T + scale (hidden a^T) b^T + bias in `dtype`, (..., V), for a few tokens: all their logits are made.
+
+    The weight is converted a part at a time: the whole of it in a wider dtype may be gigabytes.
+    """
+    h = hidden.to(dtype)
+    z = torch.cat([h @ rows.to(dtype).T for rows in weight.split(4096)], -1)
+    if low_rank is not None:
+        z += low_rank.scale * (h @ low_rank.a.to(dtype).T) @ low_rank.b.to(dtype).T
+    return z if bias is None else z.add_(bias.to(dtype))
+
+
 def describe_adapter(head: nn.Module) -> str:
     """In words, for a report: "none", "LoRA default (r=8)", "modules_to_save default"."""
     if serving_module(head) is not head:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gem.adapters import product_of
 from gem.head_check import apply
 from gem_kernels import LogitTransform, MaxTokenStats, linear_logprob_entropy
 
@@ -40,23 +41,14 @@ def mean_logits(_: MaxTokenStats, arguments: dict[str, Any]) -> Tensor:
     transform: LogitTransform = arguments["transform"]
     if arguments["shard"] is not None:
         raise ValueError("mean_logits of a vocabulary-parallel lm_head is not supported: leave it out of outputs")
-    h = hidden.float()
     if transform.softcap is None:
-        z = h @ weight.mean(0, dtype=torch.float32)
-        if low is not None:
-            z = z + low.scale * (h @ low.a.float().T) @ low.b.mean(0, dtype=torch.float32)
-        if bias is not None:
-            z = z + bias.mean(dtype=torch.float32)
-        return apply(transform, z)
-    means = []
-    for rows in h.flatten(0, -2).split(max(1, _TILE_BYTES // (4 * weight.shape[0]))):
-        z = rows @ weight.float().T
-        if low is not None:
-            z += low.scale * (rows @ low.a.float().T) @ low.b.float().T
-        if bias is not None:
-            z += bias.float()
-        means.append(apply(transform, z).mean(-1))
-    return torch.cat(means).view(h.shape[:-1])
+        mean_low = None if low is None else low._replace(b=low.b.mean(0, keepdim=True, dtype=torch.float32))
+        mean_bias = None if bias is None else bias.mean(0, keepdim=True, dtype=torch.float32)
+        mean_row = weight.mean(0, keepdim=True, dtype=torch.float32)
+        return apply(transform, product_of(hidden, mean_row, mean_bias, mean_low, torch.float32)[..., 0])
+    rows = hidden.flatten(0, -2).split(max(1, _TILE_BYTES // (4 * weight.shape[0])))
+    means = [apply(transform, product_of(h, weight, bias, low, torch.float32)).mean(-1) for h in rows]
+    return torch.cat(means).view(hidden.shape[:-1])
 
 
 EXTRA_OUTPUTS: dict[str, Callable[[MaxTokenStats, dict[str, Any]], Tensor]] = {

@@ -262,8 +262,8 @@ class Question:
         # accelerate would move them between devices in the head's own forward, which we stand for.
         hidden, self.targets = hidden.to(parts.weight.device), self.targets.to(parts.weight.device)
         answer = self._statistics(hidden, parts) if self.loss_fn is None else self._group_loss(hidden, parts)
-        probe = answer.new_tensor(PROBE).expand(*answer.shape[:-1], -1)
-        self.answer = torch.cat([answer, probe], -1)
+        self.probe = answer.new_tensor(PROBE)
+        self.answer = torch.cat([answer, self.probe.expand(*answer.shape[:-1], -1)], -1)
         if not head._forward_hooks:
             return self.answer.clone()  # the model may scale its logits in place
         self.handle = head.register_forward_hook(self._left_the_head)  # after all others
@@ -287,7 +287,7 @@ class Question:
             raise ValueError("the model's forward did not hand on what its lm_head (get_output_embeddings) gave it")
         eps = max(self.fused.resolution, float(torch.finfo(came.dtype).eps))
         transform = replace(self.fused.transform, temperature=1.0)
-        problem = what_differs(transform, self.answer.new_tensor(PROBE), came.detach()[..., -n:], eps)
+        problem = what_differs(transform, self.probe, came.detach()[..., -n:], eps)
         if problem is not None:
             raise ValueError(
                 f"{type(self.fused.model).__name__} no longer does to its logits what it did when fuse_lm_head checked it (its "

@@ -1,8 +1,8 @@
 """What a model does to its logits, found by trying, and the proof that our head gives the model's own numbers.
 
-Two checks. A probe: the lm_head answers with known numbers from -60 to 60, and what the model makes of them must be what its
-config names; random weights, whose logits are all near 0, would hide a softcap. Then a few tokens, once through the model's own
-logits and once through ours.
+A probe: the lm_head answers with known numbers from -60 to 60, and what the model makes of them must be what its config names;
+random weights, whose logits are all near 0, would hide a softcap. The head's own forward against the product with its parts.
+Then a few tokens, once through the model's own logits and loss and once through ours.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gem.adapters import HeadParts, head_parts
+from gem.adapters import HeadParts, head_parts, product_of
 from gem_kernels import LogitTransform, TokenStats
 
 TOKENS = 8  # that go through the model
@@ -168,10 +168,7 @@ def check_product(
 ) -> None:
     """Raise ValueError where the head's own forward is not the product that its parts say, for hidden states (1, T, D) as they
     are and so large that a bend of its own would show."""
-    h = hidden.double()
-    z = torch.cat([h @ rows.double().T for rows in parts.weight.split(4096)], -1)  # the whole in fp64 may be gigabytes
-    if parts.low_rank is not None:
-        z += parts.low_rank.scale * (h @ parts.low_rank.a.double().T) @ parts.low_rank.b.double().T
+    z = product_of(hidden, parts.weight, None, parts.low_rank, torch.float64)
     bias = 0.0 if parts.bias is None else parts.bias.double()
     for factor in (1.0, SPREAD / max(float(z.nan_to_num().abs().max()), 1e-30)):
         got, expected = own_forward(hidden * factor).double(), factor * z + bias

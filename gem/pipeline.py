@@ -63,12 +63,12 @@ class GroupMaker:
             drawn[i].append(Member("candidate", ids, sampled=True))
         for group, candidates in zip(groups, drawn, strict=True):
             group.members = [*candidates, *group.members]
-        frozen = self.reference is not None and self.score.score_with == "reference"
+        frozen = self.reference if self.score.score_with == "reference" else None
         score_groups(
             groups,
             self.tokenizer,
-            self.reference if frozen and self.reference is not None else self.model,
-            None if frozen else self.reference,
+            self.model if frozen is None else frozen,
+            self.reference if frozen is None else None,
             self.score,
             "scores" if progress else None,
         )

@@ -14,11 +14,11 @@ from gem.config import LAST_TOKENS, ScoreArguments
 from gem.data import TokenPair, pack
 from gem.groups import Group, Member
 from gem.head import completion_stats, fused_head
+from gem.head_check import undisturbed
 from gem.spans import find_spans
 from gem_kernels import TokenStats, gem_score
 
 
-@torch.no_grad()
 def token_stats(
     model: nn.Module, sequences: Sequence[TokenPair], *, batch_tokens: int, progress: str | None = None
 ) -> list[TokenStats]:
@@ -30,11 +30,9 @@ def token_stats(
         progress: label of a progress bar, None: no bar.
     """
     fused_head(model)
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     results: list[TokenStats | None] = [None] * len(sequences)
-    with tqdm(total=len(sequences), desc=progress, disable=progress is None, leave=False) as bar:
+    with undisturbed(model), tqdm(total=len(sequences), desc=progress, disable=progress is None, leave=False) as bar:
         for at in _batches([len(p) + len(c) for p, c in sequences], batch_tokens):
             batch = pack([[sequences[i] for i in at]], layout="right", pad_id=0)
             _, stats = completion_stats(model, {name: t.to(device) for name, t in batch.items()})
@@ -42,7 +40,6 @@ def token_stats(
             for i, *of_sequence in zip(at, *(s.cpu().split(lengths) for s in stats), strict=True):
                 results[i] = TokenStats(*of_sequence)
             bar.update(len(at))
-    model.train(was_training)
     return [r for r in results if r is not None]
 
 
