@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gem.adapters import product_of
-from gem.head_check import apply
+from gem.head_transform import apply
 from gem_kernels import LogitTransform, MaxTokenStats, linear_logprob_entropy
 
 _TILE_BYTES = 64 << 20

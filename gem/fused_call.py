@@ -22,7 +22,8 @@ from transformers.utils.generic import ModelOutput
 
 from gem.adapters import HeadParts, head_parts, serving_module
 from gem.extra_outputs import EXTRA_OUTPUTS
-from gem.head_check import what_differs
+from gem.head_transform import what_differs
+from gem.rounding import roundoff
 from gem_kernels import IGNORE_INDEX, Impl, LogitTransform, TokenStats, linear_group_loss, linear_logprob_entropy_max
 
 LossFn = Callable[[TokenStats, int], Tensor]
@@ -155,7 +156,7 @@ class FusedHead:
     own_forward: Callable[..., Any] = field(repr=False)
     shadowed: dict[str, Any] = field(repr=False)  # what stood in the model's __dict__ under the names that we use
     largest_gap: float = 0.0  # between the model's statistics and ours when it was checked, nats
-    resolution: float = 0.0  # eps of the coarsest arithmetic between hidden states and logits, then
+    roundoff: float = 0.0  # u of the coarsest dtype between its head and its logits, then
     router_problem: str = ""  # why a loss with router logits would not be the model's own
 
     def __post_init__(self) -> None:
@@ -285,9 +286,9 @@ class Question:
         came, n = getattr(own, "logits", None), len(PROBE)
         if self.answer is None or not isinstance(came, Tensor) or came.shape != self.answer.shape:
             raise ValueError("the model's forward did not hand on what its lm_head (get_output_embeddings) gave it")
-        eps = max(self.fused.resolution, float(torch.finfo(came.dtype).eps))
+        u = max(self.fused.roundoff, roundoff(came.dtype))
         transform = replace(self.fused.transform, temperature=1.0)
-        problem = what_differs(transform, self.probe, came.detach()[..., -n:], eps)
+        problem = what_differs(transform, self.probe, came.detach()[..., -n:], u)
         if problem is not None:
             raise ValueError(
                 f"{type(self.fused.model).__name__} no longer does to its logits what it did when fuse_lm_head checked it (its "

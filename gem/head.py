@@ -22,13 +22,16 @@ from gem.extra_outputs import EXTRA_OUTPUTS
 from gem.fused_call import Answer, FusedCausalLMOutput, FusedHead, HeadSwitch, answering
 from gem.head_check import (
     check_against_logits,
-    check_losses,
-    check_product,
-    find_transform,
+    check_loss,
+    full_sums,
     gathering,
+    repeating,
     trial_tokens,
     undisturbed,
 )
+from gem.head_product import check_head
+from gem.head_transform import find_transform
+from gem.rounding import Product
 from gem_kernels import Impl, LogitTransform, TokenStats
 
 __all__ = ["FusedCausalLMOutput", "FusedHead", "ensure_fused", "fuse_lm_head", "fused_head", "unfuse"]
@@ -189,7 +192,7 @@ def _examine(fused: FusedHead, wrapped: nn.Module) -> None:
     """Find out what the model does to its logits, and raise ValueError unless our numbers are its own."""
     model, name, temperature = fused.model, type(fused.model).__name__, fused.transform.temperature
     switch = HeadSwitch.of(model, attach=True)
-    with undisturbed(model), gathering(model):
+    with undisturbed(model), gathering(model), full_sums():
         ids = trial_tokens(model)
 
         def logits_when(answer: Answer) -> Tensor:
@@ -197,30 +200,35 @@ def _examine(fused: FusedHead, wrapped: nn.Module) -> None:
                 return cast(Tensor, model(input_ids=ids, **fused.options).logits)
 
         try:
-            model(input_ids=ids, labels=ids, **fused.options)
+            own = model(input_ids=ids, labels=ids, **fused.options)
         except Exception as error:
             raise ValueError(
                 f"{name} must run on token ids and labels alone for its lm_head to be checked, it raised {error!r}"
             ) from error
-        found = find_transform(model, temperature, logits_when)
-        fused.transform, fused.vocab, fused.rows, fused.resolution = found
+        fused.transform, fused.vocab, fused.rows, fused.roundoff = found = find_transform(
+            model, temperature, logits_when
+        )
+        seen: list[tuple[Tensor, Product]] = []
 
         def own_product(head: nn.Module, hidden: Tensor) -> Tensor:
-            parts = head_parts(head).local()
-            if parts.shard is None:  # else the tokens below have to do
-                check_product(name, switch.own_forward, hidden, parts, found.resolution)
+            bounds = check_head(model, switch.own_forward, hidden, head_parts(head).local())
+            seen.append((hidden, bounds))
             return cast(Tensor, switch.own_forward(hidden))
 
-        logits = logits_when(own_product) / temperature
-        ours = model(input_ids=ids, labels=ids, fused_lm_head=True)
+        logits = logits_when(own_product)
+        ((hidden, bounds),) = seen
+        with repeating(name, switch.head, hidden):
+            ours = model(input_ids=ids, labels=ids, fused_lm_head=True)
         stats = TokenStats(ours.log_probs, ours.entropy, ours.lse)
-        fused.largest_gap = check_against_logits(name, logits, ids.to(logits.device), stats, found.resolution)
-        check_losses(name, *_losses(fused, ids), found.resolution)
+        fused.largest_gap = check_against_logits(name, logits, ids, stats, found, bounds)
+        check_loss(name, own, logits, ids, fused.router_weight())
         if "output_router_logits" in inspect.signature(fused).parameters or hasattr(
             model.config.get_text_config(), "output_router_logits"
         ):
             try:
-                check_losses(name, *_losses(fused, ids, output_router_logits=True), found.resolution)
+                own = model(input_ids=ids, labels=ids, output_router_logits=True, **fused.options)
+                check_loss(name, own, logits, ids, fused.router_weight())
+                model(input_ids=ids, labels=ids, output_router_logits=True, fused_lm_head=True)
             except Exception as error:  # of the model itself, too: some cannot
                 fused.router_problem = f"the router loss of {name} cannot be reproduced: {error}"
         if hasattr(wrapped, "get_base_model"):
@@ -229,9 +237,3 @@ def _examine(fused: FusedHead, wrapped: nn.Module) -> None:
                 raise ValueError(
                     f"{type(wrapped).__name__} does not pass a call on to the forward of {name}: fuse that alone"
                 )
-
-
-def _losses(fused: FusedHead, ids: Tensor, **more: Any) -> tuple[Any, Any]:
-    """The model's own output with labels, and ours, at temperature 1."""
-    inputs = {"input_ids": ids, "labels": ids, **more}
-    return fused.model(**inputs, **fused.options), fused.model(**inputs, fused_lm_head=True, temperature=1.0)

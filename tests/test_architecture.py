@@ -16,8 +16,9 @@ GEM = sorted((ROOT / "gem").rglob("*.py"))
 # Layers of gem, lowest first: a module imports from lower layers only.
 LAYERS = [
     {"config", "files", "runs", "adapters"},
-    {"data", "groups", "spans", "rank", "sega", "losses", "models", "head_check", "curves"},
-    {"extra_outputs"},
+    {"data", "groups", "spans", "rank", "sega", "losses", "models", "rounding", "curves"},
+    {"head_transform", "head_product"},
+    {"head_check", "extra_outputs"},
     {"fused_call"},
     {"head"},
     {"rollout", "score", "doctor"},

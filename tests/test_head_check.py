@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from architectures import TEXT, VOCAB, build
+from peft import LoraConfig, get_peft_model
 from test_head import batch, entropy_weighted, from_logits
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gem.head import fuse_lm_head, fused_head
+from gem.head import fuse_lm_head, fused_head, unfuse
 
 # --- the self-check -----------------------------------------------------------------------------------------------------
 
@@ -99,12 +101,147 @@ def test_refuses_a_softcap_that_the_config_does_not_show() -> None:
     assert model.forward is shown_only_inside
 
 
-def test_refuses_nan_in_the_head() -> None:
+# --- known hidden states: the head's own forward ------------------------------------------------------------------------
+
+
+def replaced(change: Any) -> Any:
+    """A head whose forward does something to the product."""
+
+    def plant(model: Any) -> None:
+        inner = model.lm_head.forward
+        model.lm_head.forward = lambda hidden: change(inner(hidden))
+
+    return plant
+
+
+def one_entry(size: float) -> Any:
+    return lambda z: torch.cat([z[..., :-1], z[..., -1:] + size], -1)
+
+
+IN_THE_HEAD = {
+    "a scale": (replaced(lambda z: z * 1.001), replaced(lambda z: z * 1.004)),
+    "a softcap": (replaced(lambda z: 50 * torch.tanh(z / 50)), replaced(lambda z: 50 * torch.tanh(z / 50))),
+    "one entry of a bias": (replaced(one_entry(0.01)), replaced(one_entry(1e-6))),
+    "a column that is left out": (
+        replaced(lambda z: z.index_fill(-1, torch.tensor(5), 0)),
+        replaced(lambda z: z.index_fill(-1, torch.tensor(5), 0)),
+    ),
+}
+
+
+def outliers(model: Any) -> Any:
+    """Hidden states as real models have them: two entries hundreds of times the others, whose products cancel."""
+    model.model.norm.register_forward_hook(
+        lambda module, arguments, h: torch.cat([torch.full_like(h[..., :2], 300.0), h[..., 2:]], -1)
+    )
+    with torch.no_grad():
+        model.lm_head.weight[:, 1] = -model.lm_head.weight[:, 0]
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("what", IN_THE_HEAD)
+@pytest.mark.parametrize("cancelling", [False, True], ids=["plain", "outliers"])
+def test_refuses_what_a_head_does_beside_its_product(what: str, dtype: torch.dtype, cancelling: bool) -> None:
+    """However large the hidden states: some known ones go through it without a rounding."""
+    model = (outliers(build("llama")) if cancelling else build("llama")).to(dtype)
+    fuse_lm_head(model)
+    unfuse(model)
+    IN_THE_HEAD[what][dtype == torch.bfloat16](model)
+    with pytest.raises(ValueError, match=r"more than the product with its weight: .* and rounding explains [\d.e-]+"):
+        fuse_lm_head(model)
+
+
+# --- what is not finite -------------------------------------------------------------------------------------------------
+
+
+def spoil(get: Any, at: tuple[int, ...], value: float) -> Any:
+    def plant(model: Any) -> None:
+        with torch.no_grad():
+            get(model)[at] = value
+
+    return plant
+
+
+OF_PHI = "the bias of the lm_head of PhiForCausalLM must"
+NOT_FINITE = {
+    "weight": (
+        "llama",
+        spoil(lambda m: m.lm_head.weight, (3, 3), torch.nan),
+        "the weight of the lm_head of LlamaForCausalLM must be finite, got nan at [3, 3]",
+    ),
+    "infinite weight": ("llama", spoil(lambda m: m.lm_head.weight, (96, 0), -torch.inf), "got -inf at [96, 0]"),
+    "bias": ("phi", spoil(lambda m: m.lm_head.bias, (7,), torch.nan), f"{OF_PHI} be finite, got nan at [7]"),
+    "infinite bias": ("phi", spoil(lambda m: m.lm_head.bias, (7,), torch.inf), f"{OF_PHI} be finite, got inf at [7]"),
+    "no token": (
+        "phi",
+        spoil(lambda m: m.lm_head.bias, (slice(None),), -torch.inf),
+        f"{OF_PHI} leave a token that can occur, got -inf in every entry",
+    ),
+    "body": (
+        "llama",
+        spoil(lambda m: m.model.layers[1].mlp.up_proj.weight, (2, 5), torch.nan),
+        "the hidden states that LlamaForCausalLM hands to its lm_head must be finite, got nan at [0, 0, 0]: "
+        "model.layers.1.mlp.up_proj.weight holds nan at [2, 5]",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NOT_FINITE)
+def test_refuses_what_is_not_finite_by_its_name(what: str) -> None:
+    name, plant, message = NOT_FINITE[what]
+    model = build(name)
+    plant(model)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fuse_lm_head(model)
+
+
+def test_refuses_an_adapter_that_is_not_finite() -> None:
+    model = get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["lm_head"]))
+    with torch.no_grad():
+        model.get_output_embeddings().lora_B["default"].weight[4, 1] = torch.inf
+    with pytest.raises(
+        ValueError,
+        match=re.escape("the adapter's B of the lm_head of LlamaForCausalLM must be finite, got inf at [4, 1]"),
+    ):
+        fuse_lm_head(model)
+
+
+def test_refuses_what_overflows_by_its_name() -> None:
+    """In fp16 numbers end at 65504."""
     model = build("llama")
     with torch.no_grad():
-        model.lm_head.weight[3, 3] = torch.nan
-    with pytest.raises(ValueError, match="is more than the product with its weight: it gives a logit nan"):
-        fuse_lm_head(model)
+        model.lm_head.weight.mul_(3e4)
+    with pytest.raises(
+        ValueError, match=r"the logits of LlamaForCausalLM must be finite, got one of [\d.e+]+, beyond torch.float16"
+    ):
+        fuse_lm_head(model.half())
+    model = build("llama")
+    with torch.no_grad():
+        model.model.norm.weight.fill_(6e4)
+    message = (
+        r"hands to its lm_head must be finite, got -?inf at .*: its parameters are finite, so torch.float16 overflows"
+    )
+    with pytest.raises(ValueError, match=message):
+        fuse_lm_head(model.half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("first", [0, 90], ids=["the tokens that are tried", "others"])
+def test_a_bias_of_minus_infinity_is_a_token_that_never_occurs(first: int, dtype: torch.dtype) -> None:
+    model = build("phi")
+    with torch.no_grad():
+        model.lm_head.bias[first : first + 7] = -torch.inf
+    model, inputs = model.to(dtype), batch()
+    inputs["labels"] = inputs["labels"].clamp(10, 89)
+    fuse_lm_head(model)
+    out = model(**inputs, fused_lm_head=True)
+    z, tolerance = model(inputs["input_ids"]).logits[:, :-1], 2e-5 if dtype == torch.float32 else 0.1
+    possible = z[..., z[0, 0].isfinite()]  # the distribution over them is the whole one
+    entropy = torch.distributions.Categorical(logits=possible.double()).entropy() * out.label_mask
+    torch.testing.assert_close(out.entropy.double(), entropy, atol=tolerance, rtol=1e-5)
+    out.loss.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("hooked", [False, True])
@@ -187,20 +324,9 @@ def with_head(head: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_refuses_a_head_that_is_more_than_a_product(dtype: torch.dtype) -> None:
+def test_refuses_a_head_of_another_class(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match="got Bent, whose forward is its own"):
         fuse_lm_head(with_head(Bent(32, VOCAB)).to(dtype))
-    model = with_head(nn.Linear(32, VOCAB)).to(dtype)
-    nn.init.normal_(model.lm_head.weight, std=0.02)
-    model.lm_head.forward = lambda h: 59 * torch.tanh(nn.functional.linear(h, model.lm_head.weight) / 59)
-    if dtype == torch.float32:  # in bf16 it is within the rounding of a logit of 60
-        with pytest.raises(
-            ValueError, match="the lm_head of LlamaForCausalLM is more than the product with its weight"
-        ):
-            fuse_lm_head(model)
-    model.lm_head.forward = lambda h: 2 * nn.functional.linear(h, model.lm_head.weight, model.lm_head.bias)
-    with pytest.raises(ValueError, match="is more than the product with its weight"):
-        fuse_lm_head(model)
 
 
 def test_refuses_a_vocabulary_without_ordinary_tokens() -> None:

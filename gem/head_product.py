@@ -1,0 +1,136 @@
+"""What a head multiplies: its own forward must be the product that its parts say, and all of it finite.
+
+Known hidden states go through it, chosen so that little or nothing rounds, and those of a few tokens.
+
+T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gem.adapters import HeadParts, product_of
+from gem.rounding import Arithmetic, Product, product_bounds
+
+LARGEST = 60.0  # logit of a known hidden state
+COLUMNS = 4  # of the weight that are looked at one by one
+
+
+def check_head(model: Any, own_forward: Callable[[Tensor], Tensor], hidden: Tensor, parts: HeadParts) -> Product:
+    """How far from the exact product with its parts the head's own logits may be, and ours, for hidden states (1, T, D).
+
+    Raises:
+        ValueError: they are further, or something is not finite.
+    """
+    local, name = local_part(hidden), type(model).__name__
+    check_finite(model, local, parts)
+    arithmetic = Arithmetic.of(local, parts.weight)
+    own = own_forward(hidden)
+    of_tokens = product_bounds(local, parts, arithmetic, own.dtype)
+    if parts.shard is not None:  # the tokens have to do: what this rank's forward returns may be its own columns or all
+        return _whole(of_tokens, parts)
+    _check_product(name, local_part(own), of_tokens)
+    if type(hidden) is Tensor:
+        probes = exact_inputs(hidden, parts)
+        _check_product(name, own_forward(probes), product_bounds(probes, parts, arithmetic, own.dtype))
+    return of_tokens
+
+
+def exact_inputs(hidden: Tensor, parts: HeadParts) -> Tensor:
+    """(1, 2 + COLUMNS, D) hidden states in the dtype of `hidden`, each entry 0 or one power of two.
+
+    Zeros leave the bias, a single entry a column of the weight, both without a rounding; random signs take in the whole
+    weight. The power brings the largest logit between LARGEST / 2 and LARGEST.
+    """
+    d, g = hidden.shape[-1], torch.Generator().manual_seed(0)
+    signs = torch.zeros(2 + COLUMNS, d, dtype=torch.float64)
+    columns = torch.linspace(0, d - 1, COLUMNS).long()
+    signs[torch.arange(COLUMNS) + 1, columns] = 1
+    signs[-1] = torch.randint(0, 2, (d,), generator=g) * 2.0 - 1
+    signs = signs.to(hidden.device)
+    largest = product_of(signs, parts.weight, None, parts.low_rank, torch.float64).abs().amax(-1, keepdim=True)
+    exponent = (LARGEST / largest.clamp(min=2.0**-9)).log2().floor().clamp(-14, 15)  # what fp16 can hold
+    return (signs * 2.0**exponent)[None].to(hidden.dtype)
+
+
+def check_finite(model: Any, hidden: Tensor, parts: HeadParts) -> None:
+    """Raise ValueError naming what is not finite: a part of the head, or the hidden states (1, T, D) that it is given.
+
+    A bias may be -inf: that token never occurs.
+    """
+    name, low = type(model).__name__, parts.low_rank
+    held = {"weight": parts.weight, "bias": parts.bias}
+    held |= {} if low is None else {"adapter's A": low.a, "adapter's B": low.b}
+    for what, t in held.items():
+        allowed = -torch.inf if what == "bias" else None
+        if t is not None and (problem := _not_finite(t, allowed)):
+            raise ValueError(f"the {what} of the lm_head of {name} must be finite, got {problem}")
+    if parts.bias is not None and not parts.bias.isfinite().any():
+        raise ValueError(
+            f"the bias of the lm_head of {name} must leave a token that can occur, got -inf in every entry"
+        )
+    if problem := _not_finite(hidden):
+        named = model.named_parameters()
+        culprit = next(
+            (f"{n} holds {p}" for n, t in named if not t.is_meta and (p := _not_finite(local_part(t)))), None
+        )
+        why = (
+            culprit
+            or f"its parameters are finite, so {hidden.dtype} overflows on the way: load the model in a wider dtype"
+        )
+        raise ValueError(f"the hidden states that {name} hands to its lm_head must be finite, got {problem}: {why}")
+
+
+def _not_finite(t: Tensor, allowed: float | None = None) -> str | None:
+    """The first entry that is not finite, and where; None: there is none. A part at a time: a mask of all may be gigabytes."""
+    start = 0
+    for rows in t.detach().split(4096) if t.ndim else [t.detach()[None]]:
+        wrong = ~rows.isfinite() if allowed is None else ~(rows.isfinite() | (rows == allowed))
+        if wrong.any():
+            first = wrong.nonzero()[0]
+            value = float(rows[tuple(first)])
+            first[0] += start
+            return f"{value:g} at {first.tolist()}"
+        start += len(rows)
+    return None
+
+
+def _check_product(name: str, got: Tensor, due: Product) -> None:
+    """Raise ValueError where the head's answer (1, T, V) is further from the exact product than rounding brings it."""
+    largest = torch.finfo(got.dtype).max
+    if bool(((beyond := due.exact.abs()) > largest).logical_and(due.exact.isfinite()).any()):
+        raise ValueError(
+            f"the logits of {name} must be finite, got one of {float(beyond[beyond.isfinite()].max()):.6g}, beyond {got.dtype} "
+            f"(largest {largest:g}): load the model in a wider dtype"
+        )
+    got = got.double()
+    wrong = ~((got == due.exact) | ((got - due.exact).abs() <= due.own))
+    if wrong.any():
+        came, expected, bound = (float(t.expand_as(wrong)[wrong][0]) for t in (got, due.exact, due.own))
+        raise ValueError(
+            f"the lm_head of {name} is more than the product with its weight: it gives a logit {came:.9g}, the product is "
+            f"{expected:.9g}, and rounding explains {bound:.2g}"
+        )
+
+
+def local_part(t: Any) -> Tensor:
+    """Of a DTensor this rank's part."""
+    return cast(Tensor, t.tolocal_part() if hasattr(t, "to_local") else t)
+
+
+def _whole(of_rank: Product, parts: HeadParts) -> Product:
+    """The columns of all ranks."""
+    import torch.distributed as dist
+
+    shard, wholes = parts.shard, []
+    assert shard is not None
+    for mine in of_rank:
+        whole = mine.new_zeros(*mine.shape[:-1], shard.total)
+        whole[..., shard.start : shard.start + mine.shape[-1]] = mine
+        dist.all_reduce(whole, group=shard.group)
+        wholes.append(whole)
+    return Product(*wholes)

@@ -1,0 +1,155 @@
+"""How far apart two right computations of the same logits may be: a bound on rounding for each number that is compared.
+
+docs/models.md derives it. A unit roundoff u, half an eps, is the largest share of itself by which a number is rounded.
+
+T tokens, D hidden size, V vocabulary, r rank of an adapter. Bounds are fp64, and >= 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gem.adapters import HeadParts
+from gem_kernels import LogitTransform, TokenStats
+
+_NARROW = {"tf32": 2.0**-11, "bf16": 2.0**-8}  # u to which a GEMM library may round fp32 operands
+_STEPS = 8  # elementary operations between a sum and a statistic, each of one or two roundings
+
+
+class Arithmetic(NamedTuple):
+    """In what hidden states and weight are multiplied."""
+
+    dtype: torch.dtype  # operands are converted to it first (autocast); else their own
+    operand: float  # u to which the GEMM library rounds them beyond that (TF32); 0: not at all
+    total: float  # u of the sums
+
+    @staticmethod
+    def of(hidden: Tensor, weight: Tensor) -> Arithmetic:
+        """As seen from inside the model's forward, where autocast and the gathered weight show."""
+        device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
+        if dtype != torch.float64 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        operand = _narrowed(device) if dtype == torch.float32 else 0.0
+        return Arithmetic(dtype, operand, roundoff(torch.float64 if dtype == torch.float64 else torch.float32))
+
+
+class Product(NamedTuple):
+    """The logits of a head before the model's transform, each (..., V)."""
+
+    exact: Tensor
+    own: Tensor
+    """how far the head's own forward may be from them"""
+    ours: Tensor
+    """how far those that our statistics are made of may be"""
+
+
+def roundoff(dtype: torch.dtype) -> float:
+    return float(torch.finfo(dtype).eps) / 2
+
+
+def growth(terms: Tensor) -> Tensor:
+    """How many u of its sum of absolute values a sum of so many terms may be off, whatever the order.
+
+    n always; and 4 sqrt(n) but for a chance of 1e-10, as roundings are independent.
+    """
+    n = terms.double()
+    return torch.minimum(n, 4 * n.sqrt())
+
+
+def product_bounds(hidden: Tensor, parts: HeadParts, arithmetic: Arithmetic, result: torch.dtype) -> Product:
+    """hidden (..., D), finite, times the head: the exact logits, and how far off a head may be that answers in `result`."""
+    h = hidden.to(arithmetic.dtype).double()
+    exact, size = _both(h, parts.weight, arithmetic.dtype)
+    nonzero = h.count_nonzero(-1)
+    # One power of two times a weight is exact, and so is adding zeros to it.
+    mantissa = h.frexp().mantissa.abs()
+    single = (nonzero <= 1) & ((mantissa == 0) | (mantissa == 0.5)).all(-1)
+    sums = (arithmetic.total * growth(nonzero).masked_fill(single, 0)[..., None] + 2 * arithmetic.operand) * size
+    terms, addends = exact.abs(), 0
+    if parts.low_rank is not None:
+        a, b, scale = parts.low_rank
+        low, low_size = _both(h, a, a.dtype)
+        low, low_size = low @ b.double().T, low_size @ b.double().abs().T
+        exact, low_size = exact + scale * low, abs(scale) * low_size
+        # In the dtypes of the adapters, or of autocast: operands, the r products in the middle, the result.
+        u = max(roundoff(t) for t in (a.dtype, b.dtype, arithmetic.dtype))
+        roundings = arithmetic.total * float(growth(torch.tensor(h.shape[-1])) + growth(torch.tensor(a.shape[0])))
+        sums = sums + (roundings + 8 * u) * low_size
+        terms, addends = terms + low_size, 2
+    if parts.bias is not None:
+        bias = parts.bias.double()
+        exact, addends = exact + bias, addends + 1
+        terms = terms + bias.masked_fill(bias.isinf(), 0).abs()
+    info = torch.finfo(result)
+    rounded = (1 + addends) * roundoff(result) * terms + info.smallest_normal * info.eps
+    return Product(exact, sums + rounded, sums + (1 + addends) * arithmetic.total * terms)
+
+
+def roundings(transform: LogitTransform) -> int:
+    """How often at most it rounds a logit: each constant once, a product or quotient once, a tanh four times."""
+    return 2 * (transform.scale != 1) + 8 * (transform.softcap is not None) + 2 * (transform.temperature != 1)
+
+
+def transformed(transform: LogitTransform, bound: Tensor, logits: Tensor, u: float) -> Tensor:
+    """The bound of logits (..., V) once the transform has made `logits` of them in arithmetic of unit roundoff u.
+
+    A tanh lengthens no distance, and no step has a relative error larger than that of what it is given.
+    """
+    size = logits.masked_fill(logits.isinf(), 0).abs()
+    return abs(transform.scale) / transform.temperature * bound + roundings(transform) * u * size
+
+
+def statistics_bounds(z: Tensor, bound: Tensor, targets: Tensor, u: float) -> TokenStats:
+    """Bounds (T,) on log-prob, entropy and lse of logits z (T, V), each of which may be off by `bound` (T, V).
+
+    u: of the arithmetic in which the statistics are computed.
+    """
+    p, lse = z.softmax(-1), z.logsumexp(-1)
+    possible = ~z.isinf()
+    log_p = (z - lse[:, None]).where(possible, 0)
+    below = (z.amax(-1, keepdim=True) - z).where(possible, 0)  # the exponents, max - z
+    bound = bound.where(possible, 0)
+    entropy = -(p * log_p).sum(-1)
+    # lse moves most where all dz have one sign and their full size: by log Σ p e^dz. p_v grows by e^(dz_v + that) at most.
+    moved = torch.maximum((p * bound.exp()).sum(-1).log(), -(p * (-bound).exp()).sum(-1).log())
+    most = p * (bound + moved[:, None]).exp() * bound
+    # dH = -Σ p (log p + H) dz on the way there, on which log p has moved by dz_v + dlse, and H by dH itself.
+    further = (most * ((log_p + entropy[:, None]).abs() + bound + moved[:, None])).sum(-1)
+    share = most.sum(-1)
+    entropy_moved = (further / (1 - share)).where(share < 1, torch.inf)
+    # The sums over V, and exponentials whose argument was rounded: e^-x errs by u x.
+    sums = u * (float(growth(torch.tensor(z.shape[-1]))) + _STEPS)
+    depth, depth2 = (p * below).sum(-1), (p * below.square()).sum(-1)
+    total = sums + 2 * u * depth
+    at = targets[:, None]
+    target = bound.gather(-1, at)[:, 0] + 2 * u * log_p.gather(-1, at)[:, 0].abs()
+    return TokenStats(
+        logprob=target + moved + total + u * entropy.abs(),
+        entropy=entropy_moved + sums * (1 + 2 * depth) + 2 * u * (depth + depth2),
+        lse=moved + total + 2 * u * lse.abs(),
+    )
+
+
+def _both(h: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """h W^T and |h| |W|^T in fp64, W rounded to dtype first; a part of W at a time, as the whole may be gigabytes."""
+    products = []
+    for rows in weight.split(4096):
+        w = rows.to(dtype).double()
+        products.append((h @ w.T, h.abs() @ w.abs().T))
+    exact, size = zip(*products, strict=True)
+    return torch.cat(exact, -1), torch.cat(size, -1)
+
+
+def _narrowed(device: str) -> float:
+    """u to which torch's settings let fp32 operands be rounded on this device, 0: not at all."""
+    backend: Any = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn
+    if device != "cuda":
+        backend = getattr(backend, "matmul", None)
+    setting = getattr(backend, "fp32_precision", None)
+    if setting is None:  # before torch 2.9
+        asked = torch.get_float32_matmul_precision()
+        setting = {"highest": "ieee", "high": "tf32", "medium": "tf32" if device == "cuda" else "bf16"}[asked]
+    return _NARROW.get(setting, 0.0)
