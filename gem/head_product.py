@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gem.adapters import HeadParts, product_of
+from gem.adapters import HeadParts
 from gem.rounding import Arithmetic, Product, product_bounds
 
 LARGEST = 60.0  # logit of a known hidden state
@@ -28,33 +28,38 @@ def check_head(model: Any, own_forward: Callable[[Tensor], Tensor], hidden: Tens
     """
     local, name = local_part(hidden), type(model).__name__
     check_finite(model, local, parts)
-    arithmetic = Arithmetic.of(local, parts.weight)
-    own = own_forward(hidden)
-    of_tokens = product_bounds(local, parts, arithmetic, own.dtype)
-    if parts.shard is not None:  # the tokens have to do: what this rank's forward returns may be its own columns or all
-        return _whole(of_tokens, parts)
-    _check_product(name, local_part(own), of_tokens)
-    if type(hidden) is Tensor:
-        probes = exact_inputs(hidden, parts)
-        _check_product(name, own_forward(probes), product_bounds(probes, parts, arithmetic, own.dtype))
+    arithmetic, own = Arithmetic.of(local, parts.weight), own_forward(hidden)
+    if parts.shard is not None:  # this rank's forward may return its own columns or all of them: the tokens have to do
+        return _whole(product_bounds(local, parts, arithmetic, own.dtype), parts)
+    if type(hidden) is not Tensor:  # a DTensor, whole on every rank
+        of_tokens = product_bounds(local, parts, arithmetic, own.dtype)
+        _check_product(name, local_part(own), of_tokens)
+        return of_tokens
+    probes = known_states(hidden, parts)
+    due = product_bounds(torch.cat([hidden, probes], 1), parts, arithmetic, own.dtype)  # one pass over the weight
+    of_tokens, of_probes = (Product(*t) for t in zip(*(p.tensor_split([hidden.shape[1]], 1) for p in due), strict=True))
+    _check_product(name, own, of_tokens)
+    _check_product(name, own_forward(probes), of_probes)
     return of_tokens
 
 
-def exact_inputs(hidden: Tensor, parts: HeadParts) -> Tensor:
+def known_states(hidden: Tensor, parts: HeadParts) -> Tensor:
     """(1, 2 + COLUMNS, D) hidden states in the dtype of `hidden`, each entry 0 or one power of two.
 
     Zeros leave the bias, a single entry a column of the weight, both without a rounding; random signs take in the whole
-    weight. The power brings the largest logit between LARGEST / 2 and LARGEST.
+    weight. The power makes the largest logit about LARGEST.
     """
-    d, g = hidden.shape[-1], torch.Generator().manual_seed(0)
-    signs = torch.zeros(2 + COLUMNS, d, dtype=torch.float64)
-    columns = torch.linspace(0, d - 1, COLUMNS).long()
-    signs[torch.arange(COLUMNS) + 1, columns] = 1
-    signs[-1] = torch.randint(0, 2, (d,), generator=g) * 2.0 - 1
-    signs = signs.to(hidden.device)
-    largest = product_of(signs, parts.weight, None, parts.low_rank, torch.float64).abs().amax(-1, keepdim=True)
+    weight, d, g = parts.weight, hidden.shape[-1], torch.Generator().manual_seed(0)
+    columns = torch.linspace(0, d - 1, COLUMNS).long().to(weight.device)
+    states = hidden.new_zeros(2 + COLUMNS, d, dtype=torch.float64)
+    states[torch.arange(COLUMNS) + 1, columns] = 1
+    states[-1] = (torch.randint(0, 2, (d,), generator=g) * 2.0 - 1).to(hidden.device)
+    largest = states.new_ones(2 + COLUMNS)
+    largest[1:-1] = weight[:, columns].abs().amax(0)
+    # A sum with random signs has the length of its row for a standard deviation.
+    largest[-1] = 4 * torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).max()
     exponent = (LARGEST / largest.clamp(min=2.0**-9)).log2().floor().clamp(-14, 15)  # what fp16 can hold
-    return (signs * 2.0**exponent)[None].to(hidden.dtype)
+    return (states * 2.0 ** exponent[:, None])[None].to(hidden.dtype)
 
 
 def check_finite(model: Any, hidden: Tensor, parts: HeadParts) -> None:

@@ -15,7 +15,10 @@ from torch import Tensor
 from gem.adapters import HeadParts
 from gem_kernels import LogitTransform, TokenStats
 
-_NARROW = {"tf32": 2.0**-11, "bf16": 2.0**-8}  # u to which a GEMM library may round fp32 operands
+_NARROW = {
+    "tf32": 2.0**-10,
+    "bf16": 2.0**-8,
+}  # how far a GEMM library may bring fp32 operands: cut to TF32, rounded to bf16
 _STEPS = 8  # elementary operations between a sum and a statistic, each of one or two roundings
 
 
@@ -23,7 +26,7 @@ class Arithmetic(NamedTuple):
     """In what hidden states and weight are multiplied."""
 
     dtype: torch.dtype  # operands are converted to it first (autocast); else their own
-    operand: float  # u to which the GEMM library rounds them beyond that (TF32); 0: not at all
+    operand: float  # share of itself by which the GEMM library then changes one (TF32); 0: not at all
     total: float  # u of the sums
 
     @staticmethod
@@ -144,7 +147,7 @@ def _both(h: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 
 def _narrowed(device: str) -> float:
-    """u to which torch's settings let fp32 operands be rounded on this device, 0: not at all."""
+    """Share of itself by which torch's settings let a fp32 operand change on this device; 0: not at all."""
     backend: Any = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn
     if device != "cuda":
         backend = getattr(backend, "matmul", None)
