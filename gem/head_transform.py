@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gem.adapters import head_parts
-from gem.rounding import roundings, roundoff
+from gem.rounding import roundoff, transform_roundoff
 from gem_kernels import LogitTransform
 
 SPREAD = 60.0  # known logits lie in [-SPREAD, SPREAD]
@@ -87,12 +87,10 @@ def find_transform(model: Any, temperature: float, logits_when: Callable[[Callab
 
 def what_differs(transform: LogitTransform, z: Tensor, got: Tensor, u: float) -> str | None:
     """In words, where `got` is not what the transform makes of z in arithmetic of unit roundoff u; None: nowhere. Any shape."""
-    steps = roundings(transform) + (roundoff(got.dtype) > roundoff(z.dtype))
-    tiny = max(
-        torch.finfo(t.dtype).smallest_normal * torch.finfo(t.dtype).eps for t in (z, got)
-    )  # below it nothing is told apart
+    share = transform_roundoff(transform, u) + roundoff(got.dtype) * (roundoff(got.dtype) > roundoff(z.dtype))
+    subnormal = max(torch.finfo(t.dtype).smallest_normal * torch.finfo(t.dtype).eps for t in (z, got))
     expected, got = apply(transform, z.double()), got.double()
-    wrong = ~((got - expected).abs() <= steps * (u * expected.abs() + tiny))
+    wrong = ~((got - expected).abs() <= share * expected.abs() + 8 * subnormal * (share > 0))
     if not wrong.any():
         return None
     at, came, due = (float(t.expand_as(wrong)[wrong][0]) for t in (z, got, expected))

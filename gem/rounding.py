@@ -91,9 +91,14 @@ def product_bounds(hidden: Tensor, parts: HeadParts, arithmetic: Arithmetic, res
     return Product(exact, sums + rounded, sums + (1 + addends) * arithmetic.total * terms)
 
 
-def roundings(transform: LogitTransform) -> int:
-    """How often at most it rounds a logit: each constant once, a product or quotient once, a tanh four times."""
-    return 2 * (transform.scale != 1) + 8 * (transform.softcap is not None) + 2 * (transform.temperature != 1)
+def transform_roundoff(transform: LogitTransform, u: float) -> float:
+    """Share of itself by which a transformed logit may be off.
+
+    Each product, quotient and tanh is stored in arithmetic of unit roundoff u; constants and the inside of a tanh are fp32.
+    """
+    stored = (transform.scale != 1) + 3 * (transform.softcap is not None) + (transform.temperature != 1)
+    inside = (transform.scale != 1) + 6 * (transform.softcap is not None) + (transform.temperature != 1)
+    return stored * u + inside * min(u, roundoff(torch.float32))
 
 
 def transformed(transform: LogitTransform, bound: Tensor, logits: Tensor, u: float) -> Tensor:
@@ -102,7 +107,7 @@ def transformed(transform: LogitTransform, bound: Tensor, logits: Tensor, u: flo
     A tanh lengthens no distance, and no step has a relative error larger than that of what it is given.
     """
     size = logits.masked_fill(logits.isinf(), 0).abs()
-    return abs(transform.scale) / transform.temperature * bound + roundings(transform) * u * size
+    return abs(transform.scale) / transform.temperature * bound + transform_roundoff(transform, u) * size
 
 
 def statistics_bounds(z: Tensor, bound: Tensor, targets: Tensor, u: float) -> TokenStats:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from architectures import TEXT, VOCAB, build
 from peft import LoraConfig, get_peft_model
+from planted_faults import TINY, refusal
 from test_head import batch, entropy_weighted, from_logits
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -104,31 +105,6 @@ def test_refuses_a_softcap_that_the_config_does_not_show() -> None:
 # --- known hidden states: the head's own forward ------------------------------------------------------------------------
 
 
-def replaced(change: Any) -> Any:
-    """A head whose forward does something to the product."""
-
-    def plant(model: Any) -> None:
-        inner = model.lm_head.forward
-        model.lm_head.forward = lambda hidden: change(inner(hidden))
-
-    return plant
-
-
-def one_entry(size: float) -> Any:
-    return lambda z: torch.cat([z[..., :-1], z[..., -1:] + size], -1)
-
-
-IN_THE_HEAD = {
-    "a scale": (replaced(lambda z: z * 1.001), replaced(lambda z: z * 1.004)),
-    "a softcap": (replaced(lambda z: 50 * torch.tanh(z / 50)), replaced(lambda z: 50 * torch.tanh(z / 50))),
-    "one entry of a bias": (replaced(one_entry(0.01)), replaced(one_entry(1e-6))),
-    "a column that is left out": (
-        replaced(lambda z: z.index_fill(-1, torch.tensor(5), 0)),
-        replaced(lambda z: z.index_fill(-1, torch.tensor(5), 0)),
-    ),
-}
-
-
 def outliers(model: Any) -> Any:
     """Hidden states as real models have them: two entries hundreds of times the others, whose products cancel."""
     model.model.norm.register_forward_hook(
@@ -139,17 +115,39 @@ def outliers(model: Any) -> Any:
     return model
 
 
+# fault: the size refused in fp32, in bf16
+SIZES = {
+    "logits times 1 + x": (1e-3, 2**-5),
+    "a softcap of 1 / x": (1 / 50, 1 / 4),
+    "x added to one logit": (0.01, 0.01),
+    "the head's product times 1 + x": (1e-3, 2**-7),
+    "a softcap of 1 / x in the head": (1 / 50, 1 / 50),
+    "x added to one entry of its bias": (0.01, 0.01),
+    "a z-loss, x lse²": (1e-3, 1e-3),
+    "the loss times 1 + x": (1e-3, 1e-3),
+    "labels that are not shifted": (1.0, 1.0),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("what", IN_THE_HEAD)
-@pytest.mark.parametrize("cancelling", [False, True], ids=["plain", "outliers"])
-def test_refuses_what_a_head_does_beside_its_product(what: str, dtype: torch.dtype, cancelling: bool) -> None:
-    """However large the hidden states: some known ones go through it without a rounding."""
-    model = (outliers(build("llama")) if cancelling else build("llama")).to(dtype)
-    fuse_lm_head(model)
-    unfuse(model)
-    IN_THE_HEAD[what][dtype == torch.bfloat16](model)
-    with pytest.raises(ValueError, match=r"more than the product with its weight: .* and rounding explains [\d.e-]+"):
-        fuse_lm_head(model)
+@pytest.mark.parametrize("fault", SIZES)
+@pytest.mark.parametrize("name", [*TINY, "outliers"])
+def test_refuses_planted_faults(name: str, fault: str, dtype: torch.dtype) -> None:
+    """However large the hidden states: known ones go through the head without a rounding."""
+    model = (outliers(build("llama")) if name == "outliers" else build(name)).to(dtype)
+    unfuse(fuse_lm_head(model))
+    assert refusal(model, fault, SIZES[fault][dtype == torch.bfloat16])
+    unfuse(fuse_lm_head(model))
+
+
+def test_a_refusal_names_the_numbers_and_what_rounding_explains() -> None:
+    told = refusal(build("llama"), "x added to one entry of its bias", 0.01)
+    assert re.search(
+        r"more than the product with its weight: it gives a logit .*, the product is .*, and rounding explains 1[.]4e-05",
+        str(told),
+    )
+    told = refusal(build("llama"), "a z-loss, x lse²", 1e-3)
+    assert re.search(r"its own is [\d.]+, ours [\d.]+, and rounding explains [\d.]+e-0[5-9]", str(told))
 
 
 # --- what is not finite -------------------------------------------------------------------------------------------------

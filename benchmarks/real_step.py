@@ -1,0 +1,120 @@
+"""One training step of a pretrained model, with its own head and with the fused one: peak memory, time and loss, on a CPU.
+
+    python -m benchmarks.real_step --out benchmarks/results/real_step-<device>-<date>.json MODEL [MODEL ...]
+    python -m benchmarks.real_step --table benchmarks/results/real_step-<device>-<date>.json     the rows of docs/models.md
+
+MODEL: a folder or a GGUF file. fp32, 4 sequences of 256 random tokens, forward, backward and AdamW. Every run is a process of
+its own and the heads take turns; the table shows medians. Peak: the resident set at its highest in the second step less what
+was resident before it. So weights and optimizer states are out, gradients and activations in, for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import ROOT, describe_machine, said
+from benchmarks.trl_heads import FREE_AT_ONCE, QUIET, resident
+
+BATCH, LENGTH, ROUNDS = 4, 256, 3
+HEADS = ("own", "gem-kernels")
+
+
+def run(source: str, head: str) -> dict[str, Any]:
+    """One run, in this process."""
+    import torch
+
+    from gem.doctor import load
+    from gem.head import fuse_lm_head
+
+    logging.disable(logging.WARNING)
+    model: Any = load(source).float().train()
+    vocab, hidden = model.get_output_embeddings().weight.shape
+    asked = {} if head == "own" else {"fused_lm_head": True}
+    if asked:
+        fuse_lm_head(model)
+    torch.manual_seed(0)
+    ids = torch.randint(0, vocab, (BATCH, LENGTH))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=False)
+    losses = []
+    for _ in range(2):  # the first makes the optimizer's states
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again from here
+        before, start = resident("VmRSS"), time.perf_counter()
+        loss = model(input_ids=ids, labels=ids, use_cache=False, **asked).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds, peak = time.perf_counter() - start, resident("VmHWM") - before
+        losses.append(float(loss.detach()))
+        del loss
+    return {"vocab": vocab, "hidden": hidden, "peak_mib": peak, "seconds": seconds, "losses": losses}
+
+
+def measure(models: list[str]) -> dict[str, Any]:
+    """All runs, the heads in turns."""
+    rows: list[dict[str, Any]] = []
+    load = os.getloadavg()
+    for number in range(ROUNDS):
+        for source in models:
+            for head in HEADS if number % 2 == 0 else HEADS[::-1]:
+                command = [sys.executable, "-m", "benchmarks.real_step", "--run", source, head]
+                environment = {**os.environ, **FREE_AT_ONCE, **QUIET}
+                done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise RuntimeError(done.stderr[-3000:])
+                row = json.loads(done.stdout.splitlines()[-1])
+                rows.append({"model": Path(source).stem, "head": head, **row})
+                print(rows[-1], flush=True)
+    return {
+        "machine": describe_machine(),
+        "date": date.today().isoformat(),
+        "commit": said("git", "rev-parse", "HEAD"),
+        "load": {"before": load, "after": os.getloadavg()},
+        "shape": {"batch": BATCH, "length": LENGTH, "rounds": ROUNDS},
+        "runs": rows,
+    }
+
+
+def table(document: dict[str, Any]) -> list[str]:
+    lines = [
+        "| model | V | head | peak MiB | seconds | loss of the second step |",
+        "|---|---:|---|---:|---:|---:|",
+    ]
+    runs = document["runs"]
+    for model in dict.fromkeys(r["model"] for r in runs):
+        for head in HEADS:
+            mine = [r for r in runs if (r["model"], r["head"]) == (model, head)]
+            peak, seconds = (statistics.median(r[name] for r in mine) for name in ("peak_mib", "seconds"))
+            what = (model, f"{mine[0]['vocab']:,}") if head == HEADS[0] else ("", "")
+            lines.append(
+                f"| {what[0]} | {what[1]} | {head} | {peak:,.0f} | {seconds:.1f} | {mine[0]['losses'][1]:.6f} |"
+            )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", help="folders or GGUF files")
+    parser.add_argument("--out", type=Path, help="measure, and write this JSON")
+    parser.add_argument("--table", type=Path, help="print the table of a JSON")
+    parser.add_argument("--run", nargs=2, metavar=("MODEL", "HEAD"), help="one run in this process")
+    arguments = parser.parse_args()
+    if arguments.run:
+        print(json.dumps(run(*arguments.run)))
+        return
+    if arguments.out:
+        arguments.out.write_text(json.dumps(measure(arguments.models), indent=1) + "\n", encoding="utf-8")
+    print("\n".join(table(json.loads((arguments.table or arguments.out).read_text(encoding="utf-8")))))
+
+
+if __name__ == "__main__":
+    main()
