@@ -18,6 +18,8 @@ TRAIN = [
     "pyyaml>=6.0",
 ]
 
+GGUF = "gguf>=0.17"  # transformers takes older ones, which do not know NumPy 2
+
 setup(
     name="gem-kernels",
     version=VERSION,
@@ -36,7 +38,8 @@ setup(
         "bench": [*TRAIN, "pytest-benchmark>=5.0", "liger-kernel>=0.6", "cut-cross-entropy", "trl>=1.16"],
         "eval": ["lm-eval>=0.4.9", "math-verify>=0.8"],
         "flash": ["flash-attn"],
-        "test": [*TRAIN, "trl>=1.16", "pytest>=8.0", "choix>=0.4", "scipy>=1.11"],
+        "gguf": [*TRAIN, GGUF],
+        "test": [*TRAIN, GGUF, "trl>=1.16", "pytest>=8.0", "choix>=0.4", "scipy>=1.11"],
         # With what the code imports: mypy then checks against the real signatures.
         "lint": [*TRAIN, "pytest>=8.0", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-tqdm"],
     },

@@ -32,7 +32,7 @@ from gem.trainer import GEMTrainer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder, hub name, or a config .json for a model from scratch")
+    parser.add_argument("--model", required=True, help="folder, hub name, GGUF file, or a config .json: from scratch")
     parser.add_argument("--tokenizer", help="folder, hub name or tokenizer.json; default: the model's")
     parser.add_argument("--eos_token", help="for a tokenizer.json that does not name its end of sequence")
     parser.add_argument("--data", required=True, help="preference records, jsonl or a datasets folder")

@@ -245,7 +245,7 @@ def _sft(argv: Sequence[str]) -> None:
     with training.main_process_first(local=False):
         resume = prepare_output(Path(training.output_dir), "sft", settings)
     set_seed(training.seed)
-    model = load_model(model_args, tokenizer)
+    model = load_model(model_args, tokenizer, training.device)
     groups = [pair_group(example) for example in examples]
     for group in groups:
         group.members = group.members[:1]  # the chosen one
@@ -264,17 +264,17 @@ def _score(argv: Sequence[str]) -> None:
 
     from gem.evaluate import pair_auroc
     from gem.groups import save_groups
-    from gem.models import load_model, load_tokenizer
+    from gem.models import load_model, load_tokenizer, pick_device
     from gem.pipeline import GroupMaker
     from gem.trainer import gate_message
 
-    path = Path(output.output or "groups.jsonl")
+    path, device = Path(output.output or "groups.jsonl"), pick_device(output.device)
     if path.exists():
         raise ValueError(f"output must be a new file, got {path}, which exists")
     tokenizer = load_tokenizer(model_args)
     examples = _examples(data, tokenizer, ("chosen", "rejected") if rank.human_weight else ())
     set_seed(output.seed)
-    maker = GroupMaker(load_model(model_args, tokenizer), tokenizer, rollout, score, rank)
+    maker = GroupMaker(load_model(model_args, tokenizer, device), tokenizer, rollout, score, rank)
     step = max(1, rollout.rollout_batch_size // max(1, rollout.group_size))
     groups = []
     for start in tqdm(range(0, len(examples), step), desc="groups"):
@@ -314,7 +314,7 @@ def _train(argv: Sequence[str]) -> None:
     with training.main_process_first(local=False):
         resume = prepare_output(Path(training.output_dir), "train", settings)
     set_seed(training.seed)
-    model = load_model(model_args, tokenizer)
+    model = load_model(model_args, tokenizer, training.device)
     make_groups = None
     if data.data:
         reference = copy.deepcopy(model).eval().requires_grad_(False)
@@ -341,12 +341,12 @@ def _eval(argv: Sequence[str]) -> None:
 
     from gem.evaluate import Evaluation
     from gem.files import write_lines
-    from gem.models import load_model, load_tokenizer
+    from gem.models import load_model, load_tokenizer, pick_device
 
-    tokenizer = load_tokenizer(model_args)
+    device, tokenizer = pick_device(output.device), load_tokenizer(model_args)
     examples = _examples(data, tokenizer, ("chosen",), eval_args.eval_data or "")
     torch.manual_seed(output.seed)
-    model = load_model(model_args, tokenizer)
+    model = load_model(model_args, tokenizer, device)
     evaluation = Evaluation(model, tokenizer, examples, rollout, score, eval_args)
     metrics = evaluation(model)
     metrics.pop("preference_reference", None)  # the model is its own reference here: it would say nothing
@@ -376,14 +376,15 @@ def _report(argv: Sequence[str]) -> None:
 def _doctor(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="gem-kernels doctor", description=SUMMARIES["doctor"])
     parser.error = _raise  # type: ignore[method-assign]
-    parser.add_argument("model", help="folder or hub name, of adapters too; or a config .json: then from scratch")
+    parser.add_argument("model", help="folder, hub name, GGUF file; of adapters too; or a config .json")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences of a training step")
     parser.add_argument("--seq_len", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--device", help="where it runs: cpu, cuda, cuda:1, ...; default: CUDA when there is one")
     arguments = parser.parse_args(list(argv))
     from gem.doctor import diagnose, load
 
-    report = diagnose(load(arguments.model), batch_size=arguments.batch_size, seq_len=arguments.seq_len)
-    print("\n".join(report.lines()))
+    model = load(arguments.model, arguments.device)
+    print("\n".join(diagnose(model, batch_size=arguments.batch_size, seq_len=arguments.seq_len).lines()))
 
 
 def _demo(argv: Sequence[str]) -> None:

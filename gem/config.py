@@ -18,8 +18,8 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass
 class ModelArguments:
-    model: str = setting("", "folder or hub name of a causal language model; or a config .json: then from scratch")
-    tokenizer: str | None = setting(None, "folder, hub name or tokenizer.json; default: the model's own")
+    model: str = setting("", "folder, hub name or GGUF file of a language model; or a config .json: then from scratch")
+    tokenizer: str | None = setting(None, "folder, hub name, GGUF file or tokenizer.json; default: the model's own")
     eos_token: str | None = setting(None, "end of sequence, for a tokenizer.json that does not name its own")
     dtype: str = setting("float32", "float32 | bfloat16 | float16: dtype of the weights")
     attn_implementation: str | None = setting(None, "sdpa | eager | flash_attention_2; flash attention trains packed")
@@ -115,6 +115,7 @@ class GroupsArguments:
 class OutputArguments:
     output: str | None = setting(None, "file to write")
     seed: int = setting(0, "of the sampler")
+    device: str | None = setting(None, "where the model runs: cpu, cuda, cuda:1, ...; default: CUDA when there is one")
 
 
 # `preset: paper` is Eq. 1 and 2 as printed: no human pair, no guard rails. Explicit settings win over a preset.

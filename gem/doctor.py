@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -12,6 +11,8 @@ from torch import nn
 
 from gem.adapters import describe_adapter, head_parts, serving_module
 from gem.head import ensure_fused, fused_head, unwrapped
+from gem.models import pick_device, placed
+from gem.sources import MODEL_SOURCES, adapted, adapter_base, gguf_file, pretrained
 from gem_kernels import LogitTransform, choose_impl
 
 GIB = 1 << 30
@@ -34,6 +35,7 @@ class Diagnosis:
     adapter: str
     impl: str
     largest_gap: float  # between the model's log-probs, entropies, lse and ours, nats
+    allowed_gap: float  # what rounding allows there
     batch_size: int
     seq_len: int
     logit_bytes: int
@@ -50,7 +52,7 @@ class Diagnosis:
             "logits": describe_transform(self.transform),
             "adapter": self.adapter,
             "implementation": self.impl,
-            "self-check": f"passed: largest difference {self.largest_gap:.1e} nats",
+            "self-check": f"passed: largest difference {self.largest_gap:.1e} nats, rounding allows {self.allowed_gap:.1e}",
             "memory": f"{self.batch_size} x {self.seq_len} tokens: {self.logit_bytes / GIB:.2f} GiB of logits are not made "
             f"({tokens} x {self.logits}, with what loss and gradient hold beside them); one tile of them is",
         }
@@ -93,31 +95,41 @@ def diagnose(model: nn.Module, *, batch_size: int = 8, seq_len: int = 2048) -> D
         transform=fused.transform,
         adapter=describe_adapter(head),
         impl=choose_impl("linear_logprob_entropy", fused.impl, parts.weight),
-        largest_gap=fused.largest_gap,
+        largest_gap=fused.largest_gap[0],
+        allowed_gap=fused.largest_gap[1],
         batch_size=batch_size,
         seq_len=seq_len,
         logit_bytes=batch_size * (seq_len - 1) * fused.vocab * entry,
     )
 
 
-def load(source: str) -> nn.Module:
-    """The model of a folder, hub name or config .json (then from scratch), adapters left as they are.
+def load(source: str, device: str | None = None) -> nn.Module:
+    """The model of a folder, hub name, GGUF file or config .json (then from scratch), adapters left as they are.
+
+    Args:
+        source: what the user named.
+        device: the name of the device where the model goes; None: CUDA when there is one, else the CPU.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such model or no such device.
     """
-    try:
-        if (Path(source) / "adapter_config.json").is_file():
-            from peft import AutoPeftModelForCausalLM
+    place = pick_device(device)  # before the weights are read
+    return cast(nn.Module, placed(_load(source), place))
 
-            return AutoPeftModelForCausalLM.from_pretrained(source, dtype="auto")  # type: ignore[no-any-return]
+
+def _load(source: str) -> Any:
+    if adapter_base(source) is not None:
+        return adapted(source, dtype="auto")
+    if not source.endswith(".json") and gguf_file(source) is not None:
+        return pretrained(source, dtype="auto")
+    try:
         config = transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model must be a folder, a hub name or a config .json, got {source!r}: {error}") from None
+        raise ValueError(f"model must be {MODEL_SOURCES}, got {source!r}: {error}") from None
     # The class that the checkpoint names: a vision-language model is not in the table of causal language models.
     named = getattr(transformers, (config.architectures or [""])[0], None)
     model_class: Any = named or transformers.AutoModelForCausalLM
     if source.endswith(".json"):
         make = model_class._from_config if named else model_class.from_config
-        return make(config, dtype=torch.float32)  # type: ignore[no-any-return]
-    return model_class.from_pretrained(source, dtype="auto")  # type: ignore[no-any-return]
+        return make(config, dtype=torch.float32)
+    return pretrained(source, model_class, dtype="auto")

@@ -155,7 +155,7 @@ class FusedHead:
     model: Any = field(repr=False)
     own_forward: Callable[..., Any] = field(repr=False)
     shadowed: dict[str, Any] = field(repr=False)  # what stood in the model's __dict__ under the names that we use
-    largest_gap: float = 0.0  # between the model's statistics and ours when it was checked, nats
+    largest_gap: tuple[float, float] = (0.0, 0.0)  # between the model's statistics and ours, and what was allowed, nats
     roundoff: float = 0.0  # u of the coarsest dtype between its head and its logits, then
     router_problem: str = ""  # why a loss with router logits would not be the model's own
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,13 @@ _SHORTCUTS = (
     "allow_fp16_reduced_precision_reduction",
     "allow_fp16_accumulation",
 )
+
+
+class Gap(NamedTuple):
+    """Between two numbers, nats, and what rounding allows of it."""
+
+    seen: float
+    allowed: float
 
 
 @contextmanager
@@ -123,10 +130,8 @@ def repeating(name: str, head: nn.Module, hidden: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def check_against_logits(
-    name: str, logits: Tensor, ids: Tensor, ours: TokenStats, found: Found, head: Product
-) -> float:
-    """The largest difference, in nats, between our statistics (1, T - 1) and those of the model's logits (1, T, V).
+def check_against_logits(name: str, logits: Tensor, ids: Tensor, ours: TokenStats, found: Found, head: Product) -> Gap:
+    """The largest difference between our statistics (1, T - 1) and those of the model's logits (1, T, V).
 
     Args:
         logits: the model's own, without our temperature.
@@ -143,7 +148,7 @@ def check_against_logits(
     z = z / transform.temperature
     bound = bound + transformed(transform, our_bound, z, of_stats)
     allowed = statistics_bounds(z, bound, targets, of_stats)
-    largest = 0.0
+    largest = Gap(0.0, 0.0)
     for what, a, b, limit in zip(TokenStats._fields, statistics(z, targets), ours, allowed, strict=True):
         b = b[0].to(z.device)
         wrong = ~((a == b) | ((a - b).abs() <= limit))
@@ -153,7 +158,8 @@ def check_against_logits(
                 f"{name} does something to its logits that its config does not name: the {what} of its own logits is "
                 f"{theirs:.9g}, ours {mine:.9g}, expected to agree within {within:.3g}"
             )
-        largest = max(largest, float((a - b).abs().nan_to_num(nan=0.0).max()))
+        gaps = (a - b).abs().nan_to_num(nan=0.0)  # both -inf: none
+        largest = max(largest, Gap(float(gaps.max()), float(limit[gaps.argmax()])))
     return largest
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gem.config import ModelArguments
+from gem.sources import MODEL_SOURCES, pretrained, tokenizer_of
 
 
 def load_tokenizer(arguments: ModelArguments) -> Any:
@@ -21,7 +21,7 @@ def load_tokenizer(arguments: ModelArguments) -> Any:
     """
     source = arguments.tokenizer or arguments.model
     if not source:
-        raise ValueError("model must be a folder, a hub name or a config .json, got nothing")
+        raise ValueError(f"model must be {MODEL_SOURCES}, got nothing")
     if source.endswith(".json"):
         if not arguments.tokenizer:
             raise ValueError(
@@ -31,11 +31,7 @@ def load_tokenizer(arguments: ModelArguments) -> Any:
             raise ValueError(f"tokenizer must be an existing file, got {source!r}")
         tokenizer: Any = PreTrainedTokenizerFast(tokenizer_file=source)
     else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except OSError as error:
-            what = "tokenizer" if arguments.tokenizer else "model"
-            raise ValueError(f"{what} must be a folder or hub name with a tokenizer, got {source!r}: {error}") from None
+        tokenizer = tokenizer_of(source, "tokenizer" if arguments.tokenizer else "model")
     if arguments.eos_token is not None:
         if tokenizer.convert_tokens_to_ids(arguments.eos_token) in (None, tokenizer.unk_token_id):
             raise ValueError(f"eos_token must be a token of the tokenizer, got {arguments.eos_token!r}")
@@ -51,14 +47,43 @@ def load_tokenizer(arguments: ModelArguments) -> Any:
     return tokenizer
 
 
-def load_model(arguments: ModelArguments, tokenizer: Any) -> nn.Module:
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name; without one CUDA where there is any, else the CPU.
+
+    Args:
+        name: as torch writes it: cpu, cuda, cuda:1, mps, ...; None: not named.
+
+    Raises:
+        ValueError: torch knows no such device, or this machine has none.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # a device that is not here fails at its first use, each in its own way
+    except (RuntimeError, AssertionError) as error:
+        here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"device must be one of this machine ({here}), got {name!r}: {why}") from None
+    return device
+
+
+def load_model(arguments: ModelArguments, tokenizer: Any, device: torch.device | str = "cpu") -> nn.Module:
     """A causal language model: pretrained, or from scratch where `model` is a config file; with LoRA on request.
+
+    Args:
+        arguments: where it comes from, its dtype, attention and adapters.
+        tokenizer: from load_tokenizer; its special tokens become the model's.
+        device: where the model goes.
+
+    Returns:
+        A transformers model, or a peft model around one.
 
     Raises:
         ValueError: no model named, an unknown file, or a vocabulary smaller than the tokenizer's.
     """
     if not arguments.model:
-        raise ValueError("model must be a folder, a hub name or a config .json, got nothing")
+        raise ValueError(f"model must be {MODEL_SOURCES}, got nothing")
     dtype = getattr(torch, arguments.dtype)
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     if arguments.model.endswith(".json"):
@@ -67,7 +92,7 @@ def load_model(arguments: ModelArguments, tokenizer: Any) -> nn.Module:
         config = AutoConfig.from_pretrained(arguments.model)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     else:
-        model = _pretrained(arguments.model, dtype=dtype, **options)
+        model = pretrained(arguments.model, dtype=dtype, **options)
     vocab = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocab:
         raise ValueError(f"model must have at least the {len(tokenizer)} tokens of the tokenizer, got {vocab}")
@@ -80,22 +105,9 @@ def load_model(arguments: ModelArguments, tokenizer: Any) -> nn.Module:
 
         lora = LoraConfig(r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, target_modules="all-linear")
         model = get_peft_model(model, lora)
-    return cast(nn.Module, model)
+    return cast(nn.Module, placed(model, device))
 
 
-def _pretrained(source: str, **options: Any) -> Any:
-    """The model of a folder or hub name. Adapters are merged into their base: training goes on from what they reached."""
-    adapter = Path(source) / "adapter_config.json"
-    if adapter.is_file():
-        from peft import PeftModel
-
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-        if not base:
-            raise ValueError(f"model must name the base of its adapters, got none in {adapter}")
-        model: Any = PeftModel.from_pretrained(_pretrained(base, **options), source).merge_and_unload()
-        model.name_or_path = source  # the base of adapters to come
-        return model.requires_grad_(True)  # peft had frozen it
-    try:
-        return AutoModelForCausalLM.from_pretrained(source, **options)
-    except OSError as error:
-        raise ValueError(f"model must be a folder, a hub name or a config .json, got {source!r}: {error}") from None
+def placed(model: Any, device: torch.device | str) -> Any:
+    """The model on that device. One that bitsandbytes quantised stays where it was loaded: it cannot be moved."""
+    return model if getattr(model, "is_quantized", False) else model.to(device)

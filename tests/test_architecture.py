@@ -15,7 +15,7 @@ GEM = sorted((ROOT / "gem").rglob("*.py"))
 
 # Layers of gem, lowest first: a module imports from lower layers only.
 LAYERS = [
-    {"config", "files", "runs", "adapters"},
+    {"config", "files", "runs", "adapters", "sources"},
     {"data", "groups", "spans", "rank", "sega", "losses", "models", "rounding", "curves"},
     {"head_transform", "head_product"},
     {"head_check", "extra_outputs"},

@@ -186,7 +186,7 @@ def test_shipped_configs_parse(file: Path) -> None:
         (("train", "--config", "no.yaml"), "config must be an existing yaml file, got 'no.yaml'"),
         (("train",), "expected either groups (a file) or data (online)"),
         (("train", "--data", "a", "--groups", "b"), "expected either groups (a file) or data (online)"),
-        (("sft",), "model must be a folder, a hub name or a config .json, got nothing"),
+        (("sft",), "model must be a folder, a hub name, a GGUF file or a config .json, got nothing"),
         (("sft", "--model", "/no/such/folder"), "model must be"),
         (("report",), "runs"),
         (("report", "/no/such/folder"), "/no/such/folder"),

@@ -101,7 +101,7 @@ def test_vocabulary_smaller_than_the_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (ModelArguments(), "model must be a folder, a hub name or a config .json, got nothing"),
+        (ModelArguments(), "model must be a folder, a hub name, a GGUF file or a config .json, got nothing"),
         (ModelArguments(model="x.json"), "tokenizer must be given with a model from a config file"),
         (ModelArguments(model="x", tokenizer="no.json"), "tokenizer must be an existing file, got 'no.json'"),
         (ModelArguments(model="/no/such/folder"), "model must be .* with a tokenizer, got '/no/such/folder'"),
@@ -116,9 +116,9 @@ def test_tokenizer_that_is_not_there(arguments: ModelArguments, message: str) ->
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("", "model must be a folder, a hub name or a config .json, got nothing"),
+        ("", "model must be a folder, a hub name, a GGUF file or a config .json, got nothing"),
         ("no.json", "model must be an existing file, got 'no.json'"),
-        ("/no/such/folder", "model must be a folder, a hub name or a config .json, got '/no/such/folder'"),
+        ("/no/such/folder", "model must be a folder, a hub name, a GGUF file or a config .json, got '/no/such/folder'"),
     ],
 )
 def test_model_that_is_not_there(model: str, message: str) -> None:
