@@ -18,9 +18,16 @@ def logprob_entropy(logits: Tensor, targets: Tensor, transform: LogitTransform, 
     if transform.softcap is not None:
         z = transform.softcap * torch.tanh(z / transform.softcap)
     z = z / transform.temperature
-    log_p = z.log_softmax(-1)
-    logprob = log_p.gather(-1, targets[keep].long()[:, None])[:, 0]
-    finite = log_p.masked_fill(log_p == -math.inf, 0.0)  # 0 log 0 = 0, and so is its gradient
-    entropy = -(log_p.exp() * finite).sum(-1)
+
+    # Shifted by the maximum, all terms are of one sign and nothing cancels. 0 log 0 = 0, and so is its gradient.
+    maximum = z.detach().amax(-1, keepdim=True)
+    d = z - maximum
+    e = d.exp()
+    total, weighted = e.sum(-1), (e * d.masked_fill(d == -math.inf, 0.0)).sum(-1)
+    log_total = total.log()
+    logprob = d.gather(-1, targets[keep].long()[:, None])[:, 0] - log_total
+    entropy = log_total - weighted / total
+    lse = maximum[:, 0] + log_total
+
     zero = z.new_zeros(targets.shape)
-    return TokenStats(*(zero.masked_scatter(keep, s) for s in (logprob, entropy, z.logsumexp(-1))))
+    return TokenStats(*(zero.masked_scatter(keep, s) for s in (logprob, entropy, lse)))
