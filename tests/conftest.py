@@ -1,4 +1,7 @@
-"""Every test: fixed seed, one thread, uninitialised memory full of NaN. Every session: which implementations really ran."""
+"""Every test: fixed seed, one thread, uninitialised memory full of NaN. Every session: which implementations really ran.
+
+GEM_TEST_SEED and GEM_TEST_THREADS ask for another seed and more threads (instruction_sets.py does).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import get_args
 
 import pytest
 import torch
+from numerics import SEED, THREADS
 
 from gem_kernels.compat import INTERPRETED
 from gem_kernels.tiles import ChunkTile
@@ -26,8 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def _deterministic() -> Iterator[None]:
     """A kernel that reads what nobody wrote reads NaN; two runs of a test see the same numbers."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.manual_seed(0)
-    torch.set_num_threads(1)  # the tensors are tiny; two threads on a busy machine wait for each other (measured: 50 x)
+    torch.manual_seed(SEED)
+    torch.set_num_threads(THREADS)  # the tensors are tiny; two on a busy machine wait for each other (measured: 50 x)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

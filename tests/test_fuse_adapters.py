@@ -9,7 +9,7 @@ import pytest
 import torch
 from architectures import VOCAB, build
 from peft import IA3Config, LoraConfig, get_peft_model
-from test_fuse_architectures import batch, own_statistics
+from test_fuse_architectures import batch
 from torch import Tensor, nn
 
 from gem.adapters import describe_adapter, head_parts
@@ -36,6 +36,16 @@ def stirred(model: Any) -> Any:
             if "lora_B" in n or "modules_to_save" in n:
                 p.add_(torch.randn_like(p), alpha=0.3)
     return model.eval()
+
+
+def own_statistics(model: Any, ids: Tensor, labels: Tensor) -> TokenStats:
+    """(B, T - 1) from the logits of the model's own forward; 0 where the label is -100."""
+    z = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    targets = labels[:, 1:]
+    keep = targets != -100
+    log_p = z.log_softmax(-1)
+    logprob = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    return TokenStats(*(s * keep for s in (logprob, -(log_p.exp() * log_p).sum(-1), z.logsumexp(-1))))
 
 
 def statistics(model: Any) -> TokenStats:

@@ -6,20 +6,24 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
+import numerics
 import pytest
 import torch
 import torch.nn.functional as F
+from bounds import Bound
 from numerics import (
     DTYPES,
     IMPLS,
     STATS,
     TRANSFORMS,
     Case,
+    Results,
     assert_all_close,
     assert_close,
-    make_case,
 )
+from op_bounds import LossFn, group_bounds, linear_bounds
 from torch import Tensor
 
 from gem_kernels import (
@@ -37,8 +41,6 @@ from gem_kernels.group_loss.chunked import plan_slabs
 from gem_kernels.streaming import Gradients, padded
 
 pytestmark = pytest.mark.op("linear_group_loss")
-
-LossFn = Callable[[TokenStats, int], Tensor]
 
 N, D, V = 90, 13, 217
 OFFSETS = [0, 11, 12, 40, 41, 77, 90]  # groups of one token, of many, of unequal size
@@ -126,20 +128,21 @@ def run(
     return results(group_loss(x, impl, loss_fn, **kwargs), x, factor)  # type: ignore[arg-type]
 
 
-def check(case: Case, impl: str, loss_fn: LossFn, factor: float = 1.0, **kwargs: object) -> None:
-    eager = run(case, "reference", loss_fn, factor, **kwargs)  # type: ignore[arg-type]
-    got = eager if impl == "reference" else run(case, impl, loss_fn, factor, **kwargs)  # type: ignore[arg-type]
-    gold = run(case.double(), "reference", loss_fn, factor, **kwargs)  # type: ignore[arg-type]
-    offsets = kwargs.get("offsets", OFFSETS)
-    assert_all_close(got, eager, gold, scales={"loss": loss_terms(gold, loss_fn, offsets)})  # type: ignore[arg-type]
+@cache
+def expected(case: Case, loss_fn: LossFn, offsets: Sequence[int], factor: float) -> tuple[Results, dict[str, Bound]]:
+    """Gold and its bounds, once for all implementations and sizes of the cache that meet the same case."""
+    gold = run(case.double(), "reference", loss_fn, factor, offsets=offsets)
+    return gold, group_bounds(case, loss_fn, offsets, factor=factor)
 
 
-def loss_terms(gold: dict[str, Tensor | None], loss_fn: LossFn, offsets: Sequence[int]) -> float:
-    """Size of what a loss sums up: the sum of |dloss/dstatistic * statistic|."""
-    stats = TokenStats(*(gold[name].clone().requires_grad_() for name in STATS))  # type: ignore[union-attr]
-    losses = [loss_fn(TokenStats(*(s[a:b] for s in stats)), i) for i, (a, b) in enumerate(itertools.pairwise(offsets))]
-    grads = torch.autograd.grad(torch.stack(losses).sum(), stats, allow_unused=True)
-    return sum(float((g * s.detach()).abs().sum()) for g, s in zip(grads, stats, strict=True) if g is not None)
+def check(
+    case: Case, impl: str, loss_fn: LossFn, factor: float = 1.0, offsets: Sequence[int] = OFFSETS, **kwargs: object
+) -> None:
+    got = run(case, impl, loss_fn, factor, offsets=offsets, **kwargs)  # type: ignore[arg-type]
+    assert_all_close(got, *expected(case, loss_fn, tuple(offsets), factor))
+
+
+make_case = cache(numerics.make_case)  # no test writes into a case
 
 
 # --- the loss and its gradients, by the one rule ----------------------------------------------------------------------
@@ -275,14 +278,12 @@ def test_loss_fn_is_called_once_per_group_in_order(impl: str, cache_bytes: int) 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_stats_are_those_of_the_per_token_op(impl: str, cache_bytes: int) -> None:
     case = make_case(N, D, V)
-    gold, eager = (
-        linear_logprob_entropy(
-            c.hidden, c.weight, c.targets, bias=c.bias, low_rank=c.low_rank, impl="reference"
-        )._asdict()
-        for c in (case.double(), case)
-    )
+    wide, bounds = case.double(), linear_bounds(case, {})
+    gold = linear_logprob_entropy(
+        wide.hidden, wide.weight, wide.targets, bias=wide.bias, low_rank=wide.low_rank, impl="reference"
+    )._asdict()
     for x in (case, case.leaves()):
-        assert_all_close(group_loss(x, impl, likelihood, cache_bytes=cache_bytes).stats._asdict(), eager, gold)
+        assert_all_close(group_loss(x, impl, likelihood, cache_bytes=cache_bytes).stats._asdict(), gold, bounds)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -491,11 +492,18 @@ WEIGHTS = torch.tensor([0.5, -1.0, 0.75, -0.5, 0.0, 0.25])  # centred, as advant
 assert WEIGHTS.sum() == 0
 
 
+def weighted_likelihood(weights: Tensor) -> LossFn:
+    """The loss of a sequence, of which sega_loss is the sum."""
+    return lambda stats, sequence: -weights[sequence].to(stats.logprob.dtype) * stats.logprob.sum()
+
+
+@cache
+def expected_of_sega(case: Case) -> tuple[Results, dict[str, Bound]]:
+    return run_sega_by_hand(case.double(), WEIGHTS), group_bounds(case, weighted_likelihood(WEIGHTS), OFFSETS)
+
+
 def check_sega(case: Case, got: dict[str, Tensor | None]) -> None:
-    eager, gold = run_sega_by_hand(case, WEIGHTS), run_sega_by_hand(case.double(), WEIGHTS)
-    assert gold["logprob"] is not None
-    terms = WEIGHTS.repeat_interleave(torch.tensor(OFFSETS).diff()) * gold["logprob"]
-    assert_all_close(got, eager, gold, scales={"loss": float(terms.abs().sum())})
+    assert_all_close(got, *expected_of_sega(case))
 
 
 @pytest.mark.op("sega_loss")
@@ -540,12 +548,11 @@ def test_sega_of_equal_tokens_cancels(impl: str) -> None:
     case = replace(one, hidden=one.hidden.repeat(3, 1), targets=one.targets.repeat(3))
     weight = torch.tensor([1.0, 0.5, -1.5])
     got = run_sega(case, impl, weight, offsets=[0, 10, 20, 30])
-    eager = run_sega(case, "reference", weight, offsets=[0, 10, 20, 30])
-    size = run_sega(one, "reference", torch.ones(1), offsets=[0, 10])
+    bounds = group_bounds(case, weighted_likelihood(weight), [0, 10, 20, 30])
     for name in ("loss", "dweight", "dbias"):
-        value, plain, single = got[name], eager[name], size[name]
-        assert value is not None and plain is not None and single is not None
-        assert_close(name, value, plain, torch.zeros_like(plain.double()), scale=3 * float(single.abs().max()))
+        value = got[name]
+        assert value is not None
+        assert_close(name, value, torch.zeros_like(value, dtype=torch.float64), bounds[name])
     assert got["dhidden"] is not None and bool(got["dhidden"].any(1).all())
 
 

@@ -18,11 +18,13 @@ from numerics import (
     assert_all_close,
     assert_close,
     check_linear,
+    generator,
     make_case,
     make_upstream,
     run_linear,
     weighted_sum,
 )
+from op_bounds import linear_bounds, row_sum_bound
 from torch import Tensor
 
 from gem_kernels import (
@@ -151,7 +153,7 @@ def test_the_likeliest_token(impl: str, dtype: torch.dtype) -> None:
 
     logprob, highest = run(case.leaves(), impl)
     gold_logprob, gold = run(case.double(), "reference")
-    assert_close("max_logprob", highest, run(case, "reference")[1], gold)
+    assert_close("max_logprob", highest, gold, linear_bounds(case, {})["max_logprob"])
     kept = case.targets != IGNORE_INDEX
     assert not highest[~kept].any() and bool((logprob <= highest).all())
     clear = kept & ((gold_logprob == gold) | (gold - gold_logprob > 1e-3))  # no rounding decides
@@ -177,13 +179,25 @@ def test_transforms(impl: str, transform: LogitTransform, peaky: float | None) -
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_peaky_bf16_at_a_real_vocabulary(impl: str) -> None:
-    """The acceptance criterion: |z| up to 30, V = 50277; log-prob and entropy within 2e-5 + 2 x the error of eager."""
+    """The acceptance criterion: |z| up to 30, V = 50277; log-prob and entropy within 2e-5."""
     case = make_case(24, 16, 50277, dtype=torch.bfloat16, peaky=30.0, bias=False, rank=0, ignored=0.0)
-    gold, eager, got = op(case.double(), "reference"), op(case, "reference"), op(case, impl)
+    gold, got = op(case.double(), "reference"), op(case, impl)
     for name in ("logprob", "entropy"):
-        exact, plain, value = (getattr(s, name).double() for s in (gold, eager, got))
-        assert (value - exact).abs().max() <= 2e-5 + 2 * (plain - exact).abs().max(), name
+        assert (getattr(got, name).double() - getattr(gold, name)).abs().max() <= 2e-5, name
     check_linear(case, impl)
+
+
+@pytest.mark.parametrize("v", [65_537, 151_936])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_digits_at_a_real_vocabulary(impl: str, v: int) -> None:
+    """As in test_logprob.py, for uniform and random logits that are a column of the weight: the digits of the sums alone."""
+    case = make_case(2, 2, v, bias=False, rank=0, ignored=0.0)
+    weight = torch.stack((torch.full((v,), 7.3), torch.randn(v, generator=generator(7))), 1)
+    case = replace(case, hidden=torch.eye(2), weight=weight)
+    gold, got = op(case.double(), "reference"), op(case, impl)
+    for name, value in got._asdict().items():
+        error = float((value.double() - getattr(gold, name)).abs().max())
+        assert error <= 8 * torch.finfo(torch.float32).eps * math.log(v), name
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -262,7 +276,7 @@ def test_strided_inputs(impl: str) -> None:
         dhidden, dweight = torch.autograd.grad(weighted_sum(stats, upstream), (hidden, weight))
         return {**{k: s.detach() for k, s in stats._asdict().items()}, "dhidden": dhidden, "dweight": dweight}
 
-    assert_all_close(run(strided, impl), run(strided, "reference"), run(strided.double(), "reference"))
+    assert_all_close(run(strided, impl), run(strided.double(), "reference"), linear_bounds(strided, upstream))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -390,14 +404,9 @@ def test_gradient_of_a_row_sums_to_zero(impl: str, name: str, size: float) -> No
     logits, targets = size * torch.randn(80, 211), torch.randint(0, 211, (80,))
     targets[::2] = logits.argmax(1)[::2]
     upstream = make_upstream(80, [name])
-    got, eager = (dlogits(logits, targets, which, upstream).double() for which in (impl, "reference"))
-    assert_close(
-        f"sum of d{name}/dz",
-        got.sum(1).float(),
-        eager.sum(1).float(),
-        torch.zeros(80, dtype=torch.float64),
-        scale=float(eager.abs().sum(1).max()),
-    )
+    bound = row_sum_bound(logits, targets, upstream)
+    sums = dlogits(logits, targets, impl, upstream).double().sum(1)
+    assert_close(f"sum of d{name}/dz", sums, torch.zeros(80, dtype=torch.float64), bound)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -440,7 +449,7 @@ def test_minus_infinity_in_the_bias_is_a_smaller_vocabulary(impl: str) -> None:
         grad = got[name]
         assert grad is not None and not grad[mask].any(), name
         got[name] = grad[kept]
-    assert_all_close(got, run_linear(small, "reference", upstream), run_linear(small.double(), "reference", upstream))
+    assert_all_close(got, run_linear(small.double(), "reference", upstream), linear_bounds(small, upstream))
 
 
 @pytest.mark.parametrize("names", [("logprob",), ("entropy",), ("lse",), STATS], ids="+".join)
@@ -506,8 +515,9 @@ def test_true_class_gradient_keeps_its_digits(impl: str, dtype: torch.dtype) -> 
     upstream = make_upstream(39, ["logprob"])
     dz = dlogits(logits, targets, impl, upstream)[:, 1]
     gold = -upstream["logprob"] * torch.expm1(-F.cross_entropy(logits.double(), targets, reduction="none"))
-    # fp32 cannot tell sums of exponentials closer to 1 than eps: that, and the rounding of the result, is all there may be.
-    bound = upstream["logprob"].abs() * torch.finfo(torch.float32).eps + gold.abs() * torch.finfo(dtype).eps
+    # The sum of three exponentials, near 1, is rounded twice, and what is divided by it once: that, and the rounding of the
+    # result, is all there may be.
+    bound = upstream["logprob"].abs() * 1.5 * torch.finfo(torch.float32).eps + gold.abs() * torch.finfo(dtype).eps
     assert bool(((dz.double() - gold).abs() <= bound).all())
     assert bool((dz != 0).all())
 
