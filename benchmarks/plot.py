@@ -25,6 +25,7 @@ BEGIN, END = "<!-- benchmarks: python -m benchmarks.plot -->", "<!-- end of benc
 IN_README = ("SEGA, weights from the pass", "SEGA, frozen head", "score: logprob and entropy, forward")
 COLUMNS_IN_README = ("", "time", "/ eager", "/ bare mm", "extra MiB", "Δ logprob", "Δ dhidden")
 OVER_TOKENS = "SEGA, weights from the pass"
+OTHERS = ("drop_mass", "gpu-", "planted_faults", "real_step", "trl_heads")  # results of scripts of their own
 COLORS = {OURS: "#c1272d", EAGER: "#555555", "torch.compile": "#999999", "TRL": "#0072b2", "Liger scaled CE": "#009e73"}
 COLORS |= {"F.linear_cross_entropy": "#8e44ad", ENTROPY_FIRST: "#e69f00"}
 
@@ -34,7 +35,7 @@ def newest() -> dict[str, Path]:
     found = {}
     for path in sorted(results.FOLDER.glob("*.json")):
         match = re.fullmatch(r"(.+)-\d{4}-\d\d-\d\d", path.stem)
-        if match and not path.stem.startswith(("drop_mass", "gpu-", "trl_heads")):
+        if match and not path.stem.startswith(OTHERS):
             found[match[1]] = path  # sorted by date: the last one stays
     return found
 

@@ -23,6 +23,7 @@ class HeadParts(NamedTuple):
     bias: Tensor | None  # (V,)
     low_rank: LowRank | None
     shard: VocabShard | None = None  # of a vocabulary-parallel head
+    biases: tuple[Tensor, ...] = ()  # what the bias is the sum of, where adapters bring some
 
     @property
     def vocab(self) -> int:
@@ -85,10 +86,11 @@ def head_parts(module: nn.Module) -> HeadParts:
     lora = _lora_layer(module)
     linear = module if lora is None else lora.get_base_layer()
     weight, bias = _dense(linear)
-    low_rank = None
-    if lora is not None:
-        bias, low_rank = _lora_parts(lora, bias)
-    return HeadParts(weight, bias, low_rank)
+    if lora is None:
+        return HeadParts(weight, bias, None)
+    of_adapters, low_rank = _lora_parts(lora)
+    biases = of_adapters if bias is None else [bias, *of_adapters]
+    return HeadParts(weight, sum(biases[1:], biases[0]) if biases else None, low_rank, biases=tuple(biases))
 
 
 def product_of(
@@ -156,15 +158,16 @@ def _dense(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def _lora_parts(lora: Any, bias: Tensor | None) -> tuple[Tensor | None, LowRank | None]:
-    """Bias and low-rank part: scale_i (h A_i^T) B_i^T over the active adapters i, as peft's own forward adds them."""
+def _lora_parts(lora: Any) -> tuple[list[Tensor], LowRank | None]:
+    """Biases and low-rank part: scale_i (h A_i^T) B_i^T over the active adapters i, as peft's own forward adds them."""
+    biases: list[Tensor] = []
     if lora.disable_adapters:
         if lora.merged:
             lora.unmerge()  # as peft's forward would
-        return bias, None
+        return biases, None
     active = [name for name in lora.active_adapters if name in lora.lora_A]
     if lora.merged or not active:
-        return bias, None
+        return biases, None
     for name in active:
         if name in lora.lora_variant:
             variant = type(lora.lora_variant[name]).__name__.removesuffix("LinearVariant")
@@ -179,14 +182,13 @@ def _lora_parts(lora: Any, bias: Tensor | None) -> tuple[Tensor | None, LowRank 
                 "than the head's"
             )
         if lora.lora_B[name].bias is not None:
-            extra = lora.scaling[name] * lora.lora_B[name].bias
-            bias = extra if bias is None else bias + extra.to(bias.dtype)
+            biases.append(lora.scaling[name] * lora.lora_B[name].bias)
     a, b = ([side[name].weight for name in active] for side in (lora.lora_A, lora.lora_B))
     if len(active) == 1:
-        return bias, LowRank(a[0], b[0], float(lora.scaling[active[0]]))
+        return biases, LowRank(a[0], b[0], float(lora.scaling[active[0]]))
     dtype = torch.float32 if any(t.dtype == torch.float32 for t in (*a, *b)) else a[0].dtype
     scaled = [lora.scaling[name] * t.to(dtype) for name, t in zip(active, a, strict=True)]
-    return bias, LowRank(torch.cat(scaled), torch.cat([t.to(dtype) for t in b], 1), 1.0)
+    return biases, LowRank(torch.cat(scaled), torch.cat([t.to(dtype) for t in b], 1), 1.0)
 
 
 def _is_dtensor(t: object) -> bool:

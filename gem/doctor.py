@@ -113,8 +113,15 @@ def load(source: str, device: str | None = None) -> nn.Module:
     Raises:
         ValueError: there is no such model or no such device.
     """
+    if not source:
+        raise ValueError(f"model must be {MODEL_SOURCES}, got nothing")
     place = pick_device(device)  # before the weights are read
-    return cast(nn.Module, placed(_load(source), place))
+    model = _load(source)
+    try:
+        unwrapped(model)
+    except TypeError as error:
+        raise ValueError(f"model must be a language model, got {source!r}: {error}") from None
+    return cast(nn.Module, placed(model, place))
 
 
 def _load(source: str) -> Any:

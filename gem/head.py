@@ -26,6 +26,7 @@ from gem.head_check import (
     full_sums,
     gathering,
     repeating,
+    trial_labels,
     trial_tokens,
     undisturbed,
 )
@@ -193,21 +194,26 @@ def _examine(fused: FusedHead, wrapped: nn.Module) -> None:
     model, name, temperature = fused.model, type(fused.model).__name__, fused.transform.temperature
     switch = HeadSwitch.of(model, attach=True)
     with undisturbed(model), gathering(model), full_sums():
-        ids = trial_tokens(model)
+        ids = trial_tokens(model)[:1]
+
+        def logits_of(tokens: Tensor) -> Tensor:
+            out = model(input_ids=tokens, **fused.options)
+            if not isinstance(getattr(out, "logits", None), Tensor):
+                raise ValueError(f"{name} must return an output with its logits, got {type(out).__name__} without")
+            return cast(Tensor, out.logits)
 
         def logits_when(answer: Answer) -> Tensor:
             with answering(switch, answer):
-                return cast(Tensor, model(input_ids=ids, **fused.options).logits)
+                return logits_of(ids)
 
         try:
-            own = model(input_ids=ids, labels=ids, **fused.options)
+            model(input_ids=ids, labels=ids, **fused.options)
         except Exception as error:
             raise ValueError(
                 f"{name} must run on token ids and labels alone for its lm_head to be checked, it raised {error!r}"
             ) from error
-        fused.transform, fused.vocab, fused.rows, fused.roundoff = found = find_transform(
-            model, temperature, logits_when
-        )
+        found = find_transform(model, temperature, logits_when)
+        fused.transform, fused.vocab, fused.rows, fused.roundoff, _ = found
         seen: list[tuple[Tensor, Product]] = []
 
         def own_product(head: nn.Module, hidden: Tensor) -> Tensor:
@@ -221,14 +227,19 @@ def _examine(fused: FusedHead, wrapped: nn.Module) -> None:
             ours = model(input_ids=ids, labels=ids, fused_lm_head=True)
         stats = TokenStats(ours.log_probs, ours.entropy, ours.lse)
         fused.largest_gap = check_against_logits(name, logits, ids, stats, found, bounds)
-        check_loss(name, own, logits, ids, fused.router_weight())
+        rows = trial_tokens(model, found.vocab)
+        labels = trial_labels(rows)
+        own = model(input_ids=rows, labels=labels, **fused.options)
+        own_logits = getattr(own, "logits", None)  # some leave them out beside a loss
+        own_logits = logits_of(rows) if own_logits is None else own_logits
+        check_loss(name, own, own_logits, labels, fused.router_weight())
         if "output_router_logits" in inspect.signature(fused).parameters or hasattr(
             model.config.get_text_config(), "output_router_logits"
         ):
             try:
-                own = model(input_ids=ids, labels=ids, output_router_logits=True, **fused.options)
-                check_loss(name, own, logits, ids, fused.router_weight())
-                model(input_ids=ids, labels=ids, output_router_logits=True, fused_lm_head=True)
+                own = model(input_ids=rows, labels=labels, output_router_logits=True, **fused.options)
+                check_loss(name, own, own_logits, labels, fused.router_weight())
+                model(input_ids=rows, labels=labels, output_router_logits=True, fused_lm_head=True)
             except Exception as error:  # of the model itself, too: some cannot
                 fused.router_problem = f"the router loss of {name} cannot be reproduced: {error}"
         if hasattr(wrapped, "get_base_model"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gem.head_product import local_part
 from gem.head_transform import Found
 from gem.rounding import Product, growth, roundoff, statistics_bounds, transformed
-from gem_kernels import TokenStats
+from gem_kernels import IGNORE_INDEX, TokenStats
 
 TOKENS = 8  # that go through the model
 REPEATS = 1 / 16  # how far hidden states of one call may be from those of the next, relative to their length
@@ -51,7 +51,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def full_sums() -> Iterator[None]:
     """Inside, CUDA sums narrow products in fp32 throughout: a part of a sum that is rounded on the way has no bound."""
     settings = torch.backends.cuda.matmul
-    before = {name: getattr(settings, name) for name in _SHORTCUTS}
+    before = {name: True for name in _SHORTCUTS if getattr(settings, name) is True}
     try:
         for name in before:
             setattr(settings, name, False)
@@ -89,21 +89,35 @@ def gathering(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def trial_tokens(model: Any) -> Tensor:
-    """(1, TOKENS) token ids that mean nothing special to the model (no image, no padding)."""
+def trial_tokens(model: Any, vocab: int | None = None) -> Tensor:
+    """(2, TOKENS) token ids that mean nothing special to the model (no image, no padding): the first, and some of all.
+
+    vocab: logits of a token, where it is known.
+    """
     configs = (model.config, model.config.get_text_config())
     special: set[int] = set()
     for config in configs:
         for name, value in vars(config).items():
             if name.endswith(("_token_id", "_token_index")):
                 special |= set(value) if isinstance(value, (list, tuple)) else {value}
-    ids = [i for i in range(min(model.config.get_text_config().vocab_size, 1000)) if i not in special][:TOKENS]
-    if len(ids) < 2:
+    ordinary = [i for i in range(vocab or model.config.get_text_config().vocab_size) if i not in special]
+    n = min(TOKENS, len(ordinary))
+    if n < 2:
         raise ValueError(
-            f"a check of the lm_head needs 2 ordinary tokens, the vocabulary of {type(model).__name__} has {len(ids)}"
+            f"a check of the lm_head needs 2 ordinary tokens, the vocabulary of {type(model).__name__} has {len(ordinary)}"
         )
     device = model.get_input_embeddings().weight.device
-    return torch.tensor([ids], device="cpu" if device.type == "meta" else device)  # accelerate moves what it offloads
+    spread = [ordinary[(len(ordinary) - 1) * i // (n - 1)] for i in range(n)]
+    ids = torch.tensor([ordinary[:n], spread])
+    return ids.to("cpu" if device.type == "meta" else device)  # accelerate moves what it offloads
+
+
+def trial_labels(ids: Tensor) -> Tensor:
+    """The same, some of them ignored, in one row more than in the other: how a loss counts them shows."""
+    labels = ids.clone()
+    if ids.shape[1] >= 6:
+        labels[0, 1:3] = labels[1, 2:6] = IGNORE_INDEX
+    return labels
 
 
 @contextmanager
@@ -144,7 +158,7 @@ def check_against_logits(name: str, logits: Tensor, ids: Tensor, ours: TokenStat
     z, of_stats = logits[0, :-1].double(), roundoff(ours.lse.dtype)
     own_bound, our_bound = (b[0, :-1, : found.vocab].to(z.device) for b in (head.own, head.ours))
     untempered = replace(transform, temperature=1.0)
-    bound = transformed(untempered, own_bound, z, max(found.roundoff, roundoff(logits.dtype))) / transform.temperature
+    bound = transformed(untempered, own_bound, z, found.roundoff, found.stored) / transform.temperature
     z = z / transform.temperature
     bound = bound + transformed(transform, our_bound, z, of_stats)
     allowed = statistics_bounds(z, bound, targets, of_stats)
@@ -163,30 +177,33 @@ def check_against_logits(name: str, logits: Tensor, ids: Tensor, ours: TokenStat
     return largest
 
 
-def check_loss(name: str, own: Any, logits: Tensor, ids: Tensor, router_weight: float = 0.0) -> None:
+def check_loss(name: str, own: Any, logits: Tensor, labels: Tensor, router_weight: float = 0.0) -> None:
     """Raise ValueError unless the model's own loss is ours: the mean of -log p of the next token, and the weighted router loss.
 
     Args:
-        own: the model's output for labels `ids` (1, T). logits: (1, T, V), where it returns none.
+        own: the model's output for labels (B, T), IGNORE_INDEX where they do not count.
+        logits: (B, T, V), the model's own for the same tokens.
     """
-    logits = logits if getattr(own, "logits", None) is None else own.logits
-    z, targets = logits[0, :-1].double(), ids[0, 1:].to(logits.device)
-    u = max(roundoff(own.loss.dtype), roundoff(torch.float32))  # in which transformers computes the loss of any model
+    loss = getattr(own, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        kind = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"{name} must return a scalar tensor as its loss when it is given labels, got {kind}")
+    kept = labels[:, 1:].to(logits.device) != IGNORE_INDEX
+    z, targets = logits[:, :-1][kept].double(), labels[:, 1:].to(logits.device)[kept]
+    u = max(roundoff(loss.dtype), roundoff(torch.float32))  # in which transformers computes the loss of any model
     log_p = statistics(z, targets).logprob
     limit = statistics_bounds(z, torch.zeros_like(z), targets, u).logprob.mean()
     limit = limit + u * (float(growth(torch.tensor(len(targets)))) + 2) * log_p.abs().mean()
     due = -log_p.mean()
     if (router := getattr(own, "aux_loss", None)) is not None:
-        due, limit = (
-            due + router_weight * router.double().to(due.device),
-            limit + 4 * u * abs(router_weight * float(router)),
-        )
-    came = own.loss.double().to(due.device)
+        router = router_weight * router.double().to(due.device)
+        due, limit = due + router, limit + 4 * u * router.abs()
+    came = loss.double().reshape(()).to(due.device)
     if not bool((came == due) | ((came - due).abs() <= limit)):
         raise ValueError(
-            f"the loss of {name} is another than the mean of -log p of the next token (it shifts its labels otherwise, or adds "
-            f"a term that its config does not weigh so): its own is {float(came):.9g}, ours {float(due):.9g}, and rounding "
-            f"explains {float(limit):.2g}"
+            f"the loss of {name} is another than the mean of -log p of the next token (it shifts its labels otherwise, counts "
+            f"those of {IGNORE_INDEX}, or adds a term that its config does not weigh so): its own is {float(came):.9g}, ours "
+            f"{float(due):.9g}, and rounding explains {float(limit):.2g}"
         )
 
 

@@ -27,8 +27,11 @@ def check_head(model: Any, own_forward: Callable[[Tensor], Tensor], hidden: Tens
         ValueError: they are further, or something is not finite.
     """
     local, name = local_part(hidden), type(model).__name__
-    check_finite(model, local, parts)
-    arithmetic, own = Arithmetic.of(local, parts.weight), own_forward(hidden)
+    arithmetic = Arithmetic.of(local, parts.weight)
+    check_finite(model, local, parts, arithmetic.dtype)
+    own = own_forward(hidden)
+    if not own.is_floating_point():
+        raise ValueError(f"the lm_head of {name} must answer with floating-point logits, got {own.dtype}")
     if parts.shard is not None:  # this rank's forward may return its own columns or all of them: the tokens have to do
         return _whole(product_bounds(local, parts, arithmetic, own.dtype), parts)
     if type(hidden) is not Tensor:  # a DTensor, whole on every rank
@@ -57,13 +60,14 @@ def known_states(hidden: Tensor, parts: HeadParts) -> Tensor:
     largest = states.new_ones(2 + COLUMNS)
     largest[1:-1] = weight[:, columns].abs().amax(0)
     # A sum with random signs has the length of its row for a standard deviation.
-    largest[-1] = 4 * torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).max()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    largest[-1] = 4 * torch.linalg.vector_norm(weight, dim=1, dtype=wide).max()
     exponent = (LARGEST / largest.clamp(min=2.0**-9)).log2().floor().clamp(-14, 15)  # what fp16 can hold
     return (states * 2.0 ** exponent[:, None])[None].to(hidden.dtype)
 
 
-def check_finite(model: Any, hidden: Tensor, parts: HeadParts) -> None:
-    """Raise ValueError naming what is not finite: a part of the head, or the hidden states (1, T, D) that it is given.
+def check_finite(model: Any, hidden: Tensor, parts: HeadParts, dtype: torch.dtype) -> None:
+    """Raise ValueError naming what is not finite in `dtype`: a part of the head, or its hidden states (1, T, D).
 
     A bias may be -inf: that token never occurs.
     """
@@ -72,28 +76,29 @@ def check_finite(model: Any, hidden: Tensor, parts: HeadParts) -> None:
     held |= {} if low is None else {"adapter's A": low.a, "adapter's B": low.b}
     for what, t in held.items():
         allowed = -torch.inf if what == "bias" else None
-        if t is not None and (problem := _not_finite(t, allowed)):
+        if t is not None and (problem := _not_finite(t, dtype, allowed)):
             raise ValueError(f"the {what} of the lm_head of {name} must be finite, got {problem}")
     if parts.bias is not None and not parts.bias.isfinite().any():
         raise ValueError(
             f"the bias of the lm_head of {name} must leave a token that can occur, got -inf in every entry"
         )
-    if problem := _not_finite(hidden):
-        named = model.named_parameters()
+    if problem := _not_finite(hidden, dtype):
+        every = (*model.named_parameters(), *model.named_buffers())
         culprit = next(
-            (f"{n} holds {p}" for n, t in named if not t.is_meta and (p := _not_finite(local_part(t)))), None
+            (f"{n} holds {p}" for n, t in every if not t.is_meta and (p := _not_finite(local_part(t)))), None
         )
-        why = (
-            culprit
-            or f"its parameters are finite, so {hidden.dtype} overflows on the way: load the model in a wider dtype"
+        advice = f"something overflows {dtype} on the way (a wider dtype may help) or makes it"
+        raise ValueError(
+            f"the hidden states that {name} hands to its lm_head must be finite, got {problem}: "
+            f"{culprit or f'its parameters and buffers are finite, so {advice}'}"
         )
-        raise ValueError(f"the hidden states that {name} hands to its lm_head must be finite, got {problem}: {why}")
 
 
-def _not_finite(t: Tensor, allowed: float | None = None) -> str | None:
-    """The first entry that is not finite, and where; None: there is none. A part at a time: a mask of all may be gigabytes."""
+def _not_finite(t: Tensor, dtype: torch.dtype | None = None, allowed: float | None = None) -> str | None:
+    """The first entry that is not finite in dtype, and where; None: there is none. A part at a time: a whole mask is large."""
     start = 0
     for rows in t.detach().split(4096) if t.ndim else [t.detach()[None]]:
+        rows = rows if dtype is None else rows.to(dtype)
         wrong = ~rows.isfinite() if allowed is None else ~(rows.isfinite() | (rows == allowed))
         if wrong.any():
             first = wrong.nonzero()[0]
@@ -107,9 +112,10 @@ def _not_finite(t: Tensor, allowed: float | None = None) -> str | None:
 def _check_product(name: str, got: Tensor, due: Product) -> None:
     """Raise ValueError where the head's answer (1, T, V) is further from the exact product than rounding brings it."""
     largest = torch.finfo(got.dtype).max
-    if bool(((beyond := due.exact.abs()) > largest).logical_and(due.exact.isfinite()).any()):
+    beyond = due.exact[(due.exact.abs() > largest) & due.exact.isfinite()]
+    if len(beyond):
         raise ValueError(
-            f"the logits of {name} must be finite, got one of {float(beyond[beyond.isfinite()].max()):.6g}, beyond {got.dtype} "
+            f"the logits of {name} must be finite, got one of {float(beyond[0]):.6g}, beyond {got.dtype} "
             f"(largest {largest:g}): load the model in a wider dtype"
         )
     got = got.double()
@@ -124,7 +130,7 @@ def _check_product(name: str, got: Tensor, due: Product) -> None:
 
 def local_part(t: Any) -> Tensor:
     """Of a DTensor this rank's part."""
-    return cast(Tensor, t.tolocal_part() if hasattr(t, "to_local") else t)
+    return cast(Tensor, t.to_local() if hasattr(t, "to_local") else t)
 
 
 def _whole(of_rank: Product, parts: HeadParts) -> Product:

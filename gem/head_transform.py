@@ -31,6 +31,7 @@ class Found(NamedTuple):
     vocab: int  # logits of a token
     rows: int  # of the head, of which the first `vocab` count
     roundoff: float  # u of the coarsest dtype that logits have between the head and the model's output
+    stored: float  # u of the model's output, where that is coarser than the head's; else 0
 
 
 def known_logits(tokens: int, vocab: int) -> Tensor:
@@ -80,7 +81,8 @@ def find_transform(model: Any, temperature: float, logits_when: Callable[[Callab
         transform = LogitTransform(scale=float(scale), softcap=None if softcap is None else float(softcap))
         problem = what_differs(transform, z, got, u)
         if problem is None:
-            return Found(replace(transform, temperature=temperature), vocab, rows, u)
+            stored = roundoff(got.dtype) if roundoff(got.dtype) > roundoff(z.dtype) else 0.0
+            return Found(replace(transform, temperature=temperature), vocab, rows, u, stored)
         problems.append(problem)
     raise ValueError(f"{name} does something to its logits that its config does not name: {problems[0]}")
 

@@ -61,7 +61,7 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # a device that is not here fails at its first use, each in its own way
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
         here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"device must be one of this machine ({here}), got {name!r}: {why}") from None

@@ -7,13 +7,14 @@ T tokens, D hidden size, V vocabulary, r rank of an adapter. Bounds are fp64, an
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gem.adapters import HeadParts
-from gem_kernels import LogitTransform, TokenStats
+from gem_kernels import LogitTransform, LowRank, TokenStats
 
 _NARROW = {
     "tf32": 2.0**-10,
@@ -56,7 +57,7 @@ def roundoff(dtype: torch.dtype) -> float:
 def growth(terms: Tensor) -> Tensor:
     """How many u of its sum of absolute values a sum of so many terms may be off, whatever the order.
 
-    n always; and 4 sqrt(n) but for a chance of 1e-10, as roundings are independent.
+    n always; and 4 sqrt(n) but for a chance of 1e-10, if roundings are independent and uniform.
     """
     n = terms.double()
     return torch.minimum(n, 4 * n.sqrt())
@@ -70,25 +71,35 @@ def product_bounds(hidden: Tensor, parts: HeadParts, arithmetic: Arithmetic, res
     # One power of two times a weight is exact, and so is adding zeros to it.
     mantissa = h.frexp().mantissa.abs()
     single = (nonzero <= 1) & ((mantissa == 0) | (mantissa == 0.5)).all(-1)
-    sums = (arithmetic.total * growth(nonzero).masked_fill(single, 0)[..., None] + 2 * arithmetic.operand) * size
-    terms, addends = exact.abs(), 0
+    steps = growth(nonzero).masked_fill(single, 0)[..., None]
+    terms, addends, sums = exact.abs(), 0, 2 * arithmetic.operand * size
     if parts.low_rank is not None:
-        a, b, scale = parts.low_rank
-        low, low_size = _both(h, a, a.dtype)
-        low, low_size = low @ b.double().T, low_size @ b.double().abs().T
-        exact, low_size = exact + scale * low, abs(scale) * low_size
-        # In the dtypes of the adapters, or of autocast: operands, the r products in the middle, the result.
-        u = max(roundoff(t) for t in (a.dtype, b.dtype, arithmetic.dtype))
-        roundings = arithmetic.total * float(growth(torch.tensor(h.shape[-1])) + growth(torch.tensor(a.shape[0])))
-        sums = sums + (roundings + 8 * u) * low_size
-        terms, addends = terms + low_size, 2
+        low, low_size, off = _adapter_bounds(h, parts.low_rank, arithmetic)
+        exact, sums, terms, addends = exact + low, sums + off, terms + low_size, 2
     if parts.bias is not None:
-        bias = parts.bias.double()
-        exact, addends = exact + bias, addends + 1
-        terms = terms + bias.masked_fill(bias.isinf(), 0).abs()
+        exact = exact + parts.bias.double()
+        for bias in parts.biases or (parts.bias,):
+            # It is rounded to the dtype of the products, and a GEMM may begin its sum with it.
+            narrowed = roundoff(arithmetic.dtype) if roundoff(arithmetic.dtype) > roundoff(bias.dtype) else 0.0
+            amount = bias.double().masked_fill(bias.isinf(), 0).abs()
+            sums, size, terms, addends = sums + narrowed * amount, size + amount, terms + amount, addends + 1
+    sums = sums + arithmetic.total * steps * size
     info = torch.finfo(result)
     rounded = (1 + addends) * roundoff(result) * terms + info.smallest_normal * info.eps
     return Product(exact, sums + rounded, sums + (1 + addends) * arithmetic.total * terms)
+
+
+def _adapter_bounds(h: Tensor, low_rank: LowRank, arithmetic: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
+    """scale (h a^T) b^T, the same of absolute values, and how far off it may be.
+
+    Operands, the r products in the middle and the result are rounded to the dtypes of the adapter, or of autocast.
+    """
+    a, b, scale = low_rank
+    low, low_size = _both(h, a, a.dtype)
+    low, low_size = scale * low @ b.double().T, abs(scale) * low_size @ b.double().abs().T
+    u = max(roundoff(t) for t in (a.dtype, b.dtype, arithmetic.dtype))
+    steps = float(growth(torch.tensor(h.shape[-1])) + growth(torch.tensor(a.shape[0])))
+    return low, low_size, (arithmetic.total * steps + 2 * arithmetic.operand + 8 * u) * low_size
 
 
 def transform_roundoff(transform: LogitTransform, u: float) -> float:
@@ -101,13 +112,14 @@ def transform_roundoff(transform: LogitTransform, u: float) -> float:
     return stored * u + inside * min(u, roundoff(torch.float32))
 
 
-def transformed(transform: LogitTransform, bound: Tensor, logits: Tensor, u: float) -> Tensor:
-    """The bound of logits (..., V) once the transform has made `logits` of them in arithmetic of unit roundoff u.
+def transformed(transform: LogitTransform, bound: Tensor, logits: Tensor, u: float, stored: float = 0.0) -> Tensor:
+    """The bound of logits (..., V) once the transform has made `logits` of them in arithmetic of unit roundoff u, and something
+    has stored them in a coarser one.
 
     A tanh lengthens no distance, and no step has a relative error larger than that of what it is given.
     """
     size = logits.masked_fill(logits.isinf(), 0).abs()
-    return abs(transform.scale) / transform.temperature * bound + transform_roundoff(transform, u) * size
+    return abs(transform.scale) / transform.temperature * bound + (transform_roundoff(transform, u) + stored) * size
 
 
 def statistics_bounds(z: Tensor, bound: Tensor, targets: Tensor, u: float) -> TokenStats:
@@ -122,12 +134,13 @@ def statistics_bounds(z: Tensor, bound: Tensor, targets: Tensor, u: float) -> To
     bound = bound.where(possible, 0)
     entropy = -(p * log_p).sum(-1)
     # lse moves most where all dz have one sign and their full size: by log Σ p e^dz. p_v grows by e^(dz_v + that) at most.
-    moved = torch.maximum((p * bound.exp()).sum(-1).log(), -(p * (-bound).exp()).sum(-1).log())
-    most = p * (bound + moved[:, None]).exp() * bound
+    moved = (z - lse[:, None] + bound).logsumexp(-1).clamp(min=0)
+    most = (log_p + bound + moved[:, None]).exp().where(possible, 0) * bound
     # dH = -Σ p (log p + H) dz on the way there, on which log p has moved by dz_v + dlse, and H by dH itself.
     further = (most * ((log_p + entropy[:, None]).abs() + bound + moved[:, None])).sum(-1)
     share = most.sum(-1)
-    entropy_moved = (further / (1 - share)).where(share < 1, torch.inf)
+    # Whatever happens, it stays between 0 and log V.
+    entropy_moved = (further / (1 - share)).where(share < 1, torch.inf).clamp(max=math.log(z.shape[-1]))
     # The sums over V, and exponentials whose argument was rounded: e^-x errs by u x.
     sums = u * (float(growth(torch.tensor(z.shape[-1]))) + _STEPS)
     depth, depth2 = (p * below).sum(-1), (p * below.square()).sum(-1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -35,6 +36,8 @@ def gguf_file(source: str, what: str = "model") -> Path | None:
                 raise ValueError(
                     f"{what} must be {MODEL_SOURCES}, got {source!r}, a file that does not begin with GGUF"
                 )
+        if path.suffix != ".gguf":
+            raise ValueError(f"{what} must be named *.gguf, by which transformers knows it, got {source!r}")
         return path
     if path.suffix.lower() == ".gguf" and not path.exists():
         raise ValueError(f"{what} must be an existing file, got {source!r}")
@@ -64,7 +67,7 @@ def tokenizer_of(source: str, what: str) -> Any:
         return tokenizer
     try:
         return AutoTokenizer.from_pretrained(source if file is None else str(file.parent))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{what} must be a folder or hub name with a tokenizer, got {source!r}: {error}") from None
 
 
@@ -88,7 +91,7 @@ def pretrained(source: str, model_class: Any = AutoModelForCausalLM, **options: 
         return _dequantised(model_class, file, **options)
     try:
         return model_class.from_pretrained(source, **options)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"model must be {MODEL_SOURCES}, got {source!r}: {error}") from None
 
 
@@ -119,9 +122,13 @@ def adapter_base(source: str) -> str | None:
     file = Path(source) / "adapter_config.json"
     if not file.is_file():
         return None
-    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"model must name the base of its adapters, got none in {file}")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"model must have adapters whose config is JSON, got {file}: {error}") from None
+    base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not base or not settings.get("peft_type"):
+        raise ValueError(f"model must name the base of its adapters and their peft_type, got {file} without")
     return str(base)
 
 

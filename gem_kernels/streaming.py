@@ -66,7 +66,7 @@ class OnlineStats(NamedTuple):
 
     @staticmethod
     def start(targets: Tensor) -> OnlineStats:
-        values = torch.zeros(4, targets.shape[0], device=targets.device)
+        values = torch.zeros(4, targets.shape[0], dtype=torch.float32, device=targets.device)
         values[0] = torch.finfo(torch.float32).min
         values[3] = float("nan")  # not seen yet: a target out of range gives NaN
         return OnlineStats(targets, values)
@@ -201,7 +201,7 @@ class LogitTiles:
         self.hidden, self.low_hidden = x.hidden.to(compat.gemm_dtype(x.hidden)), adapter_hidden(x)
         n, v = x.hidden.shape[0], x.weight.shape[0]
         self.shape = chunk_tile(x.hidden)
-        self.buffer = torch.empty(buffer_size(n, v, self.shape), device=x.hidden.device)
+        self.buffer = torch.empty(buffer_size(n, v, self.shape), dtype=torch.float32, device=x.hidden.device)
         self.gradient_buffer: Tensor | None = None
         self.weight_buffer: Tensor | None = None
 
@@ -279,7 +279,7 @@ class Gradients:
         self.x, (need_hidden, need_weight, need_bias, self.need_a, need_b) = x, needed
 
         def zeros(need: bool, *shape: int) -> Tensor | None:
-            return torch.zeros(shape, device=x.hidden.device) if need else None
+            return torch.zeros(shape, dtype=torch.float32, device=x.hidden.device) if need else None
 
         (n, d), v = x.hidden.shape, x.weight.shape[0]
         rank = 0 if x.low_rank is None else x.low_rank.a.shape[0]

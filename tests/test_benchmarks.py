@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import planted_faults
 import pytest
 import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import contest, measure, plot, results, trl_heads
+from benchmarks import contest, measure, plot, real_step, results, trl_heads
 from benchmarks.gold import make_gold
 from benchmarks.peers import OURS
 from benchmarks.shapes import TINY, Shape, make_inputs, ragged
@@ -249,4 +250,14 @@ def test_the_table_of_trls_trainers_is_what_its_results_say() -> None:
     *_, newest = sorted(results.FOLDER.glob("trl_heads-*.json"))
     rows = trl_heads.table(json.loads(newest.read_text(encoding="utf-8")))
     assert len(rows) == 2 + 2 * len(trl_heads.TASKS)
+    assert "\n".join(rows) in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows_of"), [("real_step", real_step.table), ("planted_faults", planted_faults.table)]
+)
+def test_the_tables_of_real_models_are_what_their_results_say(name: str, rows_of: Any) -> None:
+    *_, newest = sorted(results.FOLDER.glob(f"{name}-*.json"))
+    rows = rows_of(json.loads(newest.read_text(encoding="utf-8")))
+    assert len(rows) >= 6
     assert "\n".join(rows) in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")

@@ -182,6 +182,11 @@ NOT_FINITE = {
         "the hidden states that LlamaForCausalLM hands to its lm_head must be finite, got nan at [0, 0, 0]: "
         "model.layers.1.mlp.up_proj.weight holds nan at [2, 5]",
     ),
+    "buffer": (
+        "llama",
+        spoil(lambda m: m.model.rotary_emb.inv_freq, (1,), torch.nan),
+        "hands to its lm_head must be finite, got nan at [0, 0, 0]: model.rotary_emb.inv_freq holds nan at [1]",
+    ),
 }
 
 
@@ -211,15 +216,13 @@ def test_refuses_what_overflows_by_its_name() -> None:
     with torch.no_grad():
         model.lm_head.weight.mul_(3e4)
     with pytest.raises(
-        ValueError, match=r"the logits of LlamaForCausalLM must be finite, got one of [\d.e+]+, beyond torch.float16"
+        ValueError, match=r"the logits of LlamaForCausalLM must be finite, got one of -?[\d.e+]+, beyond torch.float16"
     ):
         fuse_lm_head(model.half())
     model = build("llama")
     with torch.no_grad():
         model.model.norm.weight.fill_(6e4)
-    message = (
-        r"hands to its lm_head must be finite, got -?inf at .*: its parameters are finite, so torch.float16 overflows"
-    )
+    message = r"to its lm_head must be finite, got -?inf at .*: its parameters and buffers are finite, so something overflows"
     with pytest.raises(ValueError, match=message):
         fuse_lm_head(model.half())
 
@@ -344,6 +347,117 @@ def test_a_model_that_needs_more_than_tokens_is_told_off() -> None:
         ValueError, match=r"Picky must run on token ids and labels alone .* TypeError\('pixels are missing'\)"
     ):
         fuse_lm_head(Picky(LlamaConfig(**TEXT)))
+
+
+# --- a loss that counts otherwise ------------------------------------------------------------------------------------------
+
+
+def with_loss(loss_of: Any) -> Any:
+    """loss_of(logits (B, T, V), labels (B, T)) is what it returns."""
+
+    class Counting(LlamaForCausalLM):
+        def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            out.loss = None if labels is None else loss_of(out.logits, labels)
+            return out
+
+    return Counting(LlamaConfig(**TEXT, initializer_range=0.5))
+
+
+def nll(z: Tensor, labels: Tensor, **settings: Any) -> Tensor:
+    return nn.functional.cross_entropy(z[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), **settings)
+
+
+HALF = torch.ones(VOCAB).index_fill(0, torch.arange(50, VOCAB), 0.5)
+COUNTS = {
+    "ignored ones in the mean": lambda z, y: nll(z, y, reduction="sum") / y[:, 1:].numel(),
+    "ignored ones as token 0": lambda z, y: nll(z, y.clamp(min=0)),
+    "mean of the means of rows": lambda z, y: torch.stack(
+        [nll(a[None], b[None]) for a, b in zip(z, y, strict=True)]
+    ).mean(),
+    "a sum": lambda z, y: nll(z, y, reduction="sum"),
+    "smoothed labels": lambda z, y: nll(z, y, label_smoothing=0.01),
+    "half weight for some tokens": lambda z, y: nll(z, y, weight=HALF),
+    "the last token left out": lambda z, y: nll(z[:, :-1], y[:, :-1]),
+}
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_refuses_a_loss_that_counts_otherwise(count: str) -> None:
+    fuse_lm_head(with_loss(nll))
+    with pytest.raises(ValueError, match="the loss of Counting is another than the mean of -log p of the next token"):
+        fuse_lm_head(with_loss(COUNTS[count]))
+
+
+@pytest.mark.parametrize(
+    ("returned", "kind"),
+    [(None, "NoneType"), (1.5, "float"), (torch.ones(3), r"a tensor \(3,\)")],
+    ids=["nothing", "a number", "a vector"],
+)
+def test_refuses_what_is_no_loss(returned: Any, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"Counting must return a scalar tensor as its loss .*, got {kind}"):
+        fuse_lm_head(with_loss(lambda z, y: returned))
+
+
+# --- right models that a bound must not refuse -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "phi", "mamba"])
+def test_every_dtype_attaches(name: str, dtype: torch.dtype) -> None:
+    fuse_lm_head(build(name).to(dtype))
+
+
+@pytest.mark.parametrize("value", [-1e4, -1e9, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_token_banned_by_a_large_bias(value: float, dtype: torch.dtype) -> None:
+    model = build("phi")
+    with torch.no_grad():
+        model.lm_head.bias[90] = value
+    seen, allowed = fused_head(fuse_lm_head(model.to(dtype))).largest_gap
+    assert seen <= allowed < 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_gemm_that_begins_with_a_large_bias(seed: int) -> None:
+    model = build("phi", hidden_size=512, num_attention_heads=4, num_key_value_heads=4, seed=seed)
+    with torch.no_grad():
+        nn.init.normal_(model.lm_head.weight, std=0.05 / 512**0.5)
+        nn.init.normal_(model.lm_head.bias, std=100.0)
+    fuse_lm_head(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_biases_of_adapters_that_cancel(adapters: int, dtype: torch.dtype) -> None:
+    config = LoraConfig(r=2, target_modules=["lm_head"], lora_bias=True)
+    model = get_peft_model(build("phi").to(dtype), config)
+    if adapters == 2:
+        model.add_adapter("second", config)
+        model.base_model.set_adapter(["default", "second"])
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        nn.init.normal_(head.base_layer.bias, std=10.0)
+        for name in head.active_adapters:
+            head.lora_B[name].bias.copy_(-0.999 * head.base_layer.bias / adapters / head.scaling[name])
+            nn.init.normal_(head.lora_B[name].weight)
+    fuse_lm_head(model)
+
+
+def test_logits_that_the_model_stores_in_a_narrower_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Changed, "change", staticmethod(lambda z: z.bfloat16()))
+    fuse_lm_head(Changed(LlamaConfig(**TEXT, initializer_range=0.5)))
+
+
+def test_another_default_dtype() -> None:
+    model = build("llama").bfloat16()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        out = fuse_lm_head(model)(**batch(), fused_lm_head=True)
+        out.loss.backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert out.log_probs.dtype == torch.float32
 
 
 # --- what changes after the check: noticed in every call ------------------------------------------------------------------

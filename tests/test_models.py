@@ -193,6 +193,7 @@ def test_adapters_without_a_base_are_refused(base: Path, tmp_path: Path) -> None
     file = tmp_path / "a" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": None}))
     with pytest.raises(
-        ValueError, match=r"model must name the base of its adapters, got none in .*adapter_config.json"
+        ValueError,
+        match=r"model must name the base of its adapters and their peft_type, got .*adapter_config.json without",
     ):
         load_model(ModelArguments(model=str(tmp_path / "a")), build_tokenizer())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gem.adapters import HeadParts
 from gem.head_check import statistics
+from gem.head_product import local_part
 from gem.rounding import Arithmetic, growth, product_bounds, roundoff, statistics_bounds
 from gem_kernels import LowRank
 
@@ -162,3 +163,11 @@ def test_statistics_in_fp32_keep_their_bound(v: int) -> None:
     for got, exact, limit in zip(statistics(z, targets), statistics(z.double(), targets), allowed, strict=True):
         assert bool(((got - exact).abs() <= limit).all())
         assert float(limit.max()) < 2e-3
+
+
+def test_a_part_of_a_dtensor_is_its_local_one() -> None:
+    class Sharded:
+        def to_local(self) -> Tensor:
+            return torch.ones(2)
+
+    assert torch.equal(local_part(Sharded()), torch.ones(2)) and torch.equal(local_part(torch.zeros(3)), torch.zeros(3))

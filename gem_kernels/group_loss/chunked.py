@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,8 +101,9 @@ def forward_backward(
     cache_dtype = torch.bfloat16 if exponentials else torch.float32
     cache = torch.empty(max(cached_rows, 0) * width, dtype=cache_dtype, device=targets.device)
     gradients = Gradients(mine, needed, passes=len(slabs))
-    stats = TokenStats(*(torch.zeros(targets.shape, device=targets.device) for _ in TokenStats._fields))
-    loss = torch.zeros((), device=targets.device)
+    fp32: dict[str, Any] = {"dtype": torch.float32, "device": targets.device}
+    stats = TokenStats(*(torch.zeros(targets.shape, **fp32) for _ in TokenStats._fields))
+    loss = torch.zeros((), **fp32)
     for slab in slabs:
         rows, tokens = slice(slab.start, slab.stop), slice(cu_groups[slab.first], cu_groups[slab.last])
         in_slab = kept.part(rows, tokens)

@@ -222,7 +222,7 @@ class Exponentials:
     def __init__(self, x: Operands, targets: Tensor, transform: Transform, cache: Tensor, ranks: str) -> None:
         self.tiles, self.online = LogitTiles(x, transform), OnlineStats.start(targets)
         n, v = x.hidden.shape[0], x.weight.shape[0]
-        self.reference = torch.empty(n, device=targets.device)
+        self.reference = torch.empty(n, dtype=torch.float32, device=targets.device)
         self.cache = matrix(cache, n, v)
         for cols, part in self.tiles.columns():
             for rows in self.tiles.rows():

@@ -32,7 +32,7 @@ def forward_backward(
     """(loss, statistics of all M tokens, gradients of (hidden, weight, bias, a, b)); cache_bytes and columns are not used."""
     arguments = (*x.flatten(), targets, *transform, ignore_index, "triton")
     *values, online = _ops.linear_logprob(*arguments, ranks=ranks)
-    stats, loss = TokenStats(*values), torch.zeros((), device=targets.device)
+    stats, loss = TokenStats(*values), torch.zeros((), dtype=torch.float32, device=targets.device)
     upstreams = [torch.zeros_like(s) for s in stats]
     seen = set()
     for group, (start, end) in enumerate(pairwise(cu_groups)):

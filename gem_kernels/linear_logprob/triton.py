@@ -213,14 +213,14 @@ def launch_forward(x: Operands, targets: Tensor, order: Tensor, count: Tensor, t
     (n, d), v, device = x.hidden.shape, x.weight.shape[0], x.hidden.device
     if n == 0 or v == 0:  # another rank holds all of the vocabulary
         return OnlineStats.start(targets).values
-    online = torch.empty(4, n, device=device)
+    online = torch.empty(4, n, dtype=torch.float32, device=device)
     common = _Launch(x, adapter_hidden(x), transform, tiles.LINEAR_FORWARD)
     tile = common.tile
     row_blocks, tile_count = triton.cdiv(n, tile.block_n), triton.cdiv(v, tile.block_v)
     splits = tiles.vocabulary_splits(min(row_blocks, tile.group_n), tile_count, compat.processors(device))
     tiles_per_split = triton.cdiv(tile_count, splits)
     splits = triton.cdiv(tile_count, tiles_per_split)  # no empty part
-    partial = torch.empty(splits, 4, n, device=device)
+    partial = torch.empty(splits, 4, n, dtype=torch.float32, device=device)
     compat.launch(
         _linear_logprob_fwd_kernel,
         (row_blocks * splits,),

@@ -12,7 +12,7 @@ from gem_kernels.types import Upstream
 
 def forward(logits: Tensor, targets: Tensor, transform: Transform, ignore_index: int) -> Tensor:
     """logits (B, T, V), any strides; targets (B T,) -> (m, s, t, z_y) (4, B T) fp32."""
-    online = OnlineStats(targets, torch.empty(4, targets.shape[0], device=logits.device))
+    online = OnlineStats(targets, torch.empty(4, targets.shape[0], dtype=torch.float32, device=logits.device))
     update_statistics(logits, None, online, 0, transform, ignore_index)
     return online.values
 
