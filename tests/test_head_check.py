@@ -222,7 +222,9 @@ def test_refuses_what_overflows_by_its_name() -> None:
     model = build("llama")
     with torch.no_grad():
         model.model.norm.weight.fill_(6e4)
-    message = r"to its lm_head must be finite, got -?inf at .*: its parameters and buffers are finite, so something overflows"
+    message = (
+        r"to its lm_head must be finite, got -?inf at .*: its parameters and buffers are finite, so something overflows"
+    )
     with pytest.raises(ValueError, match=message):
         fuse_lm_head(model.half())
 
