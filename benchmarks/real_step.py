@@ -13,17 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import statistics
-import subprocess
-import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import ROOT, describe_machine, said
-from benchmarks.trl_heads import FREE_AT_ONCE, QUIET, resident
+from benchmarks import turns
 
 BATCH, LENGTH, ROUNDS = 4, 256, 3
 HEADS = ("own", "gem-kernels")
@@ -47,41 +42,21 @@ def run(source: str, head: str) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=False)
     losses = []
     for _ in range(2):  # the first makes the optimizer's states
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again from here
-        before, start = resident("VmRSS"), time.perf_counter()
+        before, start = turns.forget_peak(), time.perf_counter()
         loss = model(input_ids=ids, labels=ids, use_cache=False, **asked).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds, peak = time.perf_counter() - start, resident("VmHWM") - before
+        seconds, peak = time.perf_counter() - start, turns.resident("VmHWM") - before
         losses.append(float(loss.detach()))
         del loss
     return {"vocab": vocab, "hidden": hidden, "peak_mib": peak, "seconds": seconds, "losses": losses}
 
 
 def measure(models: list[str]) -> dict[str, Any]:
-    """All runs, the heads in turns."""
-    rows: list[dict[str, Any]] = []
-    load = os.getloadavg()
-    for number in range(ROUNDS):
-        for source in models:
-            for head in HEADS if number % 2 == 0 else HEADS[::-1]:
-                command = [sys.executable, "-m", "benchmarks.real_step", "--run", source, head]
-                environment = {**os.environ, **FREE_AT_ONCE, **QUIET}
-                done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise RuntimeError(done.stderr[-3000:])
-                row = json.loads(done.stdout.splitlines()[-1])
-                rows.append({"model": Path(source).stem, "head": head, **row})
-                print(rows[-1], flush=True)
-    return {
-        "machine": describe_machine(),
-        "date": date.today().isoformat(),
-        "commit": said("git", "rev-parse", "HEAD"),
-        "load": {"before": load, "after": os.getloadavg()},
-        "shape": {"batch": BATCH, "length": LENGTH, "rounds": ROUNDS},
-        "runs": rows,
-    }
+    cases = {Path(source).stem: source for source in models}
+    shape = {"batch": BATCH, "length": LENGTH, "rounds": ROUNDS}
+    return turns.measure("benchmarks.real_step", "model", cases, HEADS, ROUNDS, shape)
 
 
 def table(document: dict[str, Any]) -> list[str]:

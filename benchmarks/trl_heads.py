@@ -5,7 +5,7 @@
 
 A Llama with a small body under a vocabulary of 128256, fp32. Every run is a process of its own, the heads take turns, and the
 table shows medians. Peak: the resident set at its highest in train() less what was resident before, so weights are out,
-gradients and optimizer states in, for both. What is freed goes back to the system at once (MALLOC_*): the peak is what is used.
+gradients and optimizer states in, for both.
 """
 
 from __future__ import annotations
@@ -15,20 +15,16 @@ import contextlib
 import io
 import json
 import logging
-import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import ROOT, describe_machine, said
+from benchmarks import turns
 
 V, D, STEPS, ROUNDS = 128256, 64, 5, 3
 TASKS = {
@@ -37,14 +33,6 @@ TASKS = {
     "SFT": "4 sequences of 512 tokens",
 }
 HEADS = ("TRL", "gem-kernels")
-FREE_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-QUIET = {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-
-
-def resident(field: str) -> float:
-    """MiB"""
-    with open("/proc/self/status", encoding="utf-8") as lines:
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def build_trainer(task: str, folder: str) -> Any:
@@ -131,37 +119,17 @@ def run(task: str, head: str) -> dict[str, Any]:
             use_gem_head(trainer)
         generation: list[float] = []
         with timed(trainer.model, "generate", generation), contextlib.redirect_stdout(io.StringIO()):
-            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again from here
-            before, start = resident("VmRSS"), time.perf_counter()
+            before, start = turns.forget_peak(), time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - start
-        peak = resident("VmHWM") - before
+        peak = turns.resident("VmHWM") - before
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"peak_mib": peak, "seconds": seconds - sum(generation), "generation": sum(generation), "losses": losses}
 
 
 def measure() -> dict[str, Any]:
-    """All runs, the heads in turns."""
-    rows: list[dict[str, Any]] = []
-    load = os.getloadavg()
-    for number in range(ROUNDS):
-        for task in TASKS:
-            for head in HEADS if number % 2 == 0 else HEADS[::-1]:
-                command = [sys.executable, "-m", "benchmarks.trl_heads", "--run", task, head]
-                environment = {**os.environ, **FREE_AT_ONCE, **QUIET}
-                done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise RuntimeError(done.stderr[-3000:])
-                rows.append({"task": task, "head": head, **json.loads(done.stdout.splitlines()[-1])})
-                print(rows[-1], flush=True)
-    return {
-        "machine": describe_machine(),
-        "date": date.today().isoformat(),
-        "commit": said("git", "rev-parse", "HEAD"),
-        "load": {"before": load, "after": os.getloadavg()},
-        "shape": {"V": V, "D": D, "steps": STEPS, "rounds": ROUNDS},
-        "runs": rows,
-    }
+    shape = {"V": V, "D": D, "steps": STEPS, "rounds": ROUNDS}
+    return turns.measure("benchmarks.trl_heads", "task", {task: task for task in TASKS}, HEADS, ROUNDS, shape)
 
 
 def table(document: dict[str, Any]) -> list[str]:

@@ -16,10 +16,8 @@ from torch import Tensor
 from gem.adapters import HeadParts
 from gem_kernels import LogitTransform, LowRank, TokenStats
 
-_NARROW = {
-    "tf32": 2.0**-10,
-    "bf16": 2.0**-8,
-}  # how far a GEMM library may bring fp32 operands: cut to TF32, rounded to bf16
+# Share of itself by which a GEMM library may change a fp32 operand: it cuts to TF32, and rounds to bf16.
+_NARROW = {"tf32": 2.0**-10, "bf16": 2.0**-8}
 _STEPS = 8  # elementary operations between a sum and a statistic, each of one or two roundings
 
 
@@ -113,10 +111,10 @@ def transform_roundoff(transform: LogitTransform, u: float) -> float:
 
 
 def transformed(transform: LogitTransform, bound: Tensor, logits: Tensor, u: float, stored: float = 0.0) -> Tensor:
-    """The bound of logits (..., V) once the transform has made `logits` of them in arithmetic of unit roundoff u, and something
-    has stored them in a coarser one.
+    """The bound of logits (..., V) once the transform has made `logits` of them in arithmetic of unit roundoff u.
 
-    A tanh lengthens no distance, and no step has a relative error larger than that of what it is given.
+    stored: u of the dtype in which they are then stored; 0: in that of before. A tanh lengthens no distance, and no step has a
+    relative error larger than that of what it is given.
     """
     size = logits.masked_fill(logits.isinf(), 0).abs()
     return abs(transform.scale) / transform.temperature * bound + (transform_roundoff(transform, u) + stored) * size
@@ -166,10 +164,8 @@ def _both(h: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 def _narrowed(device: str) -> float:
     """Share of itself by which torch's settings let a fp32 operand change on this device; 0: not at all."""
-    backend: Any = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn
-    if device != "cuda":
-        backend = getattr(backend, "matmul", None)
-    setting = getattr(backend, "fp32_precision", None)
+    backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+    setting = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
     if setting is None:  # before torch 2.9
         asked = torch.get_float32_matmul_precision()
         setting = {"highest": "ieee", "high": "tf32", "medium": "tf32" if device == "cuda" else "bf16"}[asked]
