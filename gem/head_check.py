@@ -51,7 +51,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def full_sums() -> Iterator[None]:
     """Inside, CUDA sums narrow products in fp32 throughout: a part of a sum that is rounded on the way has no bound."""
     settings = torch.backends.cuda.matmul
-    before = {name: True for name in _SHORTCUTS if getattr(settings, name) is True}
+    before = {name: True for name in _SHORTCUTS if getattr(settings, name, False) is True}
     try:
         for name in before:
             setattr(settings, name, False)
