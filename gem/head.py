@@ -217,9 +217,9 @@ def _examine(fused: FusedHead, wrapped: nn.Module) -> None:
         seen: list[tuple[Tensor, Product]] = []
 
         def own_product(head: nn.Module, hidden: Tensor) -> Tensor:
-            bounds = check_head(model, switch.own_forward, hidden, head_parts(head).local())
+            own, bounds = check_head(model, switch.own_forward, hidden, head_parts(head).local())
             seen.append((hidden, bounds))
-            return cast(Tensor, switch.own_forward(hidden))
+            return own
 
         logits = logits_when(own_product)
         ((hidden, bounds),) = seen

@@ -20,8 +20,10 @@ LARGEST = 60.0  # logit of a known hidden state
 COLUMNS = 4  # of the weight that are looked at one by one
 
 
-def check_head(model: Any, own_forward: Callable[[Tensor], Tensor], hidden: Tensor, parts: HeadParts) -> Product:
-    """How far from the exact product with its parts the head's own logits may be, and ours, for hidden states (1, T, D).
+def check_head(
+    model: Any, own_forward: Callable[[Tensor], Tensor], hidden: Tensor, parts: HeadParts
+) -> tuple[Tensor, Product]:
+    """The head's own logits for hidden states (1, T, D), and how far from the exact product they may be, and ours.
 
     Raises:
         ValueError: they are further, or something is not finite.
@@ -33,17 +35,17 @@ def check_head(model: Any, own_forward: Callable[[Tensor], Tensor], hidden: Tens
     if not own.is_floating_point():
         raise ValueError(f"the lm_head of {name} must answer with floating-point logits, got {own.dtype}")
     if parts.shard is not None:  # this rank's forward may return its own columns or all of them: the tokens have to do
-        return _whole(product_bounds(local, parts, arithmetic, own.dtype), parts)
+        return own, _whole(product_bounds(local, parts, arithmetic, own.dtype), parts)
     if type(hidden) is not Tensor:  # a DTensor, whole on every rank
         of_tokens = product_bounds(local, parts, arithmetic, own.dtype)
         _check_product(name, local_part(own), of_tokens)
-        return of_tokens
+        return own, of_tokens
     probes = known_states(hidden, parts)
     due = product_bounds(torch.cat([hidden, probes], 1), parts, arithmetic, own.dtype)  # one pass over the weight
     of_tokens, of_probes = (Product(*t) for t in zip(*(p.tensor_split([hidden.shape[1]], 1) for p in due), strict=True))
     _check_product(name, own, of_tokens)
     _check_product(name, own_forward(probes), of_probes)
-    return of_tokens
+    return own, of_tokens
 
 
 def known_states(hidden: Tensor, parts: HeadParts) -> Tensor:

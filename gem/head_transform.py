@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gem.adapters import head_parts
-from gem.rounding import roundoff, transform_roundoff
+from gem.rounding import narrowing, roundoff, transform_roundoff
 from gem_kernels import LogitTransform
 
 SPREAD = 60.0  # known logits lie in [-SPREAD, SPREAD]
@@ -81,15 +81,14 @@ def find_transform(model: Any, temperature: float, logits_when: Callable[[Callab
         transform = LogitTransform(scale=float(scale), softcap=None if softcap is None else float(softcap))
         problem = what_differs(transform, z, got, u)
         if problem is None:
-            stored = roundoff(got.dtype) if roundoff(got.dtype) > roundoff(z.dtype) else 0.0
-            return Found(replace(transform, temperature=temperature), vocab, rows, u, stored)
+            return Found(replace(transform, temperature=temperature), vocab, rows, u, narrowing(z.dtype, got.dtype))
         problems.append(problem)
     raise ValueError(f"{name} does something to its logits that its config does not name: {problems[0]}")
 
 
 def what_differs(transform: LogitTransform, z: Tensor, got: Tensor, u: float) -> str | None:
     """In words, where `got` is not what the transform makes of z in arithmetic of unit roundoff u; None: nowhere. Any shape."""
-    share = transform_roundoff(transform, u) + roundoff(got.dtype) * (roundoff(got.dtype) > roundoff(z.dtype))
+    share = transform_roundoff(transform, u) + narrowing(z.dtype, got.dtype)
     subnormal = max(torch.finfo(t.dtype).smallest_normal * torch.finfo(t.dtype).eps for t in (z, got))
     expected, got = apply(transform, z.double()), got.double()
     wrong = ~((got - expected).abs() <= share * expected.abs() + 8 * subnormal * (share > 0))

@@ -52,6 +52,11 @@ def roundoff(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps) / 2
 
 
+def narrowing(source: torch.dtype, target: torch.dtype) -> float:
+    """u of the conversion from one dtype to the other; 0 where it is exact."""
+    return roundoff(target) if roundoff(target) > roundoff(source) else 0.0
+
+
 def growth(terms: Tensor) -> Tensor:
     """How many u of its sum of absolute values a sum of so many terms may be off, whatever the order.
 
@@ -78,9 +83,9 @@ def product_bounds(hidden: Tensor, parts: HeadParts, arithmetic: Arithmetic, res
         exact = exact + parts.bias.double()
         for bias in parts.biases or (parts.bias,):
             # It is rounded to the dtype of the products, and a GEMM may begin its sum with it.
-            narrowed = roundoff(arithmetic.dtype) if roundoff(arithmetic.dtype) > roundoff(bias.dtype) else 0.0
             amount = bias.double().masked_fill(bias.isinf(), 0).abs()
-            sums, size, terms, addends = sums + narrowed * amount, size + amount, terms + amount, addends + 1
+            sums = sums + narrowing(bias.dtype, arithmetic.dtype) * amount
+            size, terms, addends = size + amount, terms + amount, addends + 1
     sums = sums + arithmetic.total * steps * size
     info = torch.finfo(result)
     rounded = (1 + addends) * roundoff(result) * terms + info.smallest_normal * info.eps
