@@ -24,6 +24,20 @@ def replacing(path: Path) -> Iterator[IO[str]]:
         part.unlink(missing_ok=True)
 
 
+def read_text(path: Path) -> str:
+    """The whole of a UTF-8 file.
+
+    Raises:
+        ValueError: it is not UTF-8; with its name, which Python's own message lacks.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x} at {error.start}"
+        ) from None
+
+
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     with replacing(path) as out:
         for line in lines:

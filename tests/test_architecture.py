@@ -15,16 +15,17 @@ GEM = sorted((ROOT / "gem").rglob("*.py"))
 
 # Layers of gem, lowest first: a module imports from lower layers only.
 LAYERS = [
-    {"config", "files", "runs", "adapters", "sources"},
-    {"data", "groups", "spans", "rank", "sega", "losses", "models", "rounding", "curves"},
-    {"head_transform", "head_product"},
-    {"head_check", "extra_outputs"},
-    {"fused_call"},
+    {"problems", "files", "adapters", "loading", "ends"},
+    {"sources", "config", "groups", "messages", "read", "runs", "training_flags"},
+    {"conversation", "converters", "shapes", "models", "spans", "rank", "sega", "losses", "rounding", "curves"},
+    {"encoding", "formats", "head_transform", "head_product", "router_loss"},
+    {"records", "head_check", "extra_outputs"},
+    {"data", "fused_call"},
     {"head"},
     {"rollout", "score", "doctor"},
     {"pipeline", "evaluate", "report"},
     {"trainer"},
-    {"demo", "trl"},
+    {"demo", "trl", "settings", "explain"},
     {"cli"},
     {"__main__"},
 ]
