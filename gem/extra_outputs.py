@@ -1,20 +1,21 @@
 """Per-token fields beyond log-probs and entropies that some losses and logs want, each without the logits where that can be.
 
-N tokens, D hidden size, V vocabulary. Each takes the statistics and the arguments of the call that gave them; no gradients.
+N tokens, D hidden size, V vocabulary. Each takes the statistics and the arguments of the call that gave them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gem.adapters import product_of
 from gem.head_transform import apply
-from gem_kernels import LogitTransform, MaxTokenStats, linear_logprob_entropy
+from gem_kernels import LogitTransform, LowRank, MaxTokenStats, linear_logprob_entropy
 
 _TILE_BYTES = 64 << 20
 
@@ -32,23 +33,52 @@ def log_sum_sq_probs(stats: MaxTokenStats, arguments: dict[str, Any]) -> Tensor:
 
 
 def mean_logits(_: MaxTokenStats, arguments: dict[str, Any]) -> Tensor:
-    """Mean of the transformed logits over the vocabulary.
+    """Mean of the transformed logits over the vocabulary, with a gradient; fp32 (fp64 for fp64 inputs).
 
     Without a softcap the mean of h W^T is h times the mean row of W: one pass over the weight, none over N x V. A softcap is
-    not linear: then the logits are made, a few tokens at a time.
+    not linear: then the logits are made, a part of the vocabulary at a time, and made again in the backward.
     """
     hidden, weight, bias, low = (arguments[name] for name in ("hidden", "weight", "bias", "low_rank"))
     transform: LogitTransform = arguments["transform"]
     if arguments["shard"] is not None:
-        raise ValueError("mean_logits of a vocabulary-parallel lm_head is not supported: leave it out of outputs")
-    if transform.softcap is None:
-        mean_low = None if low is None else low._replace(b=low.b.mean(0, keepdim=True, dtype=torch.float32))
-        mean_bias = None if bias is None else bias.mean(0, keepdim=True, dtype=torch.float32)
-        mean_row = weight.mean(0, keepdim=True, dtype=torch.float32)
-        return apply(transform, product_of(hidden, mean_row, mean_bias, mean_low, torch.float32)[..., 0])
-    rows = hidden.flatten(0, -2).split(max(1, _TILE_BYTES // (4 * weight.shape[0])))
-    means = [apply(transform, product_of(h, weight, bias, low, torch.float32)).mean(-1) for h in rows]
-    return torch.cat(means).view(hidden.shape[:-1])
+        raise ValueError(
+            "the mean logit of a vocabulary-parallel lm_head is not supported: leave mean_logits out of outputs, and "
+            "label_smoothing at 0"
+        )
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the product
+        if transform.softcap is not None:
+            return _mean_of_capped(hidden.to(dtype), weight, bias, low, transform)
+        mean_row = _column_means(weight, dtype)
+        mean_bias = None if bias is None else _column_means(bias, dtype)
+        mean_low = None if low is None else low._replace(b=_column_means(low.b, dtype))
+        return apply(transform, product_of(hidden, mean_row, mean_bias, mean_low, dtype)[..., 0])
+
+
+def _column_means(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """(V, ...) -> (1, ...) in `dtype`. The gradient of a sum is a view; that of mean() would fill a (V, ...) of `dtype`."""
+    return t.sum(0, keepdim=True, dtype=dtype) / len(t)
+
+
+def _mean_of_capped(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank | None, transform: LogitTransform
+) -> Tensor:
+    """(..., D) -> (...). By parts of the vocabulary, so that each row of the weight gets its gradient in one product."""
+
+    def sum_of(h: Tensor, rows: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
+        part = None if low is None else LowRank(cast(Tensor, a), cast(Tensor, b), low.scale)
+        return apply(transform, product_of(h, rows, bias, part, h.dtype)).sum(-1)
+
+    tokens = max(1, hidden.shape[:-1].numel())
+    step = max(1, _TILE_BYTES // (hidden.element_size() * tokens))
+    rows = weight.split(step)
+    biases = [None] * len(rows) if bias is None else bias.split(step)
+    bs = [None] * len(rows) if low is None else low.b.split(step)
+    a = None if low is None else low.a.to(hidden.dtype)  # here, so that the parts' gradients add up in it
+    total = hidden.new_zeros(hidden.shape[:-1])
+    for w, v, b in zip(rows, biases, bs, strict=True):
+        total = total + checkpoint(sum_of, hidden, w, v, a, b, use_reentrant=False, preserve_rng_state=False)
+    return total / len(weight)
 
 
 EXTRA_OUTPUTS: dict[str, Callable[[MaxTokenStats, dict[str, Any]], Tensor]] = {

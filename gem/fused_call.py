@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from gem.adapters import HeadParts, head_parts, serving_module
-from gem.extra_outputs import EXTRA_OUTPUTS
+from gem.extra_outputs import EXTRA_OUTPUTS, mean_logits
 from gem.head_transform import what_differs
 from gem.rounding import roundoff
+from gem.router_loss import router_weight, routing
 from gem_kernels import IGNORE_INDEX, Impl, LogitTransform, TokenStats, linear_group_loss, linear_logprob_entropy_max
 
 LossFn = Callable[[TokenStats, int], Tensor]
 Answer = Callable[[nn.Module, Tensor], Tensor]
 PROBE = (-48.0, -1.5, 1.5, 48.0)  # logits that travel behind every answer; exact in any dtype
-ROUTER_WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 @dataclass
@@ -40,8 +40,8 @@ class FusedCausalLMOutput(ModelOutput):
     """
 
     loss: Tensor | None = None
-    """scalar: -sum(log_probs) / num_items_in_batch (default: the number of labels), or the group loss; with router logits
-    plus router_aux_loss_coef * aux_loss, as in the model's own loss"""
+    """scalar: -sum(log_probs) / num_items_in_batch (default: the number of labels), smoothed if asked for, or the group loss;
+    with router logits plus router_aux_loss_coef * aux_loss, as in the model's own loss"""
     log_probs: Tensor | None = None
     """log p of the next token, nats"""
     entropy: Tensor | None = None
@@ -51,7 +51,10 @@ class FusedCausalLMOutput(ModelOutput):
     label_mask: Tensor | None = None
     """bool: whether there is a label"""
     aux_loss: Tensor | None = None
-    """load-balancing loss of a mixture of experts, when the model returns one"""
+    """load-balancing loss of a mixture of experts, when the model returns one; of the tokens of this call"""
+    router_usage: Tensor | None = None
+    """(E,) how often a token of this call chooses each expert, on average, no gradient; None with a router loss of another
+    form than gem/router_loss.py's"""
     mean_logits: Tensor | None = None
     """mean of the logits over the vocabulary, no gradient; None unless asked for, and so are the next two"""
     is_top1: Tensor | None = None
@@ -158,6 +161,9 @@ class FusedHead:
     largest_gap: tuple[float, float] = (0.0, 0.0)  # between the model's statistics and ours, and what was allowed, nats
     roundoff: float = 0.0  # u of the coarsest dtype between its head and its logits, then
     router_problem: str = ""  # why a loss with router logits would not be the model's own
+    router_top_k: int = (
+        0  # experts a token chooses; 0: no router loss, or one of another form than gem/router_loss.py's
+    )
 
     def __post_init__(self) -> None:
         # generate() and Trainer read the signature: it stays the model's.
@@ -173,40 +179,41 @@ class FusedHead:
         fused_lm_head: bool = False,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
         loss_fn: LossFn | None = None,
         cu_groups: Tensor | None = None,
         temperature: float | None = None,
+        label_smoothing: float = 0.0,
+        router_share: Tensor | float = 1.0,
+        router_usage: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if args and args[0] is self.model:  # accelerate binds what it unwraps to the model
             args = args[1:]
         if not fused_lm_head:
-            if loss_fn is not None or cu_groups is not None or temperature is not None:
-                raise ValueError("loss_fn, cu_groups and temperature need fused_lm_head=True, got a call without it")
+            ours = (loss_fn, cu_groups, temperature, label_smoothing or None, router_usage)
+            if any(t is not None for t in ours) or isinstance(router_share, Tensor) or router_share != 1:
+                raise ValueError(
+                    "loss_fn, cu_groups, temperature, label_smoothing, router_share and router_usage need "
+                    "fused_lm_head=True, got a call without it"
+                )
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             return self.own_forward(*args, **kwargs, **{name: t for name, t in given.items() if t is not None})
-        if (labels is None) == (shift_labels is None):
-            raise ValueError(
-                f"a fused call needs labels or shift_labels, got {'neither' if labels is None else 'both'}"
-            )
+        targets, width = _targets(labels, shift_labels)
         if (loss_fn is None) != (cu_groups is None):
             raise ValueError("loss_fn and cu_groups go together, got one of them")
-        given_labels = labels if labels is not None else shift_labels
-        if not isinstance(given_labels, Tensor) or given_labels.ndim != 2:
-            came = tuple(given_labels.shape) if isinstance(given_labels, Tensor) else type(given_labels).__name__
-            raise ValueError(f"labels must be a tensor of token ids (batch, seq_len), got {came}")
+        if not 0 <= label_smoothing <= 1 or (label_smoothing and loss_fn is not None):
+            with_loss = " and a loss_fn" if loss_fn is not None else ""
+            raise ValueError(
+                f"label_smoothing must be between 0 and 1, and 0 with a loss_fn, got {label_smoothing}{with_loss}"
+            )
         for name in ("logits_to_keep", "num_logits_to_keep"):
             if not isinstance(keep := kwargs.get(name, 0), int) or keep:
                 raise ValueError(f"{name} must be 0 in a fused call (labels of -100 cost nothing), got {keep}")
         if isinstance(num_items_in_batch, int) and num_items_in_batch < 1:
             raise ValueError(f"num_items_in_batch must be >= 1, got {num_items_in_batch}")
-        width = slice(None)
-        if labels is not None:
-            # The last position predicts nothing, and keeps its place: the lm_head sees a hidden state for each label.
-            shift_labels, width = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), slice(-1)
         transform = self.transform if temperature is None else replace(self.transform, temperature=temperature)
-        question = Question(self, transform, cast(Tensor, shift_labels), loss_fn, cu_groups)
+        question = Question(self, transform, targets, loss_fn, cu_groups, label_smoothing)
         with answering(HeadSwitch.of(self.model), question):
             own = self.own_forward(*args, **{**kwargs, **self.options})
         question.verify(own)
@@ -215,16 +222,42 @@ class FusedHead:
         if output.aux_loss is not None:
             if self.router_problem:
                 raise ValueError(self.router_problem)
-            output.loss = cast(Tensor, output.loss) + self.router_weight() * output.aux_loss
+            mask = {**self.__signature__.bind_partial(*args).arguments, **kwargs}.get("attention_mask")
+            router_loss = self._router_loss(own, output, mask, router_usage)
+            output.loss = cast(Tensor, output.loss) + router_weight(self.model) * router_share * router_loss
         return output
 
-    def router_weight(self) -> float:
-        """Of the load-balancing loss in the model's own loss."""
-        owners = (self.model, self.model.config.get_text_config())
-        return next(
-            (float(w) for owner in owners for name in ROUTER_WEIGHTS if (w := getattr(owner, name, None)) is not None),
-            0.0,
-        )
+    def _router_loss(
+        self, own: Any, output: FusedCausalLMOutput, attention_mask: Tensor | None, usage: Tensor | None
+    ) -> Tensor:
+        """Of the model's output `own`, scalar; what the experts are used is noted in `output`."""
+        of_call = None
+        if self.router_top_k:
+            of_call = routing(own.router_logits, attention_mask, self.router_top_k)
+            output.router_usage = of_call.usage
+        if usage is None:
+            return cast(Tensor, own.aux_loss)
+        if of_call is None or usage.shape != of_call.usage.shape:
+            took = "a router loss of another form" if of_call is None else f"{len(of_call.usage)} experts"
+            raise ValueError(
+                f"router_usage must be the router_usage of other calls of this model, got a tensor {tuple(usage.shape)} "
+                f"for {took}"
+            )
+        return of_call.loss(usage)
+
+
+def _targets(labels: Tensor | None, shift_labels: Tensor | None) -> tuple[Tensor, slice]:
+    """What each position has to predict (B, T), and which positions are asked about."""
+    if (labels is None) == (shift_labels is None):
+        raise ValueError(f"a fused call needs labels or shift_labels, got {'neither' if labels is None else 'both'}")
+    given = labels if labels is not None else shift_labels
+    if not isinstance(given, Tensor) or given.ndim != 2:
+        came = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"labels must be a tensor of token ids (batch, seq_len), got {came}")
+    if labels is None:
+        return given, slice(None)
+    # The last position predicts nothing, and keeps its place: the lm_head sees a hidden state for each label.
+    return nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), slice(-1)
 
 
 class Question:
@@ -242,9 +275,10 @@ class Question:
         targets: Tensor,
         loss_fn: LossFn | None,
         cu_groups: Tensor | None,
+        label_smoothing: float,
     ) -> None:
         self.fused, self.transform, self.targets = fused, transform, targets
-        self.loss_fn, self.cu_groups = loss_fn, cu_groups
+        self.loss_fn, self.cu_groups, self.label_smoothing = loss_fn, cu_groups, label_smoothing
         self.answer: Tensor | None = None
         self.stats: TokenStats | None = None  # of a group loss
         self.extra: dict[str, Tensor] = {}
@@ -295,7 +329,7 @@ class Question:
                 f"config, or a hook of the lm_head, was changed): {problem}; call fuse_lm_head again"
             )
 
-    def output(self, width: slice, num_items_in_batch: Tensor | int | None) -> FusedCausalLMOutput:
+    def output(self, width: slice, num_items_in_batch: Tensor | float | None) -> FusedCausalLMOutput:
         """What the fused call returns, of the positions in `width`."""
         answer = cast(Tensor, self.answer)
         label_mask = (self.targets != IGNORE_INDEX)[:, width]
@@ -303,6 +337,9 @@ class Question:
         if self.stats is None:
             items = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = -log_probs.sum() / items
+            if self.label_smoothing:  # the mean of -log p over the vocabulary is lse - mean logit
+                of_all = (lse - answer[..., 3]).sum() / items
+                loss = (1 - self.label_smoothing) * loss + self.label_smoothing * of_all
         else:
             loss = answer[0, 0, 0]
         fields = {"log_probs": log_probs, "entropy": entropy, "lse": lse, **self.extra}
@@ -337,7 +374,8 @@ class Question:
         with torch.no_grad():
             for name in self.fused.outputs:
                 self.extra[name] = put(EXTRA_OUTPUTS[name](stats, arguments))
-        return torch.stack([put(s) for s in stats[:3]], -1)
+        asked = [*stats[:3], mean_logits(stats, arguments)] if self.label_smoothing else stats[:3]
+        return torch.stack([put(s) for s in asked], -1)
 
     def _group_loss(self, hidden: Tensor, parts: HeadParts) -> Tensor:
         shape = hidden.shape[:-1]

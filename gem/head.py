@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -33,7 +34,8 @@ from gem.head_check import (
 from gem.head_product import check_head
 from gem.head_transform import find_transform
 from gem.rounding import Product
-from gem_kernels import Impl, LogitTransform, TokenStats
+from gem.router_loss import find_top_k, router_weight
+from gem_kernels import IGNORE_INDEX, Impl, LogitTransform, TokenStats
 
 __all__ = ["FusedCausalLMOutput", "FusedHead", "ensure_fused", "fuse_lm_head", "fused_head", "unfuse"]
 
@@ -56,12 +58,20 @@ def fuse_lm_head(
         log_p = logits.log_softmax(-1)
         log_probs = log_p.gather(-1, labels[:, 1:, None])[..., 0]             # 0 where the label is -100
         entropy, lse = -(log_p.exp() * log_p).sum(-1), logits.logsumexp(-1)
-        loss = -log_probs.sum() / (num_items_in_batch or number of labels)
+        loss = -((1 - label_smoothing) * log_probs + label_smoothing * log_p.mean(-1)).sum()  # 0 where the label is -100
+        loss = loss / (num_items_in_batch or number of labels) + router_share * router_aux_loss_coef * aux_loss
 
-    Keywords of a fused call, beside those of the model: `labels` (B, T) or, already shifted, `shift_labels` (B, T), -100 where
-    ignored; `num_items_in_batch`; `temperature`, for this call; and for a group loss `loss_fn` and `cu_groups` as in
-    gem_kernels.linear_group_loss, cu_groups (G + 1,) being offsets into the tokens that have a label, row by row. Without
-    fused_lm_head=True the model does what it did.
+    Keywords of a fused call, beside those of the model:
+
+    - `labels` (B, T) or, already shifted, `shift_labels` (B, T), -100 where ignored.
+    - `num_items_in_batch`; `temperature`, for this call; `label_smoothing`, 0 to 1, as in torch's cross_entropy.
+    - for a group loss `loss_fn` and `cu_groups` as in gem_kernels.linear_group_loss, cu_groups (G + 1,) being offsets into the
+      tokens that have a label, row by row.
+    - of a mixture of experts that returns router logits: `router_share`, this call's share of the tokens of the whole batch,
+      and `router_usage` (E,), the mean of the calls' own output.router_usage weighted by it. With both, the router loss of
+      the calls adds up to that of the whole batch; with the share alone, nearly (gem/router_loss.py says by how much).
+
+    Without fused_lm_head=True the model does what it did.
 
     Args:
         model: a transformers causal language model, or a peft, DDP or compiled model around one. What comes around it may
@@ -153,15 +163,33 @@ def fused_head(model: nn.Module) -> FusedHead:
 def completion_stats(model: nn.Module, batch: dict[str, Any], **asked: Any) -> tuple[Tensor, TokenStats]:
     """Loss and statistics (N,) of the completion tokens of a batch from gem.data.pack, untempered; model: fused.
 
-    asked: further keywords of the fused call (loss_fn, cu_groups).
+    asked: further keywords of the fused call (loss_fn, cu_groups, num_items_in_batch, label_smoothing, router_share, ...).
     """
+    out = _fused_call(model, batch, **asked)
+    kept = cast(Tensor, out.label_mask)
+    stats = TokenStats(*(cast(Tensor, s)[kept] for s in (out.log_probs, out.entropy, out.lse)))
+    return cast(Tensor, out.loss), stats
+
+
+def router_usage(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
+    """(E,) how often a token of a batch from gem.data.pack chooses each expert, on average; no gradient; model: fused.
+
+    It takes the forward of the body alone: no token has a label. None: the model returns no router loss, or one of another
+    form than gem/router_loss.py's.
+    """
+    with torch.no_grad():
+        return _fused_call(
+            model, {**batch, "shift_labels": torch.full_like(batch["shift_labels"], IGNORE_INDEX)}
+        ).router_usage
+
+
+def _fused_call(model: nn.Module, batch: dict[str, Any], **asked: Any) -> FusedCausalLMOutput:
     names = ("input_ids", "position_ids", "attention_mask", "shift_labels")
     inputs = {name: batch[name] for name in names if name in batch}
     out = model(**inputs, fused_lm_head=True, temperature=1.0, **asked)
     if not isinstance(out, FusedCausalLMOutput) or out.loss is None:
         raise ValueError("the model's forward was replaced after fuse_lm_head: call fuse_lm_head again")
-    kept = cast(Tensor, out.label_mask)
-    return out.loss, TokenStats(*(cast(Tensor, s)[kept] for s in (out.log_probs, out.entropy, out.lse)))
+    return out
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -232,19 +260,39 @@ def _examine(fused: FusedHead, wrapped: nn.Module) -> None:
         own = model(input_ids=rows, labels=labels, **fused.options)
         own_logits = getattr(own, "logits", None)  # some leave them out beside a loss
         own_logits = logits_of(rows) if own_logits is None else own_logits
-        check_loss(name, own, own_logits, labels, fused.router_weight())
+        check_loss(name, own, own_logits, labels, router_weight(model))
         if "output_router_logits" in inspect.signature(fused).parameters or hasattr(
             model.config.get_text_config(), "output_router_logits"
         ):
-            try:
-                own = model(input_ids=rows, labels=labels, output_router_logits=True, **fused.options)
-                check_loss(name, own, own_logits, labels, fused.router_weight())
-                model(input_ids=rows, labels=labels, output_router_logits=True, fused_lm_head=True)
-            except Exception as error:  # of the model itself, too: some cannot
-                fused.router_problem = f"the router loss of {name} cannot be reproduced: {error}"
+            _examine_router(fused, rows, labels, own_logits)
         if hasattr(wrapped, "get_base_model"):
             out = cast(Any, wrapped)(input_ids=ids, labels=ids, fused_lm_head=True)
             if not isinstance(out, FusedCausalLMOutput):
                 raise ValueError(
                     f"{type(wrapped).__name__} does not pass a call on to the forward of {name}: fuse that alone"
                 )
+
+
+def _examine_router(fused: FusedHead, ids: Tensor, labels: Tensor, own_logits: Tensor) -> None:
+    """Find out whether the model's loss with router logits is ours, and whether its router loss is gem/router_loss.py's."""
+    model: Any = fused.model
+    try:
+        own = model(input_ids=ids, labels=labels, output_router_logits=True, **fused.options)
+        check_loss(type(model).__name__, own, own_logits, labels, router_weight(model))
+        model(input_ids=ids, labels=labels, output_router_logits=True, fused_lm_head=True)
+    except Exception as error:  # of the model itself, too: some cannot
+        fused.router_problem = f"the router loss of {type(model).__name__} cannot be reproduced: {error}"
+        return
+    mask = torch.ones_like(ids)
+    mask[1, mask.shape[1] // 2 :] = 0
+    try:
+        own = model(input_ids=ids, attention_mask=mask, output_router_logits=True, **fused.options)
+        fused.router_top_k = find_top_k(own.router_logits, mask, own.aux_loss)
+    except (
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ):  # one that does not come as it does elsewhere
+        fused.router_top_k = 0

@@ -153,7 +153,7 @@ def test_the_weight_of_the_router_loss_is_the_models_of_this_moment() -> None:
 
 def test_a_router_loss_of_another_weight_is_refused_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = build("mixtral", router_aux_loss_coef=0.5), batch()
-    monkeypatch.setattr("gem.fused_call.ROUTER_WEIGHTS", ("a_name_that_it_has_not",))
+    monkeypatch.setattr("gem.router_loss.WEIGHTS", ("a_name_that_it_has_not",))
     fuse_lm_head(model)
     assert model(**inputs, fused_lm_head=True).aux_loss is None
     with pytest.raises(
