@@ -6,14 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MARKERS = ("####", "Final Answer:", "\\boxed{", "</think>")
+COT_PROMPT = (  # asks for steps, and for a marker that find_spans knows
+    "Reason step by step and be brief. Finish with a last line: #### and the final answer, and nothing after it."
+)
 LAST_TOKENS = 8  # length of the answer where neither a marker nor a last line tells
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field whose help is shown by --help."""
+def setting(default: Any, help: str, **more: Any) -> Any:
+    """A dataclass field whose help is shown by --help; `more` goes to its flag as it is (nargs, const)."""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata={"help": help, **more})
+    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass
@@ -31,8 +34,21 @@ class DataArguments:
     data: str = setting(
         "", "jsonl file, saved datasets folder or hub dataset: prompt + chosen + rejected, or completion"
     )
-    prompt_template: str = setting("{prompt}", "text around a plain-text prompt; chat messages use the chat template")
-    max_length: int = setting(2048, "prompt + completion, in tokens; longer records are left out and counted")
+    data_format: str = setting("auto", "name of a format in docs/data.md, where the columns do not tell it rightly")
+    split: str | None = setting(None, "of a folder or hub dataset with several: train_prefs, say; default: train")
+    prompt_format: str = setting(
+        "auto",
+        "what a plain-text prompt is: chat: the user's turn in the chat template | text: as it is | auto: chat where the "
+        "tokenizer has a template and the prompt is not rendered yet",
+    )
+    prompt_template: str = setting("{prompt}", "text around a plain-text prompt")
+    system: str = setting("", "system message of chats that bring none")
+    max_length: int = setting(2048, "prompt + completion, in tokens")
+    on_bad_row: str = setting(
+        "auto",
+        "records that cannot be used: skip: left out, counted by reason | stop: the run ends with all reasons | "
+        "auto: stop at wrong ones, leave out those too long and ties, keep duplicates",
+    )
     limit: int = setting(0, "use only the first records; 0: all")
 
 
@@ -45,6 +61,14 @@ class RolloutArguments:
     temperature: float = setting(1.0, "of the sampler only; entropies are of the untempered distribution")
     top_p: float = setting(1.0, "of the sampler; below 1 the log-probs are not those of the sampling distribution")
     rollout_batch_size: int = setting(64, "candidates generated at once")
+    stop: list[str] = setting([], "texts that end a candidate, beside the end of sequence")
+    cot_prompt: str | None = setting(
+        None,
+        "text behind the user's words that asks for a chain of thought, in the prompt of candidates; alone: a text of ours",
+        nargs="?",
+        const=COT_PROMPT,
+    )
+    cot_pairs: bool = setting(False, "put cot_prompt into the human pair's prompt too")
 
 
 @dataclass
@@ -102,6 +126,7 @@ class GuardArguments:
 @dataclass
 class EvalArguments:
     eval_data: str | None = setting(None, "preference records held out; default for `eval`: --data")
+    eval_split: str | None = setting(None, "of eval_data; default: --split where eval_data is --data, else train")
     eval_limit: int = setting(200, "held-out records used; 0: all")
     eval_samples: int = setting(1, "sampled completions per prompt for sampled accuracy and AUROC of S; 0: neither")
 
@@ -135,6 +160,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
+    "prompt_format": ("auto", "chat", "text"),
+    "on_bad_row": ("auto", "skip", "stop"),
     "dtype": ("float32", "bfloat16", "float16"),
     "score_with": ("policy", "reference"),
     "reward": ("identity", "softmax", "rank", "bt"),
@@ -179,6 +206,8 @@ def check(arguments: Any) -> None:
             isinstance(value, list) and value and all(isinstance(v, str) and v for v in value)
         ):
             raise ValueError(f"{name} must be a list of texts, none of them empty, got {value!r}")
+        if name == "stop" and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
+            raise ValueError(f"{name} must be a list of texts, none of them empty, got {value!r}")
         if name in RANGES:
             low, high = RANGES[name]
             if not low <= value <= high:
@@ -190,11 +219,11 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/gem",
     "per_device_train_batch_size": 8,
     "learning_rate": 2e-5,
-    "max_steps": 100,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 0,
     "logging_steps": 1,
     "save_steps": 50,
     "save_total_limit": 2,
     "report_to": "none",
+    "remove_unused_columns": False,  # groups have none
 }

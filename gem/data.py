@@ -9,194 +9,295 @@ A batch feeds any layout to the model; its head looks at the N completion tokens
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from gem.config import CHOICES, DataArguments, RolloutArguments
+from gem.conversation import ChatTemplate, Part, Rendered
+from gem.encoding import Encoded, encode_completion, encode_prompt, gives_back
+from gem.ends import Ends, ends_of
+from gem.groups import Given
+from gem.problems import BadRecord, Minor, Problems, shown
+from gem.records import load_records
 from gem_kernels import IGNORE_INDEX
+
+__all__ = ["Example", "Layout", "TokenPair", "encode_records", "load_records", "pack", "read_examples"]
 
 logger = logging.getLogger(__name__)
 
 Layout = Literal["packed", "right", "left"]
 Messages = list[dict[str, str]]
-TokenPair = tuple[Sequence[int], Sequence[int]]  # prompt ids, completion ids
+TokenPair = tuple[Sequence[int], Sequence[int]] | tuple[Sequence[int], Sequence[int], Given]
+"""prompt ids, completion ids, and where others speak in between what they say"""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised record. Completions carry their end of sequence; what the record lacks is empty."""
+    """A tokenised record; what it lacks is empty. The ids of a completion are what the assistant says, its ends included."""
 
     prompt: str
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int] = field(default_factory=list)
     candidate_ids: list[list[int]] = field(default_factory=list)
-
-
-def load_records(source: str, *, need: Sequence[str], limit: int = 0) -> list[dict[str, Any]]:
-    """Records of a jsonl file, a folder written by datasets.save_to_disk, or the train split of a hub dataset.
-
-    `completion` is read as `chosen` (supervised data). Each record carries its place under "_where" for later messages.
-
-    Raises:
-        ValueError: nothing there to read, a line that is no JSON object, or a record without a field of `need` or with
-            something else than text or chat messages in it; with file and line number.
-    """
-    path = Path(source)
-    if path.is_file():
-        rows = _read_jsonl(path)
-    else:
-        import datasets
-
-        if path.suffix in (".jsonl", ".json") and not path.exists():
-            raise ValueError(f"data must be an existing file, folder or hub dataset, got {source!r}: no such file")
-        try:
-            loaded = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.load_dataset(source)
-        except OSError as error:  # the hub's and the network's are, too
-            raise ValueError(f"data must be an existing file, folder or hub dataset, got {source!r}: {error}") from None
-        if isinstance(loaded, dict) and "train" not in loaded:
-            raise ValueError(f"data must have a train split, got {sorted(loaded)} in {source!r}")
-        table = loaded["train"] if isinstance(loaded, dict) else loaded
-        rows = [(f"{source}, row {i}", dict(row)) for i, row in enumerate(table)]
-    if not rows:
-        raise ValueError(f"data must hold at least one record, got none in {source!r}")
-    return [_checked(record, where, need) for where, record in (rows[:limit] if limit else rows)]
-
-
-def _read_jsonl(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    rows = []
-    with path.open("rb") as lines:  # as bytes: one line that is not UTF-8 is named, not the block that it came in
-        for number, raw in enumerate(lines, 1):
-            where = f"{path}, line {number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: expected UTF-8 text, got {error}") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: expected one JSON object a line, got {line.strip()[:60]!r} ({error})"
-                ) from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
-            rows.append((where, record))
-    return rows
-
-
-def _checked(record: dict[str, Any], where: str, need: Sequence[str]) -> dict[str, Any]:
-    # A table has no other way to leave a field out.
-    record = {name: value for name, value in record.items() if value is not None}
-    if "chosen" not in record and "completion" in record:
-        record["chosen"] = record["completion"]
-    for name in ("prompt", *need):
-        if name not in record:
-            raise ValueError(f"{where}: expected a record with {name!r}, got the fields {sorted(record)}")
-    for name in ("prompt", "chosen", "rejected"):
-        if name in record and not _is_text_or_messages(record[name]):
-            raise ValueError(f"{where}: {name!r} must be text or chat messages, not empty, got {record[name]!r}")
-    candidates = record.get("candidates", [])
-    if not isinstance(candidates, list) or not all(map(_is_text_or_messages, candidates)):
-        raise ValueError(f"{where}: 'candidates' must be a list of texts or of chat messages, got {candidates!r}")
-    return {**record, "_where": where}
-
-
-def _is_text_or_messages(value: object) -> bool:
-    """Text, or a list of {"role": text, "content": text}; neither empty nor with half a surrogate pair in it."""
-    if isinstance(value, list):
-        return bool(value) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-        )
-    return isinstance(value, str) and bool(value) and not any("\ud800" <= c <= "\udfff" for c in value)
+    # What others say in the midst of a completion: (at, ids) stands before its token `at`.
+    chosen_given: Given = field(default_factory=list)
+    rejected_given: Given = field(default_factory=list)
+    candidates_given: list[Given] = field(default_factory=list)
+    question: str = ""  # the user's own words
+    sampling_prompt_ids: list[int] = field(default_factory=list)  # what candidates are sampled from; empty: prompt_ids
 
 
 def encode_records(
-    records: Sequence[dict[str, Any]], tokenizer: Any, *, prompt_template: str, max_length: int
+    records: Sequence[dict[str, Any]],
+    tokenizer: Any,
+    *,
+    prompt_template: str,
+    max_length: int,
+    prompt_format: str = "text",
+    system: str = "",
+    cot_prompt: str = "",
+    cot_pairs: bool = False,
+    ends: Ends | None = None,
+    on_bad_row: str = "auto",
+    problems: Problems | None = None,
 ) -> list[Example]:
-    """Tokenise; records longer than max_length tokens (prompt + completion) are left out and counted in a warning.
+    """Tokenise; only what the assistant says is learnt. Every row is decoded again and compared with what its record says.
+
+    Args:
+        records: from load_records.
+        tokenizer: of transformers, with an end of sequence.
+        prompt_template: text around a plain prompt, with {prompt} in it.
+        max_length: of prompt and completion together, in tokens.
+        prompt_format: "text": a plain prompt is the text that it is; "chat": it is the user's turn in the chat template;
+            "auto": chat where the tokenizer has a template, but for prompts that somebody has rendered already.
+        system: the system message of chats that bring none.
+        cot_prompt: asks for a chain of thought, behind the user's words; in the prompt that candidates are sampled from.
+        cot_pairs: in the human pair's prompt too.
+        ends: what ends a completion; None: the tokenizer's end of sequence.
+        on_bad_row: "stop", "skip", or "auto": stop at a record that cannot be used, leave out one that is too long.
+        problems: collects what is wrong for a caller that settles it; None: it is settled here.
 
     Raises:
-        ValueError: an empty completion, chat messages without a chat template, all records too long, no end of sequence.
+        ValueError: a wrong argument, no end of sequence; and as on_bad_row says: text that the template or the tokenizer loses
+            or changes, an end of sequence inside a completion, a chat without a template.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an eos_token (pass --eos_token), got None")
     if "{prompt}" not in prompt_template:
         raise ValueError(f"prompt_template must contain {{prompt}}, got {prompt_template!r}")
-    examples = [_encode(record, tokenizer, prompt_template) for record in records]
-    kept = [e for e in examples if _longest(e) <= max_length]
-    if len(kept) < len(examples):
-        logger.warning(
-            "%d of %d records are longer than max_length=%d", len(examples) - len(kept), len(examples), max_length
-        )
-    if not kept:
-        raise ValueError(
-            f"max_length must leave at least one record, got {max_length} and {len(examples)} longer records"
-        )
-    return kept
-
-
-def _longest(e: Example) -> int:
-    return len(e.prompt_ids) + max(len(c) for c in (e.chosen_ids, e.rejected_ids, *e.candidate_ids))
-
-
-def _encode(record: dict[str, Any], tokenizer: Any, prompt_template: str) -> Example:
-    prompt, where = record["prompt"], record["_where"]
-    if isinstance(prompt, list):
-        prompt_text, prompt_ids = _chat(prompt, tokenizer, where, generation_prompt=True)
-    else:
-        prompt_text = prompt_template.replace("{prompt}", prompt)  # not format: other braces are the text's own
-        prompt_ids = tokenizer(prompt_text)["input_ids"]
-        if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-            prompt_ids = prompt_ids[:-1]
-    if not prompt_ids:
-        raise ValueError(f"{where}: 'prompt' must be at least one token, got {prompt!r}")
-
-    def completion(value: str | Messages) -> list[int]:
-        if not isinstance(value, str) and isinstance(prompt, str):
-            raise ValueError(f"{where}: a completion of chat messages needs a prompt of chat messages, got text")
-        if isinstance(value, str) and isinstance(prompt, list):
-            value = [{"role": "assistant", "content": value}]
-        if isinstance(value, str):
-            ids = tokenizer(value, add_special_tokens=False)["input_ids"]
-            text = value
-        else:
-            _, whole = _chat(prompt + value, tokenizer, where, generation_prompt=False)
-            if whole[: len(prompt_ids)] != prompt_ids:
-                raise ValueError(f"{where}: the chat template must render the prompt as a prefix of the conversation")
-            ids, text = whole[len(prompt_ids) :], "".join(message["content"] for message in value)
-        if not text.strip() or not ids:
-            raise ValueError(f"{where}: a completion must not be empty, got {value!r}")
-        eos = tokenizer.eos_token_id
-        if eos in ids:  # templates end a turn with eos and a newline: the model stops at the first
-            return list(ids[: ids.index(eos) + 1])
-        return [*ids, eos]
-
-    return Example(
-        prompt_text,
-        list(prompt_ids),
-        completion(record["chosen"]) if "chosen" in record else [],
-        completion(record["rejected"]) if "rejected" in record else [],
-        [completion(c) for c in record.get("candidates") or []],
+    if prompt_format not in CHOICES["prompt_format"]:
+        raise ValueError(f"prompt_format must be one of {', '.join(CHOICES['prompt_format'])}, got {prompt_format!r}")
+    encoder = _Encoder(
+        tokenizer, ends or ends_of(tokenizer), prompt_template, max_length, prompt_format, system, cot_prompt, cot_pairs
     )
+    mine = problems is None
+    found = Problems(on_bad_row) if problems is None else problems
+    examples = []
+    for record in records:
+        try:
+            examples.append(encoder.example(record))
+            if not gives_back(examples[-1].prompt, examples[-1].prompt_ids, tokenizer):
+                found.note(record["_where"], "the tokenizer changes the text of the prompt")
+            if prompt_format == "auto" and isinstance(record["prompt"], str) and encoder.is_chat(record):
+                found.note(
+                    record["_where"], "a plain prompt is the user's turn of a chat (prompt_format=text: it is not)"
+                )
+        except BadRecord as error:
+            found.add(record["_where"], error)
+    if mine:
+        found.settle(len(records))
+    return examples
 
 
-def _chat(messages: Messages, tokenizer: Any, where: str, *, generation_prompt: bool) -> tuple[str, list[int]]:
-    if tokenizer.chat_template is None:
-        raise ValueError(f"{where}: chat messages need a tokenizer with a chat template, got one without")
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-    # The template writes the special tokens itself.
-    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+def read_examples(
+    arguments: DataArguments,
+    tokenizer: Any,
+    *,
+    need: Sequence[str],
+    source: str = "",
+    split: str | None = None,
+    rollout: RolloutArguments | None = None,
+    ends: Ends | None = None,
+) -> list[Example]:
+    """load_records and encode_records with the settings of a command; all that is wrong with the records is told at once.
+
+    Args:
+        need: fields that each record must have, beside the prompt.
+        source, split: in place of those of `arguments`; its split goes with its data.
+        rollout: whose cot_prompt goes into the prompts of candidates; None: there is none.
+        ends: what ends a completion; None: the tokenizer's end of sequence.
+
+    Raises:
+        ValueError: no source; and as load_records and encode_records.
+    """
+    if not (source or arguments.data):
+        raise ValueError("data must be a file, a folder or a hub dataset, got nothing")
+    problems = Problems(arguments.on_bad_row)
+    records = load_records(
+        source or arguments.data,
+        need=need,
+        limit=arguments.limit,
+        # Another source has splits of its own, or none.
+        split=split or (arguments.split if source in ("", arguments.data) else None),
+        problems=problems,
+        data_format=arguments.data_format,
+    )
+    total = len(records) + problems.count
+    framed = arguments.prompt_template != "{prompt}" or arguments.prompt_format == "text"
+    if framed and records and all(isinstance(record["prompt"], list) for record in records):
+        logger.warning(
+            "prompt_template and prompt_format are for plain prompts, and all here are chats: they change nothing"
+        )
+    examples = encode_records(
+        records,
+        tokenizer,
+        prompt_template=arguments.prompt_template,
+        max_length=arguments.max_length,
+        prompt_format=arguments.prompt_format,
+        system=arguments.system,
+        cot_prompt=(rollout and rollout.cot_prompt) or "",
+        cot_pairs=bool(rollout and rollout.cot_pairs),
+        ends=ends,
+        problems=problems,
+    )
+    problems.settle(total)
+    return examples
+
+
+@dataclass
+class _Encoder:
+    tokenizer: Any
+    ends: Ends
+    prompt_template: str
+    max_length: int
+    prompt_format: str
+    system: str
+    cot_prompt: str
+    cot_pairs: bool
+
+    def example(self, record: dict[str, Any]) -> Example:
+        names = [name for name in ("chosen", "rejected") if name in record]
+        said = [*(record[name] for name in names), *record.get("candidates", [])]
+        for completion in said:
+            self._check(completion)
+        chat = self.is_chat(record)
+        prompt = self._with_cot(record["prompt"]) if self.cot_pairs and self.cot_prompt else record["prompt"]
+        rendered = self._rendered(record, prompt, said)
+        ids = encode_prompt(rendered.prompt, self.tokenizer, special=not chat)
+        encoded = [
+            encode_completion(rendered.prompt, ids, parts, self.tokenizer, self.ends, special=not chat)
+            for parts in rendered.completions
+        ]
+        sampling: list[int] = []
+        if self.cot_prompt and not self.cot_pairs and "candidates" not in record:
+            asked = self._rendered(record, self._with_cot(record["prompt"]), [])
+            sampling = encode_prompt(asked.prompt, self.tokenizer, special=not chat)
+        longest = max(len(sampling), len(ids) + max([e.length for e in encoded], default=0))
+        if longest > self.max_length:
+            raise Minor(f"longer than max_length={self.max_length} tokens", str(longest))
+        human = {name: encoded[i] for i, name in enumerate(names)}
+        chosen, rejected = (human.get(name, Encoded([], [])) for name in ("chosen", "rejected"))
+        if rejected.ids and chosen == rejected:
+            raise BadRecord("chosen and rejected must not be the same", shown(self.tokenizer.decode(chosen.ids)))
+        candidates = encoded[len(names) :]
+        return Example(
+            prompt=rendered.prompt,
+            prompt_ids=ids,
+            chosen_ids=chosen.ids,
+            rejected_ids=rejected.ids,
+            candidate_ids=[e.ids for e in candidates],
+            chosen_given=chosen.given,
+            rejected_given=rejected.given,
+            candidates_given=[e.given for e in candidates],
+            question=_question(record["prompt"]),
+            sampling_prompt_ids=sampling,
+        )
+
+    def _check(self, completion: str | Messages) -> None:
+        turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        said: list[Any] = [message for message in turns if message["role"] == "assistant"]
+        if said and not any(message["content"].strip() or message.get("tool_calls") for message in said):
+            raise BadRecord("a completion must not be empty", shown(completion))
+        bos, single = self.tokenizer.bos_token, self.tokenizer.bos_token_id not in self.ends.ids
+        if bos and single and any(bos in message["content"] for message in said):
+            raise BadRecord("a completion must not hold a beginning of sequence", shown(bos))
+
+    def _rendered(self, record: dict[str, Any], prompt: str | Messages, said: Sequence[Any]) -> Rendered:
+        return (self._chat if self.is_chat(record) else self._text)(record, prompt, said)
+
+    def is_chat(self, record: dict[str, Any]) -> bool:
+        prompt = record["prompt"]
+        if isinstance(prompt, list) or self.prompt_format != "auto":
+            return isinstance(prompt, list) or self.prompt_format == "chat"
+        return bool(getattr(self.tokenizer, "chat_template", None)) and not self._is_rendered(prompt)
+
+    def _is_rendered(self, prompt: str) -> bool:
+        """Whether somebody has put a plain prompt into a chat template already: it begins a sequence, or asks for an answer."""
+        bos, asks = self.tokenizer.bos_token, self._template.request
+        return bool((bos and prompt.lstrip().startswith(bos)) or (asks and asks in "".join(prompt.split())))
+
+    def _chat(self, record: dict[str, Any], prompt: Any, said: Sequence[Any]) -> Rendered:
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": self._framed(prompt)}]
+        system = record.get("system") or self.system
+        if system and prompt[0]["role"] not in ("system", "developer"):
+            prompt = [{"role": "system", "content": system}, *prompt]
+        turns = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in said]
+        options = dict(record.get("chat_template_kwargs", {}))
+        if record.get("tools"):
+            options["tools"] = record["tools"]
+        return self._template.take_apart(prompt, turns, options)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
+
+    def _text(self, record: dict[str, Any], prompt: Any, said: Sequence[Any]) -> Rendered:
+        framed = self.prompt_template != "{prompt}" or prompt != record["prompt"]
+        template = getattr(self.tokenizer, "chat_template", None)
+        if framed and self.prompt_format == "auto" and template and self._is_rendered(record["prompt"]):
+            raise BadRecord("prompt_template and cot_prompt need a prompt that is not rendered yet", shown(prompt))
+        if self.system or record.get("system"):
+            raise BadRecord("a system message needs a prompt of chat messages (prompt_format=chat), got text")
+        if not all(isinstance(completion, str) for completion in said):
+            raise BadRecord("a completion of chat messages needs a prompt of chat messages, got text")
+        # What stands behind an end of sequence is said by nobody.
+        end = self.tokenizer.eos_token
+        said = [text.rstrip() if text.rstrip().endswith(end) else text for text in said]
+        return Rendered(self._framed(prompt), [[Part(text, True)] for text in said])
+
+    def _framed(self, prompt: str) -> str:
+        return self.prompt_template.replace("{prompt}", prompt)  # not format: other braces are the text's own
+
+    def _with_cot(self, prompt: Any) -> Any:
+        if isinstance(prompt, str):
+            return f"{prompt}\n\n{self.cot_prompt}"
+        asked = max((k for k, message in enumerate(prompt) if message["role"] == "user"), default=None)
+        if asked is None:
+            raise BadRecord("cot_prompt needs a turn of the user in the prompt", str([m["role"] for m in prompt]))
+        question = {**prompt[asked], "content": f"{prompt[asked]['content']}\n\n{self.cot_prompt}"}
+        return [*prompt[:asked], question, *prompt[asked + 1 :]]
+
+
+def _question(prompt: str | Messages) -> str:
+    """The user's last words."""
+    if isinstance(prompt, str):
+        return prompt
+    return next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
 
 
 def pack(groups: Sequence[Sequence[TokenPair]], *, layout: Layout, pad_id: int) -> dict[str, Tensor]:
     """Groups of (prompt ids, completion ids) -> the tensors of one batch. R rows of T tokens go through the body.
+
+    A third entry, [(at, ids)], has tokens that somebody else wrote before the completion's token `at`: they are read, and not
+    learnt.
 
     layout: "packed": one row, sequences told apart by their position_ids; "right" / "left": one row a sequence, padded.
 
@@ -214,12 +315,12 @@ def pack(groups: Sequence[Sequence[TokenPair]], *, layout: Layout, pad_id: int) 
     for g, group in enumerate(groups):
         if not group:
             raise ValueError(f"groups must not be empty, got group {g} without a sequence")
-        for s, (prompt, completion) in enumerate(group):
+        for s, (prompt, completion, *_) in enumerate(group):
             if not prompt or not completion:
                 raise ValueError(f"expected a prompt and a completion of >= 1 token, got {len(prompt)} and "
                                  f"{len(completion)} in sequence {s} of group {g}")  # fmt: skip
-    sequences = [pair for group in groups for pair in group]
-    lengths = [len(p) + len(c) for p, c in sequences]
+    sequences = [_with_labels(*sequence) for group in groups for sequence in group]
+    lengths = [len(ids) for ids, _ in sequences]
     if layout == "packed":
         rows, width = 1, sum(lengths)
         starts = _offsets(torch.tensor(lengths))[:-1].tolist()
@@ -230,13 +331,13 @@ def pack(groups: Sequence[Sequence[TokenPair]], *, layout: Layout, pad_id: int) 
     position_ids = torch.zeros(rows * width, dtype=torch.int64)
     mask = torch.zeros(rows * width, dtype=torch.int64)
     shift_labels = torch.full((rows * width,), IGNORE_INDEX)
-    for (prompt, completion), start, n in zip(sequences, starts, lengths, strict=True):
+    for (ids, labels), start, n in zip(sequences, starts, lengths, strict=True):
         at = slice(start, start + n)
-        input_ids[at] = torch.tensor([*prompt, *completion])
+        input_ids[at] = torch.tensor(ids)
         position_ids[at] = torch.arange(n)
         mask[at] = 1
-        shift_labels[start + len(prompt) - 1 : start + n - 1] = torch.tensor(list(completion))
-    completions = torch.tensor([len(c) for _, c in sequences])
+        shift_labels[start : start + n - 1] = torch.tensor(labels[1:])
+    completions = torch.tensor([len(completion) for group in groups for _, completion, *_ in group])
     within = torch.cat([torch.arange(len(group)) for group in groups])
     cu_seqlens = _offsets(completions)
     batch = {
@@ -251,6 +352,17 @@ def pack(groups: Sequence[Sequence[TokenPair]], *, layout: Layout, pad_id: int) 
     if layout == "packed":
         del batch["attention_mask"]  # with it, transformers would not look for the sequences in position_ids
     return batch
+
+
+def _with_labels(prompt: Sequence[int], completion: Sequence[int], given: Given = ()) -> tuple[list[int], list[int]]:  # type: ignore[assignment]
+    """All tokens of a sequence, and for each itself where it is learnt, else -100."""
+    ids, labels, done = list(prompt), [IGNORE_INDEX] * len(prompt), 0
+    for at, others in [*given, (len(completion), [])]:
+        said = completion[done:at]
+        ids += [*said, *others]
+        labels += [*said, *[IGNORE_INDEX] * len(others)]
+        done = at
+    return ids, labels
 
 
 def _offsets(lengths: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from torch import nn
 
 from gem.adapters import describe_adapter, head_parts, serving_module
 from gem.head import ensure_fused, fused_head, unwrapped
+from gem.loading import loading
 from gem.models import pick_device, placed
-from gem.sources import MODEL_SOURCES, adapted, adapter_base, gguf_file, pretrained
+from gem.sources import MODEL_SOURCES, adapted, adapter_base, check_config, gguf_file, pretrained
 from gem_kernels import LogitTransform, choose_impl
 
 GIB = 1 << 30
@@ -129,14 +130,14 @@ def _load(source: str) -> Any:
         return adapted(source, dtype="auto")
     if not source.endswith(".json") and gguf_file(source) is not None:
         return pretrained(source, dtype="auto")
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model must be {MODEL_SOURCES}, got {source!r}: {error}") from None
+    check_config(source)
+    with loading("model", source, MODEL_SOURCES):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
     # The class that the checkpoint names: a vision-language model is not in the table of causal language models.
     named = getattr(transformers, (config.architectures or [""])[0], None)
     model_class: Any = named or transformers.AutoModelForCausalLM
     if source.endswith(".json"):
         make = model_class._from_config if named else model_class.from_config
-        return make(config, dtype=torch.float32)
+        with loading("model", source, "the config .json of a language model"):
+            return make(config, dtype=torch.float32)
     return pretrained(source, model_class, dtype="auto")

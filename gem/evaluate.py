@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 
 from gem.config import EvalArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
+from gem.ends import Ends, model_ends
 from gem.groups import Group, Member
 from gem.head import ensure_fused
 from gem.rollout import generate
 from gem.score import score_groups, token_stats
 from gem.spans import find_spans
+
+logger = logging.getLogger(__name__)
 
 NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\w)\.\d+)")
 
@@ -29,7 +33,8 @@ class Evaluation:
     absent):
         preference_sum, _token, _reference: pairs with r(chosen) > r(rejected); r = log pi, log pi per token, or log pi minus
             the reference's; a tie counts half. preference_length: what length alone reaches, in its better direction.
-        accuracy_greedy, accuracy_sampled: completions whose final answer is that of the chosen completion.
+        accuracy_greedy, accuracy_sampled: completions whose final answer is that of the chosen completion, where that is
+            one turn.
         auroc: how well S tells right from wrong sampled completions; truncated, and in nats or tokens: final_entropy,
             branch_entropy, length.
 
@@ -49,7 +54,15 @@ class Evaluation:
         self.samples = arguments.eval_samples
         self.examples = list(examples[: arguments.eval_limit] if arguments.eval_limit else examples)
         self.pairs = [e for e in self.examples if e.rejected_ids]
-        self.expected = [self._answer(e.chosen_ids) for e in self.examples]
+        # Of several turns, the greedy answer would be that of the first.
+        self.answered = [e for e in self.examples if not e.chosen_given]
+        if len(self.answered) < len(self.examples):
+            several = len(self.examples) - len(self.answered)
+            logger.warning(
+                "%d of %d held-out records have several turns: nothing is sampled for them", several, len(self.examples)
+            )
+        ends = model_ends(model, tokenizer, rollout.stop)
+        self.expected = [self._answer(e.chosen_ids, ends) for e in self.answered]
         self.completions: list[dict[str, str]] = []
         ensure_fused(model)
         self.reference = self._pair_logprobs(model)
@@ -61,7 +74,11 @@ class Evaluation:
 
     def _pair_logprobs(self, model: nn.Module) -> Tensor:
         """(P, 2) summed log-probs of chosen and rejected."""
-        sequences = [(e.prompt_ids, ids) for e in self.pairs for ids in (e.chosen_ids, e.rejected_ids)]
+        sequences = [
+            (e.prompt_ids, ids, given)
+            for e in self.pairs
+            for ids, given in ((e.chosen_ids, e.chosen_given), (e.rejected_ids, e.rejected_given))
+        ]
         stats = token_stats(model, sequences, batch_tokens=self.score.score_tokens)
         return torch.tensor([float(s.logprob.sum()) for s in stats]).view(-1, 2)
 
@@ -79,9 +96,12 @@ class Evaluation:
         }
 
     def _task(self, model: nn.Module) -> dict[str, float]:
-        prompts = [e.prompt_ids for e in self.examples]
+        if not self.answered:
+            return {}
+        ends = model_ends(model, self.tokenizer, self.rollout.stop)
+        prompts = [e.sampling_prompt_ids or e.prompt_ids for e in self.answered]
         greedy = generate(model, self.tokenizer, prompts, self.rollout, greedy=True)
-        right = [self._is_right(ids, expected) for ids, expected in zip(greedy, self.expected, strict=True)]
+        right = [self._is_right(ids, expected, ends) for ids, expected in zip(greedy, self.expected, strict=True)]
         self.completions = [
             {
                 "prompt": example.prompt,
@@ -89,23 +109,27 @@ class Evaluation:
                 "expected": expected,
                 "correct": str(ok).lower(),
             }
-            for example, ids, expected, ok in list(zip(self.examples, greedy, self.expected, right, strict=True))[:20]
+            for example, ids, expected, ok in list(zip(self.answered, greedy, self.expected, right, strict=True))[:20]
         ]
         metrics = {"accuracy_greedy": sum(right) / len(right)}
-        if not self.samples:
-            return metrics
-        groups = [Group(e.prompt, e.prompt_ids, []) for e in self.examples for _ in range(self.samples)]
+        return {**metrics, **self._sampled(model, prompts, ends)} if self.samples else metrics
+
+    def _sampled(self, model: nn.Module, prompts: Sequence[list[int]], ends: Ends) -> dict[str, float]:
+        """What `samples` completions a prompt say: their accuracy, and how S orders them."""
+        groups = [
+            Group(e.prompt, e.prompt_ids, [], question=e.question, sampling_prompt_ids=prompt)
+            for e, prompt in zip(self.answered, prompts, strict=True)
+            for _ in range(self.samples)
+        ]
         expected = [answer for answer in self.expected for _ in range(self.samples)]
-        for group, ids in zip(
-            groups, generate(model, self.tokenizer, [g.prompt_ids for g in groups], self.rollout), strict=True
-        ):
-            group.members = [Member("candidate", ids)]
-        score_groups(groups, self.tokenizer, model, None, self.score)
+        completions = generate(model, self.tokenizer, [g.sampling_prompt_ids for g in groups], self.rollout)
+        for group, ids in zip(groups, completions, strict=True):
+            group.members = [Member("candidate", ids, sampled=True)]
+        score_groups(groups, self.tokenizer, model, None, self.score, ends=ends)
         sampled = [group.members[0] for group in groups]
-        correct = [self._is_right(m.ids, answer) for m, answer in zip(sampled, expected, strict=True)]
+        correct = [self._is_right(m.ids, answer, ends) for m, answer in zip(sampled, expected, strict=True)]
         scored = [i for i, m in enumerate(sampled) if math.isfinite(m.score)]
         return {
-            **metrics,
             "accuracy_sampled": sum(correct) / len(correct),
             "auroc": auroc([sampled[i].score for i in scored], [correct[i] for i in scored]),
             "truncated": sum(m.truncated for m in sampled) / len(sampled),
@@ -114,13 +138,13 @@ class Evaluation:
             "branch_entropy": _mean([m.branch_entropy for m in sampled]),
         }
 
-    def _answer(self, ids: Sequence[int]) -> str:
-        span = find_spans(ids, self.tokenizer, markers=self.score.markers, last_tokens=len(ids)).answer
-        return normalise(self.tokenizer.decode(list(ids[slice(*span)]), skip_special_tokens=True))
+    def _answer(self, ids: Sequence[int], ends: Ends) -> str:
+        said = ends.content(ids, self.tokenizer)
+        span = find_spans(said, self.tokenizer, markers=self.score.markers, last_tokens=max(1, len(said))).answer
+        return normalise(self.tokenizer.decode(said[slice(*span)], skip_special_tokens=True))
 
-    def _is_right(self, ids: Sequence[int], expected: str) -> bool:
-        ended = bool(ids) and ids[-1] == self.tokenizer.eos_token_id
-        return ended and bool(expected) and self._answer(ids) == expected
+    def _is_right(self, ids: Sequence[int], expected: str, ends: Ends) -> bool:
+        return ends.has_ended(ids, self.tokenizer) and bool(expected) and self._answer(ids, ends) == expected
 
 
 def preference_accuracy(reward: Tensor) -> float:

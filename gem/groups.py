@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from gem.files import write_lines
+from gem.files import read_text, write_lines
 
 Role = Literal["candidate", "chosen", "rejected"]
+Given = list[tuple[int, list[int]]]
+"""Tokens inside a completion that somebody else wrote (a user's turn): (at, ids), ids standing before token `at`."""
 
 
 @dataclass
@@ -37,6 +40,8 @@ class Member:
     rank_sd: float = math.nan
     weight: float = 0.0  # w of Eq. 2
     sampled: bool = False  # drawn from the scoring policy, not read from the record
+    flaw: str = ""  # why a sampled completion is not scored: "empty", "repeats the prompt"
+    given: Given = field(default_factory=list)
 
 
 @dataclass
@@ -45,10 +50,25 @@ class Group:
     prompt_ids: list[int]
     members: list[Member]
     kept: bool = True  # False: dropped from Eq. 2 (all weights 0); its human answer still feeds the supervised term
+    question: str = ""  # the user's own words in the prompt
+    sampling_prompt_ids: list[int] = field(default_factory=list)  # of the sampled members; empty: prompt_ids
+
+    def sequence(self, member: Member) -> tuple[list[int], list[int], Given]:
+        """Prompt ids, completion ids and what others wrote in between: the prompt that the member was written for."""
+        prompt = self.sampling_prompt_ids if member.sampled and self.sampling_prompt_ids else self.prompt_ids
+        return prompt, member.ids, member.given
 
     def role(self, role: Role) -> int | None:
         """Index of the first member of a role."""
         return next((i for i, member in enumerate(self.members) if member.role == role), None)
+
+
+def candidates_line(groups: Iterable[Group]) -> str:
+    """How many candidates there are, and how many are not scored, by reason."""
+    candidates = [member for group in groups for member in group.members if member.role == "candidate"]
+    flaws = Counter(member.flaw or "cut off" for member in candidates if member.flaw or member.truncated)
+    counts = "".join(f", {n} {flaw}" for flaw, n in flaws.most_common())
+    return f"{len(candidates)} candidates{counts}"
 
 
 def save_groups(path: Path, groups: Iterable[Group]) -> None:
@@ -73,27 +93,43 @@ def load_groups(path: Path) -> list[Group]:
     if not path.is_file():
         raise ValueError(f"groups must be a file written by `gem-kernels score`, got {str(path)!r}: no such file")
     groups = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                members = [_member(m) for m in row["members"]]
-                groups.append(Group(row["prompt"], row["prompt_ids"], members, row["kept"]))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: expected one JSON object a line, got {line[:60]!r} ({error})") from None
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"{where}: expected a group written by `gem-kernels score`, got {error!r}") from None
-            unknown = sorted({str(m.role) for m in members} - set(get_args(Role)))
-            if unknown:
-                raise ValueError(f"{where}: role must be one of {', '.join(get_args(Role))}, got {', '.join(unknown)}")
-            if not members or any(not m.ids or len(m.logprobs) != len(m.ids) for m in members):
-                raise ValueError(f"{where}: every member needs ids and as many logprobs")
+    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            members = [_member(m) for m in row["members"]]
+            known = {name: row[name] for name in ("question", "sampling_prompt_ids") if name in row}
+            groups.append(Group(row["prompt"], row["prompt_ids"], members, row["kept"], **known))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: expected one JSON object a line, got {line[:60]!r} ({error})") from None
+        except (KeyError, TypeError) as error:
+            names = sorted(row) if isinstance(row, dict) and "members" not in row else None
+            what = repr(error) if names is None else f"the fields {names} without members"
+            raise ValueError(f"{where}: expected a group written by `gem-kernels score`, got {what}") from None
+        unknown = sorted({str(m.role) for m in members} - set(get_args(Role)))
+        if unknown:
+            raise ValueError(f"{where}: role must be one of {', '.join(get_args(Role))}, got {', '.join(unknown)}")
+        if not members or any(not m.ids or len(m.logprobs) != len(m.ids) for m in members):
+            raise ValueError(f"{where}: every member needs ids and as many logprobs")
+        _check_numbers(groups[-1], where)
     if not groups:
         raise ValueError(f"groups must hold at least one group, got none in {path}")
     return groups
+
+
+def _check_numbers(group: Group, where: str) -> None:
+    """An edited file may hold a text where a number was, which would end in an error of torch without its line."""
+    for ids in (group.prompt_ids, group.sampling_prompt_ids, *(m.ids for m in group.members)):
+        if not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids):
+            raise ValueError(f"{where}: ids must be lists of integers >= 0, got {str(ids)[:60]}")
+    if not group.prompt_ids:
+        raise ValueError(f"{where}: prompt_ids must not be empty")
+    for member in group.members:
+        for value in (member.weight, member.score, *member.logprobs, *member.entropies):
+            if not isinstance(value, int | float):
+                raise ValueError(f"{where}: weight, score, logprobs and entropies must be numbers, got {value!r}")
 
 
 def _member(row: dict[str, object]) -> Member:
@@ -102,6 +138,8 @@ def _member(row: dict[str, object]) -> Member:
         value = getattr(member, f.name)
         if value is None:
             setattr(member, f.name, math.nan)
+        elif f.name == "given":
+            member.given = [(int(at), list(ids)) for at, ids in value]
         elif isinstance(value, list):
             whole = [math.nan if v is None else v for v in value]
             setattr(member, f.name, tuple(whole) if f.name.endswith("_span") else whole)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gem.config import RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
+from gem.ends import model_ends
 from gem.groups import Group, Member
 from gem.head import ensure_fused
 from gem.rank import Posterior, bradley_terry_posterior, first_of_duplicates, keep_groups, keep_members
@@ -23,10 +24,22 @@ def pair_group(example: Example) -> Group:
     """The human part of a group: what the record says, not yet scored."""
     members = []
     if example.chosen_ids:
-        members.append(Member("chosen", example.chosen_ids))
+        members.append(Member("chosen", example.chosen_ids, given=example.chosen_given))
     if example.rejected_ids:
-        members.append(Member("rejected", example.rejected_ids))
-    return Group(example.prompt, example.prompt_ids, members)
+        members.append(Member("rejected", example.rejected_ids, given=example.rejected_given))
+    prompts = {"question": example.question, "sampling_prompt_ids": example.sampling_prompt_ids}
+    return Group(example.prompt, example.prompt_ids, members, **prompts)  # type: ignore[arg-type]
+
+
+def sampling_prompts(examples: Sequence[Example]) -> list[list[int]]:
+    """Of the examples whose candidates are sampled: what they are sampled from."""
+    return [e.sampling_prompt_ids or e.prompt_ids for e in examples if not e.candidate_ids]
+
+
+def _candidates(example: Example) -> list[Member]:
+    """Those that the record brings."""
+    given = example.candidates_given or [[] for _ in example.candidate_ids]
+    return [Member("candidate", ids, given=g) for ids, g in zip(example.candidate_ids, given, strict=True)]
 
 
 @dataclass
@@ -54,11 +67,11 @@ class GroupMaker:
         completions = generate(
             self.model,
             self.tokenizer,
-            [examples[i].prompt_ids for i in sampled],
+            [examples[i].sampling_prompt_ids or examples[i].prompt_ids for i in sampled],
             self.rollout,
             progress="candidates" if progress else None,
         )
-        drawn: list[list[Member]] = [[Member("candidate", ids) for ids in e.candidate_ids] for e in examples]
+        drawn = [_candidates(example) for example in examples]
         for i, ids in zip(sampled, completions, strict=True):
             drawn[i].append(Member("candidate", ids, sampled=True))
         for group, candidates in zip(groups, drawn, strict=True):
@@ -71,6 +84,7 @@ class GroupMaker:
             self.reference if frozen is None else None,
             self.score,
             "scores" if progress else None,
+            ends=model_ends(self.model, self.tokenizer, self.rollout.stop),
         )
         weight_groups(groups, self.rank)
         return groups
@@ -87,7 +101,7 @@ def weight_groups(groups: Sequence[Group], arguments: RankArguments) -> None:
         humans_first = sorted(
             range(len(group.members)), key=lambda i: group.members[i].role == "candidate" and with_human
         )
-        unique = first_of_duplicates([group.members[i].ids for i in humans_first])
+        unique = first_of_duplicates([_said(group.members[i]) for i in humans_first])
         first = dict(zip(humans_first, unique, strict=True))
         for i, member in enumerate(group.members):
             scores[g, i] = member.score
@@ -116,6 +130,11 @@ def weight_groups(groups: Sequence[Group], arguments: RankArguments) -> None:
     if arguments.filter_groups:
         kept &= keep_groups(scores, posterior, mask, min_spread=arguments.min_spread)
     _write(groups, posterior, weight * kept[:, None], kept)
+
+
+def _said(member: Member) -> list[int]:
+    """All tokens of a completion, in one list that equals another's only where both are the same."""
+    return [*member.ids, *(token for at, given in member.given for token in (-1, at, *given))]
 
 
 def _role_index(groups: Sequence[Group], role: str) -> Tensor:

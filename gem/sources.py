@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
-from safetensors import SafetensorError
+from safetensors import safe_open
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from gem.loading import loading
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +55,7 @@ def gguf_file(source: str, what: str = "model") -> Path | None:
 
 
 def tokenizer_of(source: str, what: str) -> Any:
-    """The tokenizer of a folder, hub name or GGUF file.
+    """The tokenizer of a folder, hub name or GGUF file; of adapters saved without one, that of their base.
 
     Raises:
         ValueError: there is none, or it does not load.
@@ -65,10 +69,14 @@ def tokenizer_of(source: str, what: str) -> Any:
             end = _from_gguf(AutoConfig, file, what).eos_token_id
             tokenizer.eos_token = tokenizer.eos_token if end is None else tokenizer.convert_ids_to_tokens(end)
         return tokenizer
-    try:
-        return AutoTokenizer.from_pretrained(source if file is None else str(file.parent))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{what} must be a folder or hub name with a tokenizer, got {source!r}: {error}") from None
+    base = adapter_base(source)
+    if base is not None and not any(Path(source).glob("tokenizer*")):
+        _check_chain(source)
+        return tokenizer_of(base, what)
+    if what == "model" and base is None:
+        check_config(source)
+    with loading(what, source, "a folder or hub name with a tokenizer"):
+        return AutoTokenizer.from_pretrained(source if file is None else str(file.parent), trust_remote_code=False)
 
 
 def pretrained(source: str, model_class: Any = AutoModelForCausalLM, **options: Any) -> Any:
@@ -83,34 +91,152 @@ def pretrained(source: str, model_class: Any = AutoModelForCausalLM, **options: 
         ValueError: there is no such model, or it does not load.
     """
     if adapter_base(source) is not None:
-        model = adapted(source, model_class, **options).merge_and_unload()
+        model = merged(adapted(source, model_class, **options), source)
         model.name_or_path = source  # the base of adapters to come
         return model.requires_grad_(True)  # peft had frozen it
     file = gguf_file(source)
     if file is not None:
         return _dequantised(model_class, file, **options)
+    check_config(source)
+    with loading("model", source, MODEL_SOURCES):
+        return model_class.from_pretrained(source, trust_remote_code=False, **options)
+
+
+class Configs(NamedTuple):
+    """What a pretrained model says of itself, its weights aside."""
+
+    config: Any
+    generation_config: Any
+
+
+def configs_of(source: str) -> Configs:
+    """The config and generation config of a folder, hub name or GGUF file; of adapters, those of their base.
+
+    Raises:
+        ValueError: there is no such model, or its config does not load.
+    """
+    while (base := adapter_base(source)) is not None:
+        _check_chain(source)
+        source = base
+    file = gguf_file(source)
+    if file is not None:
+        return Configs(_from_gguf(AutoConfig, file, "model"), None)
+    with loading("model", source, MODEL_SOURCES):
+        config = AutoConfig.from_pretrained(source)
     try:
-        return model_class.from_pretrained(source, **options)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"model must be {MODEL_SOURCES}, got {source!r}: {error}") from None
+        return Configs(config, transformers.GenerationConfig.from_pretrained(source))
+    except OSError:  # many have none
+        return Configs(config, None)
 
 
 def adapted(source: str, model_class: Any = AutoModelForCausalLM, **options: Any) -> Any:
     """The peft model of a folder of adapters; arguments as in `pretrained`.
 
     Raises:
-        ValueError: the folder names no base, or one that does not load.
+        ValueError: the folder names no base, or one that does not load, or adapters that do not fit it.
     """
     from peft import PeftModel
 
     base = adapter_base(source)
     assert base is not None
-    model = pretrained(base, model_class, **options)
-    if (Path(source) / "tokenizer_config.json").is_file():
-        tokens = len(AutoTokenizer.from_pretrained(source))
-        if tokens > model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(tokens)  # as peft's own auto classes do: the adapters came with new tokens
-    return PeftModel.from_pretrained(model, source)
+    _check_chain(source)
+    if not any(Path(source).glob("adapter_model.*")):
+        raise ValueError(
+            f"model must be a folder of adapters with their weights, got {source!r} without adapter_model.*"
+        )
+    try:
+        model = pretrained(base, model_class, **options)
+    except ValueError as error:
+        raise ValueError(f"{error} (the base that {Path(source) / 'adapter_config.json'} names)") from error
+    expected, own = f"a folder of adapters of {base!r}", model.get_input_embeddings().weight.shape[0]
+    with loading("model", source, expected):
+        rows = _adapter_rows(Path(source), model)
+    if rows is None and any(Path(source).glob("tokenizer*")):
+        rows = max(own, len(tokenizer_of(source, "model")))
+        if rows > own:
+            logger.warning("%s: %d new tokens without their embeddings, which are made anew", source, rows - own)
+    with loading("model", source, expected):
+        if rows is not None and rows != own:
+            model.resize_token_embeddings(rows)  # as peft's own auto classes do: the adapters came with new tokens
+        with warnings.catch_warnings():
+            # Else the adapters that the file does not hold would be there as they are before training: without effect.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            return PeftModel.from_pretrained(model, source)
+
+
+def _check_chain(source: str) -> None:
+    """Whether adapters of adapters of ... come to a base.
+
+    Raises:
+        ValueError: they come back to themselves.
+    """
+    passed: set[Path] = set()
+    step: str | None = source
+    while step is not None and (base := adapter_base(step)) is not None:
+        if Path(step).resolve() in passed:
+            raise ValueError(
+                f"model must be adapters that come to a base, got {source!r}, whose base is of its own kind"
+            )
+        passed.add(Path(step).resolve())
+        step = base
+
+
+def check_config(source: str) -> None:
+    """Whether transformers reads a folder's config.json; what is wrong with it is said before anything else trips over it.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if (Path(source) / "config.json").is_file():
+        with loading("model", source, "a folder whose config.json transformers reads"):
+            AutoConfig.from_pretrained(source, trust_remote_code=False)
+
+
+def _adapter_rows(folder: Path, model: Any) -> int | None:
+    """The size of the vocabulary that adapters were trained with, where they hold rows of it; None: they hold none.
+
+    Their tokenizer does not tell: a vocabulary may be padded, or have been cut.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return None
+    of_vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is m for m in of_vocabulary)]
+    with safe_open(file, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118  it is no dictionary
+            for name in names:
+                _, found, part = key.partition(f".{name}.")
+                shape: list[int] = tensors.get_slice(key).get_shape() if found else []
+                if part.startswith("lora_embedding_A"):  # (r, V)
+                    return shape[1]
+                # Its other factor, (r, D), is not of the vocabulary; nor are single rows.
+                if part.startswith("lora_B") or (part.endswith("weight") and "lora_" not in part):
+                    return shape[0]
+    return None
+
+
+def merged(model: Any, source: str) -> Any:
+    """The model under a peft model, with its adapters in its weights.
+
+    Raises:
+        ValueError: adapters that are no part of a weight, such as prompts that are learnt.
+    """
+    from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+
+    if not isinstance(model.base_model, BaseTuner):
+        kind = model.peft_config[model.active_adapter].peft_type
+        raise ValueError(f"model must have adapters that merge into its weights, got {source!r} with {kind}")
+    base = model.get_base_model()
+    layers = [base.get_input_embeddings(), base.get_output_embeddings()]
+    plain = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
+    weights = [getattr(layer, "weight", None) for layer in plain]
+    if plain != layers and weights[0] is not None and weights[0] is weights[1]:
+        # An adapter on one of two layers that share their weight: merged into it, it would change the other one, too.
+        plain[1].weight = nn.Parameter(weights[1].detach().clone())
+        for config in (base.config, base.config.get_text_config()):
+            config.tie_word_embeddings = False
+    with loading("model", source, "a folder of adapters that merge into their base"):
+        return model.merge_and_unload()
 
 
 def adapter_base(source: str) -> str | None:
@@ -124,12 +250,12 @@ def adapter_base(source: str) -> str | None:
         return None
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON and of UTF-8
         raise ValueError(f"model must have adapters whose config is JSON, got {file}: {error}") from None
     base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
-    if not base or not settings.get("peft_type"):
+    if not base or not isinstance(base, str) or not settings.get("peft_type"):
         raise ValueError(f"model must name the base of its adapters and their peft_type, got {file} without")
-    return str(base)
+    return base
 
 
 def _dequantised(model_class: Any, file: Path, **options: Any) -> Any:

@@ -248,8 +248,12 @@ def test_too_long_records_are_counted(tokenizer: Any, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         kept = encode(tokenizer, *rows, max_length=8)  # <bos> and 4 of the prompt, 2 and <eos>
     assert [tokenizer.decode(e.chosen_ids) for e in kept] == ["3<eos>", "33<eos>"]
-    assert [r.message for r in caplog.records] == ["2 of 4 records are longer than max_length=8"]
-    with pytest.raises(ValueError, match="max_length must leave at least one record, got 6 and 4 longer"):
+    assert [r.message for r in caplog.records] == [
+        "2 of 4 records are left out: 2 x longer than max_length=8 tokens (row 1, got 16; row 2, got 16)"
+    ]
+    with pytest.raises(
+        ValueError, match="at least one record must be usable, got none of 4: 4 x longer than max_length=6"
+    ):
         encode(tokenizer, *rows, max_length=6)
 
 
@@ -302,3 +306,16 @@ def test_pack_refuses_what_is_empty(layout: Layout) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             pack(groups, layout=layout, pad_id=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_others_say_is_read_and_not_learnt(layout: Layout) -> None:
+    groups: Any = [[([1, 5], [7, EOS, 8, EOS], [(2, [3, 4])]), ([1, 5], [9, EOS], [(0, [6])])]]
+    batch = pack(groups, layout=layout, pad_id=0)
+    ids, labels = batch["input_ids"].flatten(), batch["shift_labels"].flatten()
+    at = (labels != -100).nonzero().squeeze(1)
+    assert labels[at].tolist() == [7, EOS, 8, EOS, 9, EOS] and torch.equal(ids[at + 1], labels[at])
+    assert ids[at].tolist() == [5, 7, 4, 8, 6, 9]  # each after what stands before it in the text, whoever said it
+    assert batch["cu_seqlens"].tolist() == [0, 4, 6] and batch["sequence"].tolist() == [0] * 4 + [1] * 2
+    text = [i for i in ids.tolist() if i]
+    assert text == [1, 5, 7, EOS, 3, 4, 8, EOS, 1, 5, 6, 9, EOS]

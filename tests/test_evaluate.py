@@ -242,6 +242,48 @@ def test_what_cannot_be_had_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert evaluation(model, alone, eval_samples=0)(model) == {"accuracy_greedy": 1.0}
 
 
+def several_turns(e: Example) -> Example:
+    """The same answer, and a question and an answer before it."""
+    before, question = [*ids_of("1+1=2"), EOS], [1, *ids_of("7+7=")]
+    chosen = [*before, *e.chosen_ids]
+    return Example(e.prompt, e.prompt_ids, chosen, e.rejected_ids, chosen_given=[(len(before), question)])
+
+
+def test_a_preference_of_several_turns_has_no_task_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    speaking(monkeypatch, "#### 3")
+    model, rows = tiny_model(), examples(6)
+    mixed = [several_turns(e) if i % 2 else e for i, e in enumerate(rows)]
+    run = evaluation(model, mixed)
+    found = run(model)
+    assert [c["prompt"] for c in run.completions] == ["0+1=", "2+1=", "4+1="]
+    assert found["accuracy_greedy"] == pytest.approx(1 / 3)
+    assert len(run.reference) == 6 and found["preference_sum"] * 6 == int(found["preference_sum"] * 6)
+    e = mixed[1]
+    (at, question) = e.chosen_given[0]
+    ids = [*e.prompt_ids, *e.chosen_ids[:at], *question, *e.chosen_ids[at:]]
+    with torch.no_grad():
+        logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    places = [*range(len(e.prompt_ids), len(e.prompt_ids) + at), *range(len(ids) - len(e.chosen_ids) + at, len(ids))]
+    assert float(run.reference[1, 0]) == pytest.approx(sum(float(logp[i - 1, ids[i]]) for i in places), abs=1e-4)
+    found = evaluation(model, [several_turns(e) for e in rows])(model)
+    assert found.keys() == {"preference_sum", "preference_token", "preference_reference", "preference_length"}
+
+
+def test_candidates_are_of_the_prompt_that_is_sampled_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def generate(model: Any, tokenizer: Any, prompts: Any, *_: Any, **__: Any) -> Any:
+        asked.append(prompts)
+        return [[*ids_of("#### 1"), EOS]] * len(prompts)
+
+    monkeypatch.setattr("gem.evaluate.generate", generate)
+    e = examples(1)[0]
+    steps = [*e.prompt_ids, 5, 6]
+    rows = [e, Example(e.prompt, e.prompt_ids, e.chosen_ids, sampling_prompt_ids=steps)]
+    evaluation(model := tiny_model(), rows)(model)
+    assert asked == [[e.prompt_ids, steps]] * 2
+
+
 def test_limits() -> None:
     model = tiny_model()
     assert len(evaluation(model, eval_limit=5).examples) == 5

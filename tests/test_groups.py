@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gem.files import replacing, write_lines
-from gem.groups import Group, Member, load_groups, save_groups
+from gem.groups import Group, Member, candidates_line, load_groups, save_groups
 
 
 def groups() -> list[Group]:
@@ -117,3 +117,33 @@ def test_nothing_to_load(tmp_path: Path) -> None:
     (tmp_path / "g.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="at least one group, got none"):
         load_groups(tmp_path / "g.jsonl")
+
+
+def test_turns_of_others_and_the_prompt_of_candidates_come_back(tmp_path: Path) -> None:
+    member = Member("chosen", [5, 6], logprobs=[-1.0, -2.0], given=[(1, [7, 8]), (1, [9])], flaw="empty")
+    group = Group("q", [1], [member], question="what?", sampling_prompt_ids=[1, 2])
+    save_groups(tmp_path / "g.jsonl", [group])
+    (again,) = load_groups(tmp_path / "g.jsonl")
+    assert again.members[0].given == member.given and again.members[0].flaw == "empty"
+    assert (again.question, again.sampling_prompt_ids) == ("what?", [1, 2])
+    row = json.loads((tmp_path / "g.jsonl").read_text())
+    for name in ("question", "sampling_prompt_ids"):  # of an older release
+        del row[name]
+    del row["members"][0]["given"], row["members"][0]["flaw"]
+    (tmp_path / "g.jsonl").write_text(json.dumps(row))
+    (old,) = load_groups(tmp_path / "g.jsonl")
+    assert old.sampling_prompt_ids == [] and old.members[0].given == [] and old.question == ""
+
+
+def test_candidates_that_are_not_scored_are_counted_by_reason() -> None:
+    said: list[dict[str, Any]] = [
+        {},
+        {"truncated": True},
+        {"flaw": "empty"},
+        {"truncated": True},
+        {"flaw": "repeats the prompt"},
+    ]
+    members = [Member("candidate", [1], **more) for more in said]
+    group = Group("", [1], [*members, Member("chosen", [1], truncated=True)])
+    assert candidates_line([group]) == "5 candidates, 2 cut off, 1 empty, 1 repeats the prompt"
+    assert candidates_line([]) == "0 candidates"

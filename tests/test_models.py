@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from gem import cli
 from gem.config import ModelArguments
 from gem.data import pack
 from gem.demo import build_tokenizer
+from gem.doctor import load
+from gem.ends import Ends, model_ends
 from gem.head import completion_stats, fuse_lm_head
-from gem.models import load_model, load_tokenizer
+from gem.models import load_model, load_tokenizer, source_ends
 
 
 def config(**changes: Any) -> LlamaConfig:
@@ -197,3 +201,140 @@ def test_adapters_without_a_base_are_refused(base: Path, tmp_path: Path) -> None
         match=r"model must name the base of its adapters and their peft_type, got .*adapter_config.json without",
     ):
         load_model(ModelArguments(model=str(tmp_path / "a")), build_tokenizer())
+
+
+# --- adapters that brought tokens -------------------------------------------------------------------------------------
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "projection": {"target_modules": ["q_proj"]},
+    "embeddings saved whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "single tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 18]},
+    "on the embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "on both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+}
+IDS = torch.tensor([[1, 5, 6, 7, 16, 3]])
+
+
+def with_adapters(folder: Path, settings: dict[str, Any], *, rows: int, tied: bool, tokenizer: Any = None) -> Any:
+    """base/ of 40 tokens and adapters/ trained with `rows` of them, as peft saves them. Returns the peft model."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config(tie_word_embeddings=tied, initializer_range=0.3, bos_token_id=1))
+    base.save_pretrained(folder / "base")
+    build_tokenizer().save_pretrained(folder / "base")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "base")
+    model.resize_token_embeddings(rows)
+    adapted = get_peft_model(model, LoraConfig(r=2, **settings))
+    with torch.no_grad():
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p), alpha=0.3)
+    adapted.save_pretrained(folder / "adapters")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / "adapters")
+    return adapted.eval()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rows", [19, 42, 64])  # a vocabulary cut, with two new tokens, and padded
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_are_loaded_with_their_vocabulary(name: str, rows: int, tied: bool, tmp_path: Path) -> None:
+    """The same logits from doctor's model, from the merged one, and from that saved."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<tool>", "</tool>"])
+    expected = with_adapters(tmp_path, ADAPTERS[name], rows=rows, tied=tied, tokenizer=tokenizer)(IDS).logits
+    arguments = ModelArguments(model=str(tmp_path / "adapters"))
+    assert len(load_tokenizer(arguments)) == 19
+    merged: Any = load_model(arguments, load_tokenizer(arguments))
+    merged.save_pretrained(tmp_path / "merged")
+    saved: Any = load_model(ModelArguments(model=str(tmp_path / "merged")), tokenizer)
+    for model in (load(str(tmp_path / "adapters"), "cpu"), merged, saved):
+        torch.testing.assert_close(cast(Any, model).eval()(IDS).logits, expected, atol=2e-3, rtol=1e-3)
+    assert merged.get_input_embeddings().weight.shape == (rows, 16)
+    assert merged.config.tie_word_embeddings == torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+
+
+def test_tokens_in_spare_rows_and_a_narrower_tokenizer(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<tool>"])
+    expected = with_adapters(tmp_path, ADAPTERS["projection"], rows=40, tied=False, tokenizer=tokenizer)(IDS).logits
+    arguments = ModelArguments(model=str(tmp_path / "adapters"))
+    torch.testing.assert_close(load_model(arguments, load_tokenizer(arguments)).eval()(IDS).logits, expected)
+
+
+def test_adapters_saved_without_a_tokenizer_have_their_bases(tmp_path: Path) -> None:
+    with_adapters(tmp_path, ADAPTERS["projection"], rows=43, tied=False)
+    arguments = ModelArguments(model=str(tmp_path / "adapters"))
+    tokenizer = load_tokenizer(arguments)
+    assert len(tokenizer) == 17 and tokenizer.eos_token == "<eos>"
+    assert load_model(arguments, tokenizer).get_input_embeddings().weight.shape == (43, 16)  # type: ignore[operator]
+
+
+def test_new_tokens_whose_embeddings_were_not_saved_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(30)])
+    with_adapters(tmp_path, ADAPTERS["projection"], rows=40, tied=False, tokenizer=tokenizer)
+    arguments = ModelArguments(model=str(tmp_path / "adapters"))
+    assert load_model(arguments, load_tokenizer(arguments)).get_input_embeddings().weight.shape == (47, 16)  # type: ignore[operator]
+    assert "7 new tokens without their embeddings, which are made anew" in caplog.text
+
+
+def test_adapters_of_adapters_with_tokens(tmp_path: Path) -> None:
+    """Each brings rows of its own; the second has the first as its base."""
+    tokenizer = build_tokenizer()
+    with_adapters(tmp_path, ADAPTERS["on both"], rows=42, tied=True, tokenizer=tokenizer)
+    first = str(tmp_path / "adapters")
+    model: Any = load_model(ModelArguments(model=first), tokenizer)
+    model.resize_token_embeddings(45)
+    second = get_peft_model(model, LoraConfig(r=2, target_modules=["v_proj"]))
+    second.save_pretrained(tmp_path / "second", save_embedding_layers=True)
+    again: Any = load_model(ModelArguments(model=str(tmp_path / "second")), tokenizer)
+    torch.testing.assert_close(again.eval()(IDS).logits, second.eval()(IDS).logits, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("command", ["eval", "score", "sft"])
+def test_commands_on_adapters_that_brought_tokens(command: str, tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(25)])  # one more than the base's rows hold
+    tokenizer.add_tokens(["<tool>"])
+    with_adapters(tmp_path, ADAPTERS["projection"], rows=len(tokenizer), tied=False, tokenizer=tokenizer)
+    data = tmp_path / "p.jsonl"
+    data.write_text('{"prompt": "1+2=", "chosen": "<tool> #### 3", "rejected": "#### 4"}\n' * 2)
+    options = {
+        "eval": ["--max_new_tokens", "2", "--device", "cpu"],
+        "score": ["--max_new_tokens", "2", "--device", "cpu", "--output", str(tmp_path / "groups.jsonl")],
+        "sft": ["--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--use_cpu", "true"],
+    }
+    assert cli.main([command, "--model", str(tmp_path / "adapters"), "--data", str(data), *options[command]]) == 0
+
+
+def test_a_padding_token_beyond_the_model(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(23)])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == 40  # as after Alpaca's recipe without a resized model
+    load_model(ModelArguments(model=str(base)), tokenizer)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    assert "no embedding for [PAD], which pads: the end of sequence pads" in caplog.text
+    tokenizer.add_tokens(["<more>"])
+    with pytest.raises(ValueError, match="model must have at least the 42 tokens of the tokenizer, got 40"):
+        load_model(ModelArguments(model=str(base)), tokenizer)
+
+
+@pytest.mark.parametrize("eos", [2, [2, 5], None])
+def test_ends_before_the_weights_are_read_are_those_of_the_model(folder: Path, eos: Any) -> None:
+    tokenizer = load_tokenizer(ModelArguments(tokenizer=str(folder / "tok")))
+    assert source_ends(ModelArguments(str(folder / "config.json")), tokenizer, ["Q:"]) == Ends(frozenset([2]), ("Q:",))
+    model: Any = load_model(ModelArguments(str(folder / "config.json")), tokenizer)
+    model.config.eos_token_id, model.generation_config.eos_token_id = 7, eos
+    model.save_pretrained(folder / "saved")
+    tokenizer.save_pretrained(folder / "saved")
+    arguments = ModelArguments(str(folder / "saved"))
+    expected = model_ends(load_model(arguments, tokenizer), tokenizer)
+    assert source_ends(arguments, tokenizer) == expected
+    for file in (folder / "saved").glob("*.safetensors"):
+        file.unlink()
+    assert source_ends(arguments, tokenizer) == expected
+    (folder / "saved" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model must be .*config\.json"):
+        source_ends(arguments, tokenizer)

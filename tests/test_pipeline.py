@@ -263,3 +263,36 @@ def test_pair_group() -> None:
     full, own, none = map(pair_group, examples())
     assert [m.role for m in full.members] == ["chosen", "rejected"] and [m.role for m in own.members] == ["chosen"]
     assert none.members == [] and full.prompt_ids == [1, 8]
+
+
+def test_members_are_scored_under_their_own_prompt_and_behind_what_others_say() -> None:
+    """A sampled candidate under the prompt that asks for a chain of thought; a pair of several turns, the user's between."""
+    given = [(2, [5, 4])]
+    example = Example(
+        "1", [1, 8], [7, EOS, 9, EOS], [8, EOS], chosen_given=given, question="1", sampling_prompt_ids=[1, 8, 6, 6]
+    )
+    policy = model()
+    maker = GroupMaker(policy, build_tokenizer(), RolloutArguments(max_new_tokens=5), ScoreArguments(), RankArguments())
+    torch.manual_seed(0)
+    (found,) = maker([example])
+    assert found.sampling_prompt_ids == [1, 8, 6, 6] and found.prompt_ids == [1, 8]
+    for member in found.members:
+        prompt = [1, 8] if member.role != "candidate" else [1, 8, 6, 6]
+        ids, learnt = [*prompt, *member.ids], list(range(len(prompt), len(prompt) + len(member.ids)))
+        if member.role == "chosen":
+            assert member.given == given
+            ids, learnt = [1, 8, 7, EOS, 5, 4, 9, EOS], [2, 3, 6, 7]
+        with torch.no_grad():
+            log_p = policy(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = [float(log_p[t - 1, ids[t]]) for t in learnt]
+        assert member.logprobs == pytest.approx(expected, abs=1e-5)
+    chosen = next(m for m in found.members if m.role == "chosen")
+    assert chosen.branch_span[0] >= 2 and chosen.answer_span[0] >= 2  # of its last turn
+
+
+def test_turns_of_others_tell_completions_apart() -> None:
+    twins = group(2.0, -2.0, 1.0, -1.0, 1.5)
+    for member, given in zip(twins.members, ([], [(1, [7])], [(1, [8])], [(0, [7])], [(1, [7])]), strict=True):
+        member.ids, member.given = [5, EOS], given
+    weight_groups([twins], RankArguments())
+    assert [m.weight != 0 for m in twins.members] == [True, True, True, True, False]

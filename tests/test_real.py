@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gem import cli
-from gem.config import ModelArguments, RolloutArguments
+from gem.config import COT_PROMPT, ModelArguments, RolloutArguments
+from gem.data import encode_records
 from gem.groups import load_groups
 from gem.head import fuse_lm_head, unfuse
-from gem.models import load_model, load_tokenizer
+from gem.models import load_model, load_tokenizer, source_ends
 from gem.rollout import generate
 from gem.sources import pretrained
 
@@ -328,6 +329,48 @@ def test_doctor(kind: str, gguf: str, checkpoint: Path, tmp_path: Path, capsys: 
     out = capsys.readouterr().out
     assert "LlamaForCausalLM, float32, on cpu" in out and "self-check      passed" in out
     assert "V=49152, D=576, no bias, tied to the input embeddings" in out
+
+
+def test_a_plain_question_is_asked_as_a_chat(
+    checkpoint: Path, tokenizer: Any, folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bare text, an instruct model answers with what it takes for more of it."""
+    rows = [{"prompt": f"What is {i} + {i}?", "chosen": f"#### {2 * i}", "rejected": f"#### {i}"} for i in (3, 4)]
+    Path("plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scoring = ["--data", "plain.jsonl", "--max_new_tokens", "24", "--device", "cpu", "--cot_prompt"]
+    caplog.set_level("INFO")
+    asked = [*scoring, "--group_size", "3", "--output", "asked.jsonl", "--system", "Be brief."]
+    assert cli.main(["score", "--model", str(checkpoint), *asked]) == 0
+    assert "2 of 2 records: a plain prompt is the user's turn of a chat" in caplog.text
+    assert "6 candidates" in capsys.readouterr().out
+    for group in load_groups(Path("asked.jsonl")):
+        question = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": group.question}]
+        assert group.prompt == tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        assert group.prompt_ids == tokenizer(group.prompt)["input_ids"]
+        thinking = tokenizer.decode(group.sampling_prompt_ids)
+        assert COT_PROMPT in thinking and thinking.replace("\n\n" + COT_PROMPT, "") == group.prompt
+        assert all(member.completion.strip() and "<|im_start|>" not in member.completion for member in group.members)
+        chosen = group.members[group.role("chosen") or 0]
+        assert tokenizer.decode(chosen.ids) == chosen.completion + "<|im_end|>"
+
+
+@pytest.mark.parametrize("text", [CHAT[-1]["content"], CODE, SCRIPTS, EMOJI, "\n\n 4 \n", "a</think>b"])
+def test_what_is_learnt_is_what_the_record_says(text: str, gguf: str, tokenizer: Any) -> None:
+    ends = source_ends(ModelArguments(gguf), tokenizer)
+    assert ends.ids >= {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    again = [{"role": "user", "content": "And again?"}, {"role": "assistant", "content": text}]
+    record = {"prompt": CHAT[:-1], "chosen": text, "rejected": [{"role": "assistant", "content": "No."}, *again]}
+    (example,) = encode_records(
+        [{**record, "_where": "row"}], tokenizer, prompt_template="{prompt}", max_length=4096, ends=ends
+    )
+    assert tokenizer.decode(example.chosen_ids) == text + "<|im_end|>"
+    assert tokenizer.decode(example.rejected_ids) == f"No.<|im_end|>{text}<|im_end|>"
+    ((at, given),) = example.rejected_given
+    assert tokenizer.decode(example.rejected_ids[:at]) == "No.<|im_end|>" and "And again?" in tokenizer.decode(given)
+    (plain,) = encode_records(
+        [{"prompt": "Say it:", "chosen": text, "_where": "row"}], tokenizer, prompt_template="{prompt}", max_length=4096
+    )
+    assert tokenizer.decode([*plain.prompt_ids, *plain.chosen_ids]) == f"Say it:{text}<|im_end|>"
 
 
 def test_score_train_and_eval(gguf: str, checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,10 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gem.config import RolloutArguments, ScoreArguments
 from gem.demo import build_tokenizer
+from gem.ends import Ends
 from gem.groups import Group, Member
 from gem.head import ensure_fused, fuse_lm_head
 from gem.rollout import generate
-from gem.score import score_groups, token_stats
+from gem.score import flaw_of, score_groups, token_stats
+from gem.trainer import group_health
 
 EOS = 2
 CONFIG = LlamaConfig(
@@ -213,6 +215,86 @@ def test_reference_gives_the_logprobs_and_the_scorer_the_entropies(model: Any) -
     for b, m, o in zip(*([x for g in found for x in g.members] for found in (both, of_model, of_other)), strict=True):
         assert b.entropies == m.entropies and b.logprobs == o.logprobs
         assert b.logprobs != m.logprobs and b.entropies != o.entropies
+
+
+# --- flaws, ends and turns ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("completion", "question", "flaw"),
+    [
+        ("", "What is 3+4?", "empty"),
+        (" \n\t", "What is 3+4?", "empty"),
+        ("\u200b\ufeff\u2028", "", "empty"),
+        ("What is 3+4?", "What is 3+4?", "repeats the prompt"),
+        ("what is 3 + 4", "What is 3+4?", "repeats the prompt"),
+        ("What is 3+4? What is 3+4?\n\nWhat is 3+4?", "What is 3+4?", "repeats the prompt"),
+        ("**What is 3+4**...", "What is 3+4?", "repeats the prompt"),
+        ("3+4=3+4=", "3+4=", "repeats the prompt"),
+        ("\u4f60\u597d\u5417\u4f60\u597d\u5417", "\u4f60\u597d\u5417\uff1f", "repeats the prompt"),
+        ("What is 3+4? 7", "What is 3+4?", ""),
+        ("7", "What is 3+4?", ""),
+        ("34", "3+4=", ""),  # the words of a question in one
+        ("3-4=", "3+4=", ""),
+        ("What is", "What is 3+4?", ""),
+        ("...", "What is 3+4?", ""),
+        ("\U0001f642", "Smile?", ""),
+        ("?!", "?!", ""),  # a question without a word says nothing
+        ("anything", "", ""),
+    ],
+)
+def test_flaws(completion: str, question: str, flaw: str) -> None:
+    assert flaw_of(completion, question) == flaw
+
+
+def test_a_flawed_candidate_has_no_score(model: Any) -> None:
+    ensure_fused(model)
+    said = ["12 #### 3", "1+2=", "1+2=1+2=", ""]
+    candidates = [Member("candidate", [*ids_of(text), EOS]) for text in said]
+    human = Member("chosen", [*ids_of("1+2="), EOS])  # what the record says is taken as it is
+    for group in (
+        Group("User: 1+2= Assistant:", [1, *ids_of("1+2=")], [*candidates, human], question="1+2="),
+        Group("1+2=", [1, *ids_of("1+2=")], [*candidates, human]),
+    ):
+        score_groups([group], build_tokenizer(), model, None, ScoreArguments())
+        assert [m.flaw for m in group.members] == ["", "repeats the prompt", "repeats the prompt", "empty", ""]
+        assert [math.isnan(m.score) for m in group.members] == [False, True, True, True, False]
+        assert not any(m.truncated for m in group.members)
+        assert group_health([group])["flawed"] == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_every_end_of_the_model_ends_a_member(model: Any) -> None:
+    """Ids of the generation config beside the tokenizer's, and stop texts; what ends is in no span."""
+    ending = copy.deepcopy(model)
+    digit = ids_of("9")[0]
+    ending.generation_config.eos_token_id = [EOS, digit]
+    ensure_fused(ending)
+    said = [*ids_of("1+2=3 #### 3")]
+    members = [Member("candidate", ids) for ids in ([*said, EOS], [*said, digit], said, [*said, *ids_of(" +")])]
+    group, tokenizer = Group("", [1], members), build_tokenizer()
+    score_groups([group], tokenizer, ending, None, ScoreArguments())
+    assert [m.truncated for m in members] == [False, False, True, True]
+    assert len({m.answer_span for m in members[:3]}) == 1
+    stop = tokenizer.decode(ids_of(" +"))
+    score_groups([group], tokenizer, ending, None, ScoreArguments(), ends=Ends(frozenset({EOS}), (stop,)))
+    assert [m.truncated for m in members] == [False, True, True, False]
+    assert members[3].answer_span == members[0].answer_span and math.isfinite(members[3].score)
+
+
+def test_a_member_of_several_turns_is_scored_by_its_last(model: Any) -> None:
+    ensure_fused(model)
+    first, last, user = [*ids_of("1+1=2 #### 2"), EOS], [*ids_of("2+2=4 #### 4"), EOS], [1, *ids_of("2+2=")]
+    several = Member("chosen", [*first, *last], given=[(0, [1]), (len(first), user)])
+    alone = Member("chosen", last)
+    group = Group("", [1, *ids_of("1+1=")], [several, Member("rejected", first)])
+    whole = Group("", [1, *ids_of("1+1="), 1, *first, *user], [alone])
+    score_groups([group, whole], build_tokenizer(), model, None, ScoreArguments())
+    n = len(first)
+    assert len(several.logprobs) == len(several.entropies) == n + len(last)
+    assert several.answer_span == (alone.answer_span[0] + n, alone.answer_span[1] + n)
+    assert several.branch_span == (alone.branch_span[0] + n, alone.branch_span[1] + n)
+    torch.testing.assert_close(torch.tensor(several.entropies[n:]), torch.tensor(alone.entropies))
+    assert several.score == pytest.approx(alone.score, abs=1e-5) and not several.truncated
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------

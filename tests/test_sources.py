@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gem import cli
 from gem.config import ModelArguments
@@ -238,3 +239,198 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert cli.main(argv) == 2
         out, err = capsys.readouterr()
         assert not out and err.count("\n") == 1 and f"{tmp_path / 'a.gguf'}" in err
+
+
+# --- folders that are damaged -----------------------------------------------------------------------------------------
+
+
+class Running:
+    """A pickle that would run something."""
+
+    def __reduce__(self) -> Any:
+        return print, ("run",)
+
+
+def cut(file: Path, to: int) -> None:
+    file.write_bytes(file.read_bytes()[:to])
+
+
+def change(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def pickled(folder: Path, content: Any) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+
+
+def llama(folder: Path, **options: Any) -> Path:
+    """A tiny checkpoint with its tokenizer."""
+    settings = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(**settings, num_attention_heads=2, num_key_value_heads=2, eos_token_id=2))
+    model.save_pretrained(folder, **options)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+REMOTE = {"AutoConfig": "configuration_zorg.Zorg", "AutoModelForCausalLM": "modeling_zorg.Zorg"}
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "weights cut off": (lambda d: cut(d / "model.safetensors", -50), r"model.safetensors is cut off or no saf"),
+    "header cut off": (lambda d: cut(d / "model.safetensors", 20), r"model.safetensors is cut off or no saf"),
+    "empty weights": (lambda d: cut(d / "model.safetensors", 0), r"model.safetensors is cut off or no saf"),
+    "garbage": (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 999), r"model.safetensors is cut off or"),
+    "a pointer": (lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+                  r"model.safetensors is a pointer of git-lfs"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), r"no file named model.safetensors"),
+    "config": (lambda d: (d / "config.json").write_text("{"), r"config.json is not JSON"),
+    "config of bytes": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), r"config.json is not JSON"),
+    "config that is a list": (lambda d: (d / "config.json").write_text("[]"), r"config.json must hold a JSON object"),
+    "config of nothing": (lambda d: (d / "config.json").write_text("{}"), r"Should have a `model_type` key"),
+    "no heads": (lambda d: change(d / "config.json", num_attention_heads=0), r"config.json transformers reads"),
+    "wrong type": (lambda d: change(d / "config.json", hidden_size="x"), r"hidden_size"),
+    "other sizes": (lambda d: change(d / "config.json", hidden_size=32), r"other sizes than its config.json says"),
+    "unknown architecture": (lambda d: change(d / "config.json", model_type="zorg"), r"model type `zorg` but Transf"),
+    "own code": (lambda d: change(d / "config.json", model_type="zorg", auto_map=REMOTE), r"needs code of its own"),
+    "ends": (lambda d: (d / "generation_config.json").write_text("{"), r"generation_config.json is not JSON"),
+    "package": (lambda d: change(d / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+                r"needs a package that is not installed"),
+    "running pickle": (lambda d: pickled(d, Running()), r"weights are a pickle that torch does not load"),
+    "garbage pickle": (lambda d: (pickled(d, 1), (d / "pytorch_model.bin").write_bytes(b"\0" * 99)), r"a pickle that"),
+    "pickle cut off": (lambda d: (pickled(d, {"a": torch.ones(9)}), cut(d / "pytorch_model.bin", -99)),
+                       r"pytorch_model.bin is cut off"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_folder_is_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage, told = DAMAGE[name]
+    damage(llama(tmp_path))
+    capsys.readouterr()
+    arguments = ModelArguments(model=str(tmp_path))
+    for attempt in (lambda: load_model(arguments, build_tokenizer()), lambda: load(str(tmp_path), "cpu")):
+        with pytest.raises(ValueError, match=told) as caught:
+            attempt()
+        message = str(caught.value)
+        assert message.startswith("model must ") and str(tmp_path) in message and "\n" not in message
+        assert len(message) < 450 + len(str(tmp_path))
+    assert "run" not in capsys.readouterr().out
+
+
+SHARDS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (lambda d: sorted(d.glob("*-of-*"))[1].unlink(), r"index.json names model-00002-of-0000\d.safe.*, not there"),
+    "cut off": (lambda d: cut(sorted(d.glob("*-of-*"))[1], -9), r"model-00002-of-0000\d.safetensors is cut off"),
+    "index": (lambda d: (d / "model.safetensors.index.json").write_text("{"), r"index.json is not JSON"),
+    "empty index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), r"index.json must hold a weight_map"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_damaged_shards(name: str, tmp_path: Path) -> None:
+    damage, told = SHARDS[name]
+    damage(llama(tmp_path, max_shard_size="5KB"))
+    for attempt in (lambda: load_model(ModelArguments(str(tmp_path)), build_tokenizer()), lambda: load(str(tmp_path))):
+        with pytest.raises(ValueError, match=told):
+            attempt()
+
+
+def other_class(name: str, vocabulary: str, **settings: Any) -> Callable[[Path], None]:
+    """A tokenizer of that class, whose vocabulary is in a file that a package reads."""
+
+    def damage(folder: Path) -> None:
+        change(folder / "tokenizer_config.json", tokenizer_class=name, **settings)
+        (folder / "tokenizer.json").unlink()
+        (folder / vocabulary).write_bytes(b"xx")
+
+    return damage
+
+
+REMOTE_TOKENIZER = {"AutoTokenizer": ["tokenization_zorg.Zorg", None]}
+TOKENIZERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "garbage": (lambda d: (d / "tokenizer.json").write_text("{"), r"tokenizer.json is not JSON"),
+    "something else": (lambda d: (d / "tokenizer.json").write_text('{"a": 1}'), r"tokenizer.json is not of the tokenizers"),
+    "settings": (lambda d: (d / "tokenizer_config.json").write_text("no"), r"tokenizer_config.json is not JSON"),
+    "none": (lambda d: (d / "tokenizer.json").unlink(), r"instantiate the backend tokenizer"),
+    "own code": (lambda d: change(d / "tokenizer_config.json", tokenizer_class="Zorg", auto_map=REMOTE_TOKENIZER),
+                 r"needs code of its own"),
+    "sentencepiece": (other_class("LlamaTokenizer", "tokenizer.model"), r"(?i)sentencepiece|tiktoken|protobuf"),
+    "an old class": (other_class("BartphoTokenizer", "sentencepiece.bpe.model"), r"(?i)sentencepiece|monolingual"),
+    "a dictionary": (other_class("BertJapaneseTokenizer", "vocab.txt", word_tokenizer_type="mecab"), r"fugashi"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_damaged_tokenizer_is_one_line(name: str, tmp_path: Path) -> None:
+    damage, told = TOKENIZERS[name]
+    damage(llama(tmp_path))
+    for arguments, what in (
+        (ModelArguments(model=str(tmp_path)), "model"),
+        (ModelArguments(model="x", tokenizer=str(tmp_path)), "tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=told) as caught:
+            load_tokenizer(arguments)
+        assert str(caught.value).startswith(f"{what} must be ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', '{"model": {"type": "Zorg"}, "added_tokens": []}'])
+def test_a_damaged_tokenizer_file(content: str, tmp_path: Path) -> None:
+    (tmp_path / "t.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer must be a tokenizer.json of tokenizers, got .*t.json': "):
+        load_tokenizer(ModelArguments(model="x", tokenizer=str(tmp_path / "t.json")))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model_type": "zorg"}', '{"model_type": "t5"}'])
+def test_a_damaged_config_file(content: str, tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model must be the config .json of a causal language model, got .*c.json': "):
+        load_model(ModelArguments(model=str(tmp_path / "c.json"), tokenizer="x"), build_tokenizer())
+    with pytest.raises(ValueError, match=r"model must be .*, got .*c.json'") as caught:
+        load(str(tmp_path / "c.json"))
+    assert "\n" not in str(caught.value)
+
+
+CONFIG = "adapter_config.json"
+OF_ADAPTERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "settings": (lambda d: (d / CONFIG).write_text("{"), r"adapters whose config is JSON, got .*adapter_config.json"),
+    "settings of bytes": (lambda d: (d / CONFIG).write_bytes(b"\xff"), r"adapters whose config is JSON"),
+    "a base that is no name": (lambda d: change(d / CONFIG, base_model_name_or_path=3), r"must name the base"),
+    "a base that is gone": (lambda d: change(d / CONFIG, base_model_name_or_path="/no/such/base"),
+                            r"got '/no/such/base': no such folder, .*\(the base that .*adapter_config.json names\)"),
+    "its own base": (lambda d: change(d / CONFIG, base_model_name_or_path=str(d)), r"adapters that come to a base"),
+    "unknown kind": (lambda d: change(d / CONFIG, peft_type="ZORG"), r"a folder of adapters of .*KeyError: 'ZORG'"),
+    "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), r"without adapter_model"),
+    "weights cut off": (lambda d: cut(d / "adapter_model.safetensors", -9), r"adapter_model.safetensors is cut off"),
+    "another rank": (lambda d: change(d / CONFIG, r=4), r"size mismatch"),
+    "other layers": (lambda d: change(d / CONFIG, target_modules=["k_proj"]), r"missing adapter keys"),
+    "no such layers": (lambda d: change(d / CONFIG, target_modules=["zorg"]), r"not found in the base model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_ADAPTERS)
+def test_damaged_adapters_are_one_line(name: str, tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(llama(tmp_path / "base"))
+    folder = tmp_path / "adapters"
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    damage, told = OF_ADAPTERS[name]
+    damage(folder)
+    for attempt in (lambda: load_model(ModelArguments(str(folder)), build_tokenizer()), lambda: load(str(folder))):
+        with pytest.raises(ValueError, match=told) as caught:
+            attempt()
+        assert str(caught.value).startswith("model must ") and "\n" not in str(caught.value)
+
+
+def test_adapters_that_are_no_part_of_a_weight(tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(llama(tmp_path / "base"))
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(model, prompts).save_pretrained(tmp_path / "adapters")
+    with pytest.raises(ValueError, match=r"adapters that merge into its weights, got .* with .*PROMPT_TUNING"):
+        load_model(ModelArguments(str(tmp_path / "adapters")), build_tokenizer())
+
+
+def test_a_device_that_does_not_take_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, *_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 MiB")
+
+    llama(tmp_path)
+    monkeypatch.setattr(LlamaForCausalLM, "to", full)
+    with pytest.raises(ValueError, match=r"device must take the model in its dtype .*, got 'cpu': CUDA out of memory"):
+        load_model(ModelArguments(str(tmp_path)), build_tokenizer())

@@ -1,0 +1,160 @@
+"""What ends a completion: every end of sequence that a model and its tokenizer name, and texts that the user asks for.
+
+Chat models end a turn with one token and a text with another (Llama 3, Gemma, Qwen); the tokenizer names one of them alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """ids: token ids, each of which ends a completion. texts: so does each of these, once it is complete."""
+
+    ids: frozenset[int]
+    texts: tuple[str, ...] = ()
+
+    def has_ended(self, ids: Sequence[int], tokenizer: Any) -> bool:
+        """Whether a completion came to its end by itself: the last token is an end, or its text holds one of `texts`."""
+        return bool(ids) and (ids[-1] in self.ids or self._text_at(ids, tokenizer) is not None)
+
+    def cut(self, ids: Sequence[int], tokenizer: Any = None) -> list[int]:
+        """The tokens up to and with the first end; with a tokenizer also up to the one that completes a stop text."""
+        first = next((i + 1 for i, token in enumerate(ids) if token in self.ids), len(ids))
+        kept = list(ids[:first])
+        if tokenizer is None or (found := self._text_at(kept, tokenizer)) is None:
+            return kept
+        return kept[: found[1]]
+
+    def content(self, ids: Sequence[int], tokenizer: Any) -> list[int]:
+        """The tokens before the end: without the id, or without any token of the stop text, that ends them."""
+        if ids and ids[-1] in self.ids:
+            return list(ids[:-1])
+        found = self._text_at(ids, tokenizer)
+        return list(ids) if found is None else list(ids[: found[0]])
+
+    def _text_at(self, ids: Sequence[int], tokenizer: Any) -> tuple[int, int] | None:
+        """[start, end) of the tokens of the stop text that is complete first; None: there is none."""
+        if not self.texts:
+            return None
+
+        def decode(n: int) -> str:
+            # With special tokens, which a stop text may name; cleaned up, the text of a prefix would not be a prefix.
+            options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+            return cast(str, tokenizer.decode(list(ids[:n]), **options))
+
+        whole = decode(len(ids))
+        ends = [at + len(text) for text in self.texts if (at := whole.find(text)) >= 0]
+        if not ends:
+            return None
+        end, counts = min(ends), range(len(ids) + 1)
+        start = min(at for text in self.texts if (at := whole.find(text)) >= 0 and at + len(text) == end)
+        # A character that is not complete yet is shown as a replacement, which is not the text's own.
+        last = bisect_left(counts, True, key=lambda n: any(text in decode(n) for text in self.texts))
+        first = bisect_left(counts, start + 1, key=lambda n: len(decode(n)))
+        return min(first, last) - 1, last
+
+
+def ends_of(tokenizer: Any, generation_config: Any = None, stop: Sequence[str] = ()) -> Ends:
+    """The ends that a tokenizer and a generation config (its eos_token_id: an id, a list of them, or none) name.
+
+    Args:
+        tokenizer: of transformers.
+        generation_config: of transformers; None: the tokenizer's end alone.
+        stop: texts that end a completion as well.
+    """
+    named = [*_ids(getattr(generation_config, "eos_token_id", None)), *_ids(tokenizer.eos_token_id)]
+    return Ends(frozenset(named), tuple(stop))
+
+
+def model_ends(model: Any, tokenizer: Any, stop: Sequence[str] = ()) -> Ends:
+    """The ends of a transformers model, in wrappers or not: of its generation config, its config and the tokenizer.
+
+    Where the generation config names some, the config's count if they are special tokens: a class's default is often an
+    ordinary token of another vocabulary.
+    """
+    generation_config, config = _configs(model)
+    ends = ends_of(tokenizer, generation_config, stop)
+    named = bool(_ids(getattr(generation_config, "eos_token_id", None)))
+    further = [i for i in _ids_of_config(config) if not named or is_special(tokenizer, i)]
+    return Ends(ends.ids | frozenset(further), ends.texts)
+
+
+def own_ends(model: Any) -> frozenset[int]:
+    """The ids that a transformers model itself names as ends: in its generation config, else in its config."""
+    generation_config, config = _configs(model)
+    return frozenset(_ids(getattr(generation_config, "eos_token_id", None)) or _ids_of_config(config))
+
+
+def _configs(model: Any) -> tuple[Any, Any]:
+    """Generation config and config of a model; peft's wrapper hands them through, those of torch do not."""
+    while not hasattr(model, "config") and (hasattr(model, "_orig_mod") or hasattr(model, "module")):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return getattr(model, "generation_config", None), getattr(model, "config", None)
+
+
+def _ids_of_config(config: Any) -> list[int]:
+    """Of a config, or of its text part: that of a model of several kinds of input has its own."""
+    own = _ids(getattr(config, "eos_token_id", None))
+    if own or not hasattr(config, "get_text_config"):
+        return own
+    return _ids(getattr(config.get_text_config(), "eos_token_id", None))
+
+
+def is_special(tokenizer: Any, token: int) -> bool:
+    """Whether a token id is one that the tokenizer's decoder leaves out of a text."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).get(token)
+    return (added is not None and bool(added.special)) or token in tokenizer.all_special_ids
+
+
+def _ids(value: Any) -> list[int]:
+    """eos_token_id as a list: it is an id, a list of them (a tensor, too), or None."""
+    if value is None:
+        return []
+    value = value.tolist() if hasattr(value, "tolist") else value
+    ids = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"eos_token_id must be a token id or a list of them in a model's configs, got {value!r}")
+    return ids
+
+
+def warn_if_turns_do_not_end(tokenizer: Any, ends: Ends) -> None:
+    """Log a warning when what a chat template puts behind an answer is no end: then no answer would come to its end.
+
+    So it is with a base model whose tokenizer brings a template of chat models. A template that cannot be tried is passed
+    over: whoever encodes with it says so.
+    """
+    tail = _behind_an_answer(tokenizer)
+    ids = tokenizer(tail, add_special_tokens=False)["input_ids"] if tail else []
+    if not ids or ends.ids & set(ids) or any(text in tail for text in ends.texts):
+        return
+    special = next((i for i in ids if is_special(tokenizer, i) or i in tokenizer.added_tokens_decoder), None)
+    if special is None:
+        how = f"with the text {tail!r}, which is no end: give --stop {tail!r}"
+    else:
+        token = tokenizer.convert_ids_to_tokens(special)
+        how = f"with {token}, which is no end of this model: give --eos_token {token!r}"
+    logger.warning("the chat template ends a turn %s, else no answer comes to its end", how)
+
+
+def _behind_an_answer(tokenizer: Any) -> str:
+    """The text that a chat template puts behind an assistant's last message, blanks aside; "" if that cannot be told."""
+    answer = "An answer."
+    turns = {"user": "A question?", "assistant": answer}
+    for shape in (str, lambda text: [{"type": "text", "text": text}]):
+        messages = [{"role": role, "content": shape(text)} for role, text in turns.items()]
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # a template raises whatever it likes
+            continue
+        _, found, tail = text.rpartition(answer)
+        if found:
+            return cast(str, tail.strip())
+    return ""

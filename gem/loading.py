@@ -1,0 +1,118 @@
+"""Files of models that do not load: which one, and what to do, in one line."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+JSON_FILES = (
+    "config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+
+
+@contextmanager
+def loading(what: str, source: str, expected: str) -> Iterator[None]:
+    """Whatever goes wrong inside, where others' code reads others' files, becomes a ValueError of one line.
+
+    Args:
+        what: the argument that named the source.
+        source: what the user named.
+        expected: what it must be.
+
+    Raises:
+        ValueError: with the file that is damaged or missing, where it can be told, else with the first error's reason.
+    """
+    damage = damaged(Path(source))
+    if damage is not None:
+        raise ValueError(f"{what} must be a folder of whole files, got {source!r}: {damage}")
+    try:
+        yield
+    except Exception as error:  # loaders trip over broken files with KeyError, AttributeError, a bare Exception, ...
+        raise ValueError(f"{what} must be {expected}, got {source!r}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """An exception in one line, with what to do about those that users meet."""
+    text, name = " ".join(str(error).split()), type(error).__name__
+    if "trust_remote_code" in text:
+        return (
+            "it needs code of its own beside its weights, which is not run here: take a model that transformers knows"
+        )
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text or "torch.load" in text:
+        return "its weights are a pickle that torch does not load: convert them to safetensors"
+    if "ignore_mismatched_sizes" in text:
+        return "its weights have other sizes than its config.json says: take both from one place"
+    if "Repo id must" in text:  # what is no folder is taken for a name on the hub
+        return "no such folder, and no name on the hub"
+    if isinstance(error, ImportError):
+        return f"it needs a package that is not installed: {_short(text)}"
+    told = isinstance(error, (ValueError, OSError, RuntimeError, Warning)) and text
+    return _short(text) if told else f"transformers does not read it ({name}: {_short(text)})"
+
+
+def _short(text: str, most: int = 300) -> str:
+    """As much of a text as reads in a line: some messages list every class of a package."""
+    return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " ..."
+
+
+def damaged(folder: Path) -> str | None:
+    """The first file of a model's folder that is not whole, and what to do; None: none is known to be, or it is no folder.
+
+    transformers passes over some of them in silence: without its generation config, a model would lose its ends.
+    """
+    if not folder.is_dir():
+        return None
+    files = sorted(folder.iterdir())
+    for file in files:
+        why = None
+        if file.name in JSON_FILES or file.name.endswith(".index.json"):
+            why = _no_json(file, {f.name for f in files})
+        elif file.suffix == ".safetensors":
+            why = _no_tensors(file)
+        elif file.suffix == ".bin" and _begins(file, b"PK") and not zipfile.is_zipfile(file):
+            why = "is cut off"
+        if why is not None:
+            return f"{file.name} {why}: fetch or save it again"
+    return None
+
+
+def _no_json(file: Path, names: set[str]) -> str | None:
+    """Why a file does not hold a JSON object, or, of an index, which of the files that it names are not among `names`."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:  # of JSON and of UTF-8, too
+        return f"is not JSON ({error})"
+    if not isinstance(content, dict):
+        return f"must hold a JSON object, got {type(content).__name__}"
+    if file.name == "tokenizer.json" and not {"model", "added_tokens"} <= content.keys():
+        return "is not of the tokenizers library"
+    if not file.name.endswith(".index.json"):
+        return None
+    shards = content.get("weight_map")
+    if not isinstance(shards, dict):
+        return "must hold a weight_map"
+    missing = sorted({str(name) for name in shards.values()} - names)
+    return f"names {', '.join(missing[:3])}, not there" if missing else None
+
+
+def _no_tensors(file: Path) -> str | None:
+    """Why a file is not of safetensors."""
+    try:
+        with safe_open(file, framework="pt"):
+            return None
+    except (SafetensorError, OSError) as error:
+        if file.is_file() and _begins(file, b"version https://git-lfs"):
+            return "is a pointer of git-lfs, not the weights (git lfs pull brings them)"
+        return f"is cut off or no safetensors file ({error})"
+
+
+def _begins(file: Path, start: bytes) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(start)) == start

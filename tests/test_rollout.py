@@ -1,0 +1,184 @@
+"""Candidates end where the model, its tokenizer or the user says, at the first end and with nothing behind it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from architectures import build
+from test_ends import EOM, EOS, EOT, PAD, byte_tokenizer, tiny
+
+from gem.config import EvalArguments, RolloutArguments, ScoreArguments, check
+from gem.data import Example
+from gem.evaluate import Evaluation
+from gem.head import ensure_fused
+from gem.models import _warn_of_long_rows
+from gem.rollout import generate
+from gem.score import token_stats
+
+PROMPTS = [[5, 6], [7], [8, 9, 10, 11], [12, 13]]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    model = tiny(initializer_range=0.4)
+    return model.eval()
+
+
+def freely(model: Any, tokens: int = 12) -> list[list[int]]:
+    """What the model says greedily, prompt by prompt, when nothing ends it."""
+    options = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": None, "pad_token_id": 0}
+    return [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in PROMPTS]
+
+
+# --- ids --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("which", "batch"), [((3,), 1), ((3,), 4), ((2, 5), 4), ((0, 4, 7), 2)])
+def test_every_id_ends_as_in_transformers(model: Any, which: tuple[int, ...], batch: int) -> None:
+    """Ends taken from what the model says, at other places in every row."""
+    said, ending = freely(model), copy.deepcopy(model)
+    ids = [EOS, *(said[row % 4][place] for row, place in enumerate(which))]
+    ending.generation_config.eos_token_id = ids
+    arguments = RolloutArguments(max_new_tokens=12, rollout_batch_size=batch)
+    found = generate(ending, byte_tokenizer(), PROMPTS, arguments, greedy=True)
+    for prompt, row, whole in zip(PROMPTS, found, said, strict=True):
+        theirs = ending.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, pad_token_id=0)
+        assert row == theirs[0, len(prompt) :].tolist() == whole[: len(row)]
+    assert min(map(len, found)) < 12
+    assert ending.generation_config.eos_token_id == ids  # as it was
+
+
+def test_the_tokenizers_end_and_the_configs(model: Any) -> None:
+    said, ending = freely(model), copy.deepcopy(model)
+    ending.generation_config.eos_token_id = EOT
+    tokenizer = byte_tokenizer(eos_token="<eom>")
+    ending.lm_head.weight.data[EOM] += 2 * ending.lm_head.weight.data[said[0][2]]  # said in place of that
+    ((*row, last),) = generate(ending, tokenizer, PROMPTS[:1], RolloutArguments(max_new_tokens=12), greedy=True)
+    assert last == EOM and row == said[0][: len(row)]
+
+
+@pytest.mark.parametrize("pad", ["<eos>", "<eot>", "<pad>", None, "<new>"])
+def test_any_padding(model: Any, pad: str | None) -> None:
+    """An end, a token of its own, none, and one that the model has no embedding for."""
+    said, ending = freely(model), copy.deepcopy(model)
+    ending.generation_config.eos_token_id = [EOS, EOT, said[0][2], said[1][4]]
+    tokenizer = byte_tokenizer(pad_token=pad)
+    if pad == "<new>":
+        tokenizer.add_tokens([f"<{i}>" for i in range(9)])
+        tokenizer.add_special_tokens({"pad_token": "<last>"})
+        assert tokenizer.pad_token_id > ending.get_input_embeddings().weight.shape[0]
+    arguments = RolloutArguments(max_new_tokens=12)
+    found = generate(ending, tokenizer, PROMPTS, arguments, greedy=True)
+    assert found == [generate(ending, tokenizer, [p], arguments, greedy=True)[0] for p in PROMPTS]
+    assert found[0] == said[0][:3] and all(PAD not in row[:-1] for row in found)
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("places", [[(0, 2, 4)], [(1, 5, 6)], [(0, 1, 3), (2, 6, 9)]])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_stop_texts(model: Any, places: list[tuple[int, int, int]], batch: int) -> None:
+    """Texts of what is said freely: each row ends with the first token that completes one of them."""
+    said, tokenizer = freely(model), byte_tokenizer()
+    stop = [tokenizer.decode(said[row][start:end]) for row, start, end in places]
+    arguments = RolloutArguments(max_new_tokens=12, stop=stop, rollout_batch_size=batch)
+    check(arguments)
+    found = generate(model, tokenizer, PROMPTS, arguments, greedy=True)
+    for row, whole in zip(found, said, strict=True):
+        complete = [n for n in range(13) if any(text in tokenizer.decode(whole[:n]) for text in stop)]
+        assert row == whole[: complete[0] if complete else 12]
+    assert any(len(row) < 12 for row in found)
+
+
+def test_a_stopped_sample_is_the_beginning_of_the_free_one(model: Any) -> None:
+    """Nothing but the length changes: the log-probabilities are those of the model."""
+    tokenizer, prompts, free = byte_tokenizer(), [[5, 6]] * 6, RolloutArguments(max_new_tokens=10)
+    torch.manual_seed(1)
+    whole = generate(model, tokenizer, prompts, free)
+    stop = [tokenizer.decode(whole[2][3:4])]
+    torch.manual_seed(1)
+    found = generate(model, tokenizer, prompts, RolloutArguments(max_new_tokens=10, stop=stop))
+    assert all(row == other[: len(row)] for row, other in zip(found, whole, strict=True)) and len(found[2]) <= 4
+
+
+def test_nothing_is_generated_behind_the_end(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one row by itself, the model makes no token more than what is kept."""
+    said, tokenizer, widths = freely(model), byte_tokenizer(), []
+    ending = copy.deepcopy(model)
+    generate_all = ending.generate
+
+    def watched(**inputs: Any) -> torch.Tensor:
+        out: torch.Tensor = generate_all(**inputs)
+        widths.append(out.shape[1])
+        return out
+
+    monkeypatch.setattr(ending, "generate", watched)
+    ending.generation_config.eos_token_id = [EOS, said[0][5]]
+    for stop, most in (([], 6), ([tokenizer.decode(said[0][:1])], 1), (["never"], 6)):
+        arguments = RolloutArguments(max_new_tokens=12, stop=stop)
+        (row,) = generate(ending, tokenizer, PROMPTS[:1], arguments, greedy=True)
+        assert widths.pop() == len(PROMPTS[0]) + len(row) <= len(PROMPTS[0]) + most
+
+
+@pytest.mark.parametrize("stop", [[""], ["a", ""], "a", [1]])
+def test_what_is_no_list_of_texts(stop: Any) -> None:
+    with pytest.raises(ValueError, match="stop must be a list of texts, none of them empty, got"):
+        check(RolloutArguments(stop=stop))
+
+
+# --- room -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gptj"])
+def test_a_model_without_room_generates_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions in a table of 64: learnt, learnt with an offset, and computed ahead."""
+    model, tokenizer = build(name), byte_tokenizer()
+    within = RolloutArguments(max_new_tokens=4)
+    assert len(generate(model, tokenizer, [[5] * 60], within, greedy=True)[0]) <= 4
+    monkeypatch.setattr(model, "generate", lambda **_: pytest.fail("generated"))
+    with pytest.raises(
+        ValueError,
+        match=r"max_new_tokens=5 behind a prompt of 60 tokens must fit into the model's 64 positions, got a row of 65",
+    ):
+        generate(model, tokenizer, [[5], [5] * 60], RolloutArguments(max_new_tokens=5))
+    ensure_fused(model)
+    token_stats(model, [([5] * 32, [6] * 32)], batch_tokens=99)
+    with pytest.raises(ValueError, match=r"max_length: .* must fit into the model's 64 positions, got a row of 65"):
+        token_stats(model, [([5] * 20, [6] * 40, [(3, [7] * 5)])], batch_tokens=99)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neox", "bloom", "mamba"])
+def test_a_model_that_goes_on_is_let(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    _warn_of_long_rows.cache_clear()
+    model, arguments = build(name, max_position_embeddings=61), RolloutArguments(max_new_tokens=5)
+    for _ in range(2):
+        assert generate(model, byte_tokenizer(), [[5] * 60], arguments)
+    told = [r.message for r in caplog.records if "max_position_embeddings=61" in r.message]
+    assert len(told) == 1
+    assert not generate(model, byte_tokenizer(), [], arguments)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_knows_every_end(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ending, tokenizer = copy.deepcopy(model), byte_tokenizer()
+    ending.generation_config.eos_token_id = [EOS, EOT]
+
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer(text)["input_ids"]
+        return found
+
+    said = [[*ids("#### 4"), EOS], [*ids("#### 4"), EOT], ids("#### 4\nUser 2:"), ids("#### 4"), [*ids("#### 4"), EOM]]
+    monkeypatch.setattr("gem.evaluate.generate", lambda model, tokenizer, prompts, *_, **__: said)
+    rows = [Example("", [5], [*ids("2+2 #### 4"), end]) for end in (EOS, EOT, EOS, EOS, EOT)]
+    arguments = RolloutArguments(stop=["\nUser 2:"])
+    run = Evaluation(ending, tokenizer, rows, arguments, ScoreArguments(), EvalArguments())
+    found = run(ending)
+    assert run.expected == ["4"] * 5
+    assert [c["correct"] for c in run.completions] == ["true", "true", "true", "false", "false"]
+    assert found["truncated"] == pytest.approx(2 / 5) and found["accuracy_sampled"] == pytest.approx(3 / 5)
