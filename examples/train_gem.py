@@ -15,6 +15,8 @@ from typing import Any
 from transformers import TrainingArguments, set_seed
 
 from gem.config import (
+    COT_PROMPT,
+    DataArguments,
     EvalArguments,
     GuardArguments,
     LossArguments,
@@ -23,7 +25,8 @@ from gem.config import (
     RolloutArguments,
     ScoreArguments,
 )
-from gem.data import encode_records, load_records
+from gem.data import read_examples
+from gem.ends import model_ends
 from gem.evaluate import Evaluation
 from gem.models import load_model, load_tokenizer
 from gem.pipeline import GroupMaker, pair_group
@@ -43,6 +46,9 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--max_length", type=int, default=2048)
+    parser.add_argument("--prompt_format", default="auto", help="plain prompts: auto | chat: the user's turn | text")
+    parser.add_argument("--system", default="", help="system message of chats that bring none")
+    parser.add_argument("--cot_prompt", nargs="?", const=COT_PROMPT, help="asks candidates for a chain of thought")
     parser.add_argument("--dtype", default="float32", help="bfloat16 on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
@@ -52,8 +58,11 @@ def main() -> None:
     model_arguments = ModelArguments(a.model, a.tokenizer, a.eos_token, a.dtype)
     tokenizer = load_tokenizer(model_arguments)
     model = load_model(model_arguments, tokenizer)
-    records = load_records(a.data, need=("chosen", "rejected"))
-    examples = encode_records(records, tokenizer, prompt_template="{prompt}\n", max_length=a.max_length)
+    rollout = RolloutArguments(group_size=5, max_new_tokens=a.max_new_tokens, cot_prompt=a.cot_prompt)
+    frame = "{prompt}" if tokenizer.chat_template else "{prompt}\n"
+    asked = {"prompt_format": a.prompt_format, "prompt_template": frame, "system": a.system}
+    data, ends = DataArguments(a.data, max_length=a.max_length, **asked), model_ends(model, tokenizer)
+    examples = read_examples(data, tokenizer, need=("chosen", "rejected"), rollout=rollout, ends=ends)
     held_out = examples[-max(1, len(examples) // 10) :]
     examples = examples[: len(examples) - len(held_out)]
 
@@ -86,7 +95,6 @@ def main() -> None:
     # GEM. Each step samples k candidates a prompt, scores them with Eq. 1, ranks them together with the human pair
     # (Bradley-Terry posterior) and turns the ranks into the weights of Eq. 2. The frozen warm start is the reference.
     reference = copy.deepcopy(model).eval().requires_grad_(False)
-    rollout = RolloutArguments(group_size=5, max_new_tokens=a.max_new_tokens)
     make_groups = GroupMaker(model, tokenizer, rollout, ScoreArguments(), RankArguments(), reference)
     evaluation = Evaluation(reference, tokenizer, held_out, rollout, ScoreArguments(), EvalArguments())
     trainer = GEMTrainer(

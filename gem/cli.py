@@ -9,14 +9,16 @@ import argparse
 import copy
 import json
 import logging
+import math
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from gem.config import (
-    PRESETS,
-    TRAINING_DEFAULTS,
     DataArguments,
     EvalArguments,
     GroupsArguments,
@@ -27,26 +29,31 @@ from gem.config import (
     RankArguments,
     RolloutArguments,
     ScoreArguments,
-    check,
 )
+from gem.explain import explain
+from gem.files import read_text, write_lines
+from gem.runs import (
+    METRICS_FILE,
+    check_file,
+    check_output,
+    check_writable,
+    claimed,
+    find_checkpoint,
+    newest_checkpoint,
+    prepare_output,
+    steps_of,
+)
+from gem.settings import DEBUG_HELP, SUMMARIES, parse, raise_error
 
-RUN_FILE = "run.json"
-METRICS_FILE = "metrics.json"
+__all__ = ["SUMMARIES", "main", "newest_checkpoint", "parse", "prepare_output"]
 
-SUMMARIES = {
-    "sft": "supervised warm start on prompt + chosen (or completion)",
-    "score": "candidates, Eq. 1, ranking, Eq. 2's weights -> a groups file",
-    "train": "Eq. 2 on a groups file (--groups), or online from preference records (--data)",
-    "eval": "preference accuracies, AUROC of the score, task accuracy",
-    "report": "tables, curves and one html page from finished runs",
-    "doctor": "what the fused lm_head does with a model: shape, transform, adapter, memory; checks it against the logits",
-    "demo": "the whole of GEM on a small model from scratch, beside DPO, SFT and the literal recipe",
-}
+DEBUG_VALUES = ("underflow_overflow", "tpu_metrics_debug")  # after which --debug is TrainingArguments' own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Bad input ends with one line on stderr and status 2."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Entry point. Whatever goes wrong ends with one line on stderr and status 2, after the traceback with --debug; status 130
+    is an interruption from the keyboard."""
+    argv, debug = _without_debug(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     for chatty in ("httpx", "datasets", "transformers"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -59,162 +66,70 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         print("usage: gem-kernels COMMAND [--config file.yaml] [--preset default|paper] [flags]\n")
         print("\n".join(f"  {name:8}{summary}" for name, summary in SUMMARIES.items()))
-        print("\n`gem-kernels COMMAND --help` explains every flag.")
+        print("\n`gem-kernels COMMAND --help` explains every flag; --debug anywhere shows the traceback of an error.")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     try:
         commands[argv[0]](argv[1:])
-    except ValueError as error:
-        print(f"gem-kernels {argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:  # `pip install gem-kernels` alone brings torch and no more
-        print(f"gem-kernels {argv[0]}: needs pip install 'gem-kernels[train]' ({error})", file=sys.stderr)
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        _close_bars()
+        if debug:
+            traceback.print_exc()
+        print(f"gem-kernels {argv[0]}: {explain(error, argv[0])}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 2
     return 0
 
 
-def _raise(message: str) -> NoReturn:
-    """In place of ArgumentParser.error, which prints all flags of the usage before the one line that matters."""
-    raise ValueError(message)
+def _close_bars() -> None:
+    """A progress bar that nobody closes is drawn once more when it is collected, behind the line that is to be the last."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
-def parse(command: str, argv: Sequence[str], *classes: Any) -> tuple[list[Any], dict[str, Any]]:
-    """(dataclass instances, the settings they were made of), from preset, yaml file and flags.
-
-    Raises:
-        ValueError: an unknown preset or flag, a missing or malformed file, a key that no class has, a value of another
-            type or out of range.
-    """
-    from transformers import HfArgumentParser, TrainingArguments
-
-    parser = HfArgumentParser(
-        classes,
-        prog=f"gem-kernels {command}",
-        description=SUMMARIES[command],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,  # `first` below must see the same flags
-    )
-    parser.error = _raise  # type: ignore[method-assign]
-    parser.add_argument("--config", help="yaml file with any of these settings")
-    parser.add_argument("--preset", default="default", help="default | paper (Eq. 1 and 2 as printed, no guard rails)")
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = _raise  # type: ignore[method-assign]
-    first.add_argument("--config")
-    first.add_argument("--preset")
-    early, _ = first.parse_known_args(argv)
-
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    known = set(actions)
-    from_file = _read_yaml(early.config) if early.config else {}
-    unknown = sorted(map(str, set(from_file) - known))
-    if unknown:
-        raise ValueError(
-            f"config must hold settings of `gem-kernels {command}`, got {', '.join(unknown)} in {early.config}"
-        )
-    from_file = {name: _as_flag(actions[name], value) for name, value in from_file.items()}
-    preset = early.preset or from_file.pop("preset", "default")
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    base = TRAINING_DEFAULTS if TrainingArguments in classes else {}
-    defaults = {**base, **PRESETS[preset], **from_file}
-    parser.set_defaults(**{name: value for name, value in defaults.items() if name in known})
-    settings = vars(parser.parse_args(list(argv)))
-    settings = {name: value for name, value in settings.items() if name not in ("config", "preset")}
-    instances = list(parser.parse_dict(settings, allow_extra_keys=True))
-    for instance in instances:
-        if not isinstance(instance, TrainingArguments):
-            check(instance)
-    return instances, settings
+def _without_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
+    """(argv without our --debug, whether it was there)."""
+    ours = [i for i, word in enumerate(argv) if word == "--debug" and not set(argv[i + 1 : i + 2]) & set(DEBUG_VALUES)]
+    return [word for i, word in enumerate(argv) if i not in ours], bool(ours)
 
 
-def _as_flag(action: argparse.Action, value: Any) -> Any:
-    """A value from yaml as the flag would give it: argparse checks and converts text, and nothing else.
+def _ends(model: ModelArguments, tokenizer: Any, stop: Sequence[str] = ()) -> Any:
+    """What ends a completion of the model, before its weights are read; a chat template that ends none is told."""
+    from gem.ends import warn_if_turns_do_not_end
+    from gem.models import source_ends
 
-    Raises:
-        ValueError: a list where one value is expected, one value where a list is, or nothing where there is a default.
-    """
-    if value is None and action.default is not None:
-        raise ValueError(f"argument {action.dest}: expected a value, got nothing")
-    many = action.nargs in ("+", "*")
-    if value is None or isinstance(value, dict) or (many and isinstance(value, list)):
-        return value
-    if many or isinstance(value, list):
-        raise ValueError(f"argument {action.dest}: expected {'a list' if many else 'one value'}, got {value!r}")
-    return str(value)
+    ends = source_ends(model, tokenizer, stop)
+    warn_if_turns_do_not_end(tokenizer, ends)
+    return ends
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
-    import yaml
-
-    if not Path(path).is_file():
-        raise ValueError(f"config must be an existing yaml file, got {path!r}")
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"config must be yaml, got {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"config must be a mapping of settings, got {type(content).__name__} in {path}")
-    return content
-
-
-def prepare_output(folder: Path, command: str, settings: dict[str, Any]) -> str | None:
-    """Claim an output folder. Returns the checkpoint to resume from, None to start from the beginning.
-
-    Raises:
-        ValueError: the folder holds something else, or a run with other settings.
-    """
-    from gem.files import write_lines
-
-    mine = {"command": command, **{k: v for k, v in settings.items() if k != "output_dir"}}
-    mine = json.loads(json.dumps(mine, default=str))
-    run_file = folder / RUN_FILE
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir must be a folder, got {folder}, which is a file")
-    theirs = json.loads(run_file.read_text(encoding="utf-8")).get("settings") if run_file.is_file() else None
-    if theirs is not None:
-        changed = [k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k)]
-        if changed:
-            shown = ", ".join(f"{k}: {theirs.get(k)!r} there, {mine.get(k)!r} now" for k in sorted(changed)[:5])
-            raise ValueError(f"output_dir must be new or hold a run of the same settings, got {folder} with {shown}")
-        return newest_checkpoint(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"output_dir must be empty or hold a run of this command, got {folder}, which is not empty")
-    run = {"name": folder.name, "seed": settings.get("seed", 0), "settings": mine}
-    write_lines(run_file, [json.dumps(run, indent=1)])
-    return None
-
-
-def newest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint to resume from: whole (Trainer writes trainer_state.json last, a kill may come before it),
-    and not of the last step, from which Trainer would take one step more; the one before it ends the same."""
-    checkpoints = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
-    for checkpoint in sorted(checkpoints, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
-        try:
-            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            continue
-        if "max_steps" not in state or state["global_step"] < state["max_steps"]:
-            return str(checkpoint)
-    return None
-
-
-def _examples(data: DataArguments, tokenizer: Any, need: Sequence[str], source: str = "") -> list[Any]:
-    from gem.data import encode_records, load_records
-
-    if not (source or data.data):
-        raise ValueError("data must be a jsonl file, a saved datasets folder or a hub dataset, got nothing")
-    records = load_records(source or data.data, need=need, limit=data.limit)
-    return encode_records(records, tokenizer, prompt_template=data.prompt_template, max_length=data.max_length)
+def _resume_from(training: Any, command: str, settings: dict[str, Any]) -> tuple[str | None, bool]:
+    """(checkpoint to go on from, whether the run is finished and was shown). What is wrong is told before a model is loaded."""
+    folder, asked = Path(training.output_dir), settings.get("resume_from_checkpoint")
+    begun = check_output(folder, command, settings)
+    metrics = folder / METRICS_FILE  # the last file to be written
+    if begun and metrics.is_file():
+        if asked and asked.lower() != "true":
+            raise ValueError(
+                f"output_dir must be another one with resume_from_checkpoint={asked}, got {folder}: this run is finished"
+            )
+        print(f"{folder} holds this run, finished:\n{read_text(metrics).rstrip()}")
+        return None, True
+    return find_checkpoint(folder, asked), False
 
 
 def _run_training(trainer: Any, evaluation: Any, resume: str | None) -> None:
     """Train, save the model, the trainer's state and the final metrics."""
-    from gem.files import write_lines
-
     folder = Path(trainer.args.output_dir)
-    if (folder / METRICS_FILE).is_file():  # the last file to be written
-        print(f"{folder} holds this run, finished:\n{(folder / METRICS_FILE).read_text(encoding='utf-8').rstrip()}")
-        return
+    if resume is not None:
+        _check_steps_left(trainer, resume)
+    terminated: list[int] = []
+    if trainer.args.enable_jit_checkpoint:
+        save = signal.getsignal(signal.SIGTERM)  # Trainer's: it saves a checkpoint some seconds later and stops
+        signal.signal(signal.SIGTERM, lambda number, frame: (terminated.append(number), save(number, frame)))  # type: ignore
     trainer.train(resume_from_checkpoint=resume)
+    if terminated and trainer.state.global_step < trainer.state.max_steps:
+        print(f"terminated after step {trainer.state.global_step}; the same command goes on from there")
+        return
     trainer.save_model()
     trainer.save_state()
     metrics = {"train_steps": float(trainer.state.global_step)}
@@ -229,28 +144,57 @@ def _run_training(trainer: Any, evaluation: Any, resume: str | None) -> None:
     print(json.dumps(metrics, indent=1))
 
 
+def _check_groups(groups: Sequence[Any], model: Any, file: str) -> None:
+    """Refuse groups with nothing to learn, and those of another tokenizer: a GPU ends there in an assertion without a name."""
+    if not any(member.weight or member.role == "chosen" for group in groups for member in group.members):
+        raise ValueError(f"groups must hold a weight or a chosen answer to learn from, got neither in {file}")
+    largest = max(max([*g.prompt_ids, *g.sampling_prompt_ids, *(i for m in g.members for i in m.ids)]) for g in groups)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise ValueError(
+            f"groups must be of this model's tokenizer, got token {largest} in {file}; the model has {rows}"
+        )
+
+
+def _check_steps_left(trainer: Any, resume: str) -> None:
+    """transformers would take a step more than asked for from a checkpoint of the last step, and none from a later one."""
+    args, steps = trainer.args, trainer.args.max_steps
+    if steps <= 0:
+        batches = len(trainer.train_dataset) / (args.train_batch_size * args.world_size)
+        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        steps = math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+    taken, _ = steps_of(Path(resume))
+    if taken >= steps:
+        raise ValueError(
+            f"resume_from_checkpoint must be of a step before the last, {steps}, got {resume} of step {taken}"
+        )
+
+
 def _sft(argv: Sequence[str]) -> None:
     from transformers import TrainingArguments, set_seed
 
     (model_args, data, loss, guard, training), settings = parse(
         "sft", argv, ModelArguments, DataArguments, LossArguments, GuardArguments, TrainingArguments
     )
+    from gem.data import read_examples
     from gem.models import load_model, load_tokenizer
     from gem.pipeline import pair_group
     from gem.trainer import GEMTrainer
 
     loss.loss = "sft"
+    resume, finished = _resume_from(training, "sft", settings)
+    if finished:
+        return
     tokenizer = load_tokenizer(model_args)
-    examples = _examples(data, tokenizer, ("chosen",))
-    with training.main_process_first(local=False):
-        resume = prepare_output(Path(training.output_dir), "sft", settings)
-    set_seed(training.seed)
-    model = load_model(model_args, tokenizer, training.device)
-    groups = [pair_group(example) for example in examples]
+    ends = _ends(model_args, tokenizer)
+    groups = [pair_group(example) for example in read_examples(data, tokenizer, need=("chosen",), ends=ends)]
     for group in groups:
         group.members = group.members[:1]  # the chosen one
-    trainer = GEMTrainer(model, training, loss=loss, guard=guard, train_dataset=groups, processing_class=tokenizer)
-    _run_training(trainer, None, resume)
+    set_seed(training.seed)
+    model = load_model(model_args, tokenizer, training.device)
+    with claimed(training, "sft", settings):
+        trainer = GEMTrainer(model, training, loss=loss, guard=guard, train_dataset=groups, processing_class=tokenizer)
+        _run_training(trainer, None, resume)
 
 
 def _score(argv: Sequence[str]) -> None:
@@ -262,19 +206,26 @@ def _score(argv: Sequence[str]) -> None:
     )  # fmt: skip
     from tqdm.auto import tqdm
 
+    from gem.data import read_examples
     from gem.evaluate import pair_auroc
-    from gem.groups import save_groups
+    from gem.groups import candidates_line, save_groups
     from gem.models import load_model, load_tokenizer, pick_device
-    from gem.pipeline import GroupMaker
+    from gem.pipeline import GroupMaker, sampling_prompts
+    from gem.rollout import check_room
     from gem.trainer import gate_message
 
     path, device = Path(output.output or "groups.jsonl"), pick_device(output.device)
     if path.exists():
         raise ValueError(f"output must be a new file, got {path}, which exists")
+    check_file(path, "output")
     tokenizer = load_tokenizer(model_args)
-    examples = _examples(data, tokenizer, ("chosen", "rejected") if rank.human_weight else ())
+    ends = _ends(model_args, tokenizer, rollout.stop)
+    pair = ("chosen", "rejected") if rank.human_weight else ()
+    examples = read_examples(data, tokenizer, need=pair, rollout=rollout, ends=ends)
     set_seed(output.seed)
-    maker = GroupMaker(load_model(model_args, tokenizer, device), tokenizer, rollout, score, rank)
+    model = load_model(model_args, tokenizer, device)
+    check_room(model, sampling_prompts(examples), rollout)
+    maker = GroupMaker(model, tokenizer, rollout, score, rank)
     step = max(1, rollout.rollout_batch_size // max(1, rollout.group_size))
     groups = []
     for start in tqdm(range(0, len(examples), step), desc="groups"):
@@ -282,7 +233,11 @@ def _score(argv: Sequence[str]) -> None:
     save_groups(path, groups)
     share = pair_auroc(groups)
     kept = sum(group.kept for group in groups)
-    print(f"{len(groups)} groups, {kept} kept, in {path}; S orders {share:.2f} of the human pairs rightly")
+    print(candidates_line(groups))
+    pairs = "" if math.isnan(share) else f"; S orders {share:.2f} of the human pairs rightly"
+    print(f"{len(groups)} groups, {kept} kept, in {path}{pairs}")
+    if not kept:
+        logging.warning("no group is kept: training on this file has no weights to go by, but for the chosen answers")
     if share < guard.auroc_gate:
         logging.warning("AUROC gate: %s", gate_message(share, guard))
 
@@ -294,43 +249,53 @@ def _train(argv: Sequence[str]) -> None:
         "train", argv, ModelArguments, DataArguments, GroupsArguments, LossArguments, GuardArguments, RolloutArguments,
         ScoreArguments, RankArguments, EvalArguments, TrainingArguments,
     )  # fmt: skip
+    from gem.data import read_examples
     from gem.evaluate import Evaluation, pair_auroc
     from gem.groups import load_groups
     from gem.models import load_model, load_tokenizer
-    from gem.pipeline import GroupMaker
+    from gem.pipeline import GroupMaker, sampling_prompts
+    from gem.rollout import check_room
     from gem.trainer import GEMTrainer, gate_message
 
     if bool(groups_args.groups) == bool(data.data):
         raise ValueError(
             f"expected either groups (a file) or data (online), got groups={groups_args.groups!r}, data={data.data!r}"
         )
+    resume, finished = _resume_from(training, "train", settings)
+    if finished:
+        return
     tokenizer = load_tokenizer(model_args)
-    held_out = _examples(data, tokenizer, ("chosen",), eval_args.eval_data) if eval_args.eval_data else []
+    ends = _ends(model_args, tokenizer, rollout.stop)
+    read = partial(read_examples, data, tokenizer, rollout=rollout, ends=ends)
+    evaluated: Any = {"source": eval_args.eval_data, "split": eval_args.eval_split}
+    held_out = read(need=("chosen",), **evaluated) if eval_args.eval_data else []
     items: list[Any] = load_groups(Path(groups_args.groups)) if groups_args.groups else []
     if not items:
-        items = _examples(data, tokenizer, ("chosen", "rejected") if rank.human_weight else ())
+        items = read(need=("chosen", "rejected") if rank.human_weight else ())
     elif (share := pair_auroc(items)) < guard.auroc_gate:
         logging.warning("AUROC gate: %s", gate_message(share, guard))
-    with training.main_process_first(local=False):
-        resume = prepare_output(Path(training.output_dir), "train", settings)
     set_seed(training.seed)
     model = load_model(model_args, tokenizer, training.device)
+    if groups_args.groups:
+        _check_groups(items, model, groups_args.groups)
     make_groups = None
     if data.data:
+        check_room(model, sampling_prompts(items), rollout)
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         make_groups = GroupMaker(model, tokenizer, rollout, score, rank, reference)
     evaluation = Evaluation(model, tokenizer, held_out, rollout, score, eval_args) if held_out else None
-    trainer = GEMTrainer(
-        model,
-        training,
-        loss=loss,
-        guard=guard,
-        train_dataset=items,
-        processing_class=tokenizer,
-        make_groups=make_groups,
-        evaluation=evaluation,
-    )
-    _run_training(trainer, evaluation, resume)
+    with claimed(training, "train", settings):
+        trainer = GEMTrainer(
+            model,
+            training,
+            loss=loss,
+            guard=guard,
+            train_dataset=items,
+            processing_class=tokenizer,
+            make_groups=make_groups,
+            evaluation=evaluation,
+        )
+        _run_training(trainer, evaluation, resume)
 
 
 def _eval(argv: Sequence[str]) -> None:
@@ -339,12 +304,16 @@ def _eval(argv: Sequence[str]) -> None:
     )
     import torch
 
+    from gem.data import read_examples
     from gem.evaluate import Evaluation
-    from gem.files import write_lines
     from gem.models import load_model, load_tokenizer, pick_device
 
+    if output.output:
+        check_file(Path(output.output), "output")
     device, tokenizer = pick_device(output.device), load_tokenizer(model_args)
-    examples = _examples(data, tokenizer, ("chosen",), eval_args.eval_data or "")
+    ends = _ends(model_args, tokenizer, rollout.stop)
+    evaluated: Any = {"source": eval_args.eval_data or "", "split": eval_args.eval_split}
+    examples = read_examples(data, tokenizer, need=("chosen",), rollout=rollout, ends=ends, **evaluated)
     torch.manual_seed(output.seed)
     model = load_model(model_args, tokenizer, device)
     evaluation = Evaluation(model, tokenizer, examples, rollout, score, eval_args)
@@ -360,13 +329,15 @@ def _report(argv: Sequence[str]) -> None:
     from gem.runs import load_run
 
     parser = argparse.ArgumentParser(prog="gem-kernels report", description=SUMMARIES["report"])
-    parser.error = _raise  # type: ignore[method-assign]
+    parser.error = raise_error  # type: ignore[method-assign]
     parser.add_argument(
         "runs", nargs="+", help="output folders of sft or train; folders of one name are seeds of a method"
     )
     parser.add_argument("--output", default="report.html", help="the html page")
     parser.add_argument("--title", default="GEM runs", help="its title")
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)  # main() has taken it
     arguments = parser.parse_args(list(argv))
+    check_file(Path(arguments.output), "output")
     runs = [load_run(Path(folder)) for folder in arguments.runs]
     print(plain(results_table(runs)))
     write_report(Path(arguments.output), runs, title=arguments.title)
@@ -375,11 +346,12 @@ def _report(argv: Sequence[str]) -> None:
 
 def _doctor(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="gem-kernels doctor", description=SUMMARIES["doctor"])
-    parser.error = _raise  # type: ignore[method-assign]
+    parser.error = raise_error  # type: ignore[method-assign]
     parser.add_argument("model", help="folder, hub name, GGUF file; of adapters too; or a config .json")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences of a training step")
     parser.add_argument("--seq_len", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--device", help="where it runs: cpu, cuda, cuda:1, ...; default: CUDA when there is one")
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)  # main() has taken it
     arguments = parser.parse_args(list(argv))
     from gem.doctor import diagnose, load
 
@@ -391,10 +363,15 @@ def _demo(argv: Sequence[str]) -> None:
     from gem.demo import run_demo
 
     parser = argparse.ArgumentParser(prog="gem-kernels demo", description=SUMMARIES["demo"])
-    parser.error = _raise  # type: ignore[method-assign]
+    parser.error = raise_error  # type: ignore[method-assign]
     parser.add_argument("--output_dir", default="runs/demo", help="where report.html and the runs go")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions; the table then has intervals")
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)  # main() has taken it
     arguments = parser.parse_args(list(argv))
     if arguments.seeds < 1:
         raise ValueError(f"seeds must be >= 1, got {arguments.seeds}")
-    run_demo(Path(arguments.output_dir), seeds=arguments.seeds)
+    folder = Path(arguments.output_dir)
+    if folder.is_file():
+        raise ValueError(f"output_dir must be a folder, got {folder}, which is a file")
+    check_writable(folder, "output_dir")
+    run_demo(folder, seeds=arguments.seeds)

@@ -18,9 +18,13 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerCont
 from gem.config import GuardArguments, LossArguments, check
 from gem.data import Example, pack
 from gem.groups import Group
-from gem.head import completion_stats, fuse_lm_head
+from gem.head import completion_stats, fuse_lm_head, fused_head, router_usage, unwrapped
 from gem.losses import dpo_loss, ipo_loss, kl_k3, listwise_dpo_reward, pro_loss, sega_loss_fn
-from gem_kernels import TokenStats
+from gem.models import KeepSpecialTokens, check_positions
+from gem.router_loss import adds_router_loss
+from gem.score import longest_row
+from gem.training_flags import refuse_ignored
+from gem_kernels import IGNORE_INDEX, TokenStats
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class GEMTrainer(Trainer):
     ) -> None:
         check(loss)
         check(guard)
+        refuse_ignored(args, loss.loss, evaluates=evaluation is not None)
         if args.eval_strategy != "no" and evaluation is None:
             raise ValueError(f"evaluation must be given with eval_strategy={args.eval_strategy}, got None")
         args.remove_unused_columns = False
@@ -67,7 +72,7 @@ class GEMTrainer(Trainer):
             train_dataset=train_dataset,  # type: ignore[arg-type]
             eval_dataset=[] if evaluation is not None else None,  # type: ignore[arg-type]
             processing_class=processing_class,
-            callbacks=[CollapseGuard(guard), *callbacks],
+            callbacks=[CollapseGuard(guard), KeepSpecialTokens(model), *callbacks],
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.n_gpu > 1:
             other = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else "DataParallel"
@@ -79,6 +84,13 @@ class GEMTrainer(Trainer):
             self.add_callback(Progress())
         self.loss, self.make_groups, self.evaluation = loss, make_groups, evaluation
         fuse_lm_head(model, cache_bytes=loss.cache_mib << 20)
+        check_positions(model, longest_row(train_dataset), "max_length: prompt and completion")
+        if adds_router_loss(unwrapped(model)) and not fused_head(model).router_top_k:
+            logger.warning(
+                "the router loss of %s is another than E sum f P: of several micro-batches or processes, each counts its "
+                "own by its share of the tokens",
+                type(unwrapped(model)).__name__,
+            )
         self.model_accepts_loss_kwargs = True  # our loss is normalised over the accumulated batch: do not divide again
         flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
         self.layout = "packed" if flash else "right"
@@ -99,7 +111,34 @@ class GEMTrainer(Trainer):
         items = len(groups)
         if self.loss.loss == "sft":
             items = sum(len(m.ids) for group in groups for m in group.members if m.role == "chosen")
-        return batches, int(self.accelerator.reduce(torch.tensor(items, device=device)))
+        tokens = [int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in batches]
+        items, all_tokens = self.accelerator.reduce(torch.tensor([items, sum(tokens)], device=device)).tolist()
+        shares = [n / all_tokens for n in tokens]
+        usage = self._router_usage(batches, shares)
+        for batch, share in zip(batches, shares, strict=True):
+            batch["router"] = {"router_share": share, "router_usage": usage}
+        return batches, items
+
+    def _router_usage(self, batches: Sequence[dict[str, Any]], shares: Sequence[float]) -> Tensor | None:
+        """(E,) how often a token of the whole step chooses each expert of a mixture of experts, on average.
+
+        The router loss of the whole is made of it, and each micro-batch needs it before its backward (gem/router_loss.py): a
+        forward of the body more, with the random numbers that the training's forward will have.
+
+        Returns:
+            None: there is one micro-batch on one process, or no router loss, or one of another form.
+        """
+        model = cast(nn.Module, self.model)
+        alone = len(batches) * self.accelerator.num_processes == 1
+        if alone or not adds_router_loss(unwrapped(model)) or not fused_head(model).router_top_k:
+            return None
+        model.train()
+        device = self.args.device
+        usage = torch.zeros((), device=device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), self.compute_loss_context_manager():
+            for batch, share in zip(batches, shares, strict=True):
+                usage = usage + share * cast(Tensor, router_usage(model, self._prepare_inputs(batch)))
+        return cast(Tensor, self.accelerator.reduce(usage))
 
     def _batch(self, groups: Sequence[Group]) -> dict[str, Any]:
         """pack() of the groups, and per sequence its weight and role, per token its reference log-prob."""
@@ -107,7 +146,7 @@ class GEMTrainer(Trainer):
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         members = [member for group in groups for member in group.members]
         return {
-            **pack([[(g.prompt_ids, m.ids) for m in g.members] for g in groups], layout=self.layout, pad_id=pad_id),  # type: ignore[arg-type]
+            **pack([[g.sequence(m) for m in g.members] for g in groups], layout=self.layout, pad_id=pad_id),  # type: ignore[arg-type]
             "weight": torch.tensor([member.weight for member in members]),
             "role": torch.tensor([ROLES[member.role] for member in members]),
             "ref_logprob": torch.tensor([x for member in members for x in member.logprobs]),
@@ -129,6 +168,11 @@ class GEMTrainer(Trainer):
         )
         items = num_items_in_batch if num_items_in_batch is not None else len(weights)
         share = self.accelerator.num_processes  # DistributedDataParallel averages the gradients of all processes
+        router = {**inputs["router"], "router_share": inputs["router"]["router_share"] * share}
+        if self.loss.loss == "sft" and self.args.label_smoothing_factor:
+            smooth = {"label_smoothing": self.args.label_smoothing_factor, "num_items_in_batch": items / share}
+            result, stats = completion_stats(model, _of_chosen(inputs), **smooth, **router)
+            return (result, {"stats": stats}) if return_outputs else result
 
         def loss_fn(stats: TokenStats, group: int) -> Tensor:
             at = slice(tokens[group], tokens[group + 1])
@@ -140,7 +184,7 @@ class GEMTrainer(Trainer):
             loss: Tensor = terms["loss"] * share / items
             return loss
 
-        result, stats = completion_stats(model, inputs, loss_fn=loss_fn, cu_groups=inputs["cu_groups"])
+        result, stats = completion_stats(model, inputs, loss_fn=loss_fn, cu_groups=inputs["cu_groups"], **router)
         return (result, {"stats": stats}) if return_outputs else result
 
     def evaluate(
@@ -166,6 +210,15 @@ class GEMTrainer(Trainer):
 
     def _record(self, name: str, value: Tensor) -> None:
         self._health.setdefault(name, []).append(value.float().cpu())
+
+
+def _of_chosen(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The batch with the labels of the chosen completions alone."""
+    chosen = (inputs["role"] == ROLES["chosen"]).repeat_interleave(inputs["cu_seqlens"].diff())
+    labels = inputs["shift_labels"].clone()
+    kept = labels != IGNORE_INDEX
+    labels[kept] = labels[kept].masked_fill(~chosen, IGNORE_INDEX)
+    return {**inputs, "shift_labels": labels}
 
 
 def group_loss(
@@ -241,6 +294,7 @@ def group_health(groups: Sequence[Group]) -> dict[str, list[float]]:
         "branch_entropy": [m.branch_entropy for m in candidates],
         "length": [float(len(m.ids)) for m in candidates],
         "truncated": [float(m.truncated) for m in candidates],
+        "flawed": [float(bool(m.flaw)) for m in candidates],
         "span_fallback": [float(m.span_rule != "marker") for m in candidates],
         "distinct": [
             float(len({tuple(m.ids[slice(*m.answer_span)]) for m in group.members if m.role == "candidate"}))

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+import torch
+from transformers import LlamaConfig, TrainingArguments
 
+from gem import cli
 from gem import config as c
-from gem.cli import SUMMARIES, main, newest_checkpoint, parse, prepare_output
+from gem.cli import SUMMARIES, main, parse
 from gem.demo import build_tokenizer
+from gem.explain import explain
 from gem.groups import load_groups
+from gem.settings import never_used
 
 COMMANDS: dict[str, tuple[type, ...]] = {
     "sft": (c.ModelArguments, c.DataArguments, c.LossArguments, c.GuardArguments),
@@ -62,8 +70,9 @@ def test_help_explains_every_setting(
     assert status == 0 and SUMMARIES[command] in out
     text = " ".join(out.split())
     for setting in (f for cls in COMMANDS[command] for f in fields(cls)):
-        assert re.search(rf"--{setting.name}\b", out), setting.name
-        assert " ".join(setting.metadata["help"].split()) in text, setting.name
+        shown = re.search(rf"--{setting.name}\b", out) is not None
+        assert shown != (setting.name in never_used(command)), setting.name
+        assert not shown or " ".join(setting.metadata["help"].split()) in text, setting.name
     assert "--config" in out and "--preset" in out
 
 
@@ -95,8 +104,6 @@ def test_usage(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def settings_of(*argv: str, command: str = "train") -> dict[str, Any]:
-    from transformers import TrainingArguments
-
     training = (TrainingArguments,) if command in ("sft", "train") else ()
     instances, _ = parse(command, argv, *COMMANDS[command], *training)
     return {name: value for instance in instances for name, value in vars(instance).items()}
@@ -139,7 +146,8 @@ def test_yaml_gives_what_flags_would(tmp_path: Path) -> None:
     file = yaml_file(
         tmp_path,
         "model: 123\neos_token: null\nfilter_groups: no\ntaper: 'no'\ngroup_size: '3'\ntau: 1\ntop_m: 5\n"
-        "markers: ['#### ', \"\\u2028\"]\nbf16: false\nmax_steps: 7\nlr_scheduler_kwargs: {num_cycles: 2}\n",
+        "markers: ['#### ', \"\\u2028\"]\nbf16: false\nmax_steps: 7\n"
+        "lr_scheduler_type: cosine_with_restarts\nlr_scheduler_kwargs: {num_cycles: 2}\n",
     )
     flags = ["--model", "123", "--filter_groups", "false", "--no_taper", "--group_size", "3", "--tau", "1", "--top_m"]
     flags += ["5", "--markers", "#### ", "\u2028", "--bf16", "false", "--max_steps", "7"]
@@ -234,50 +242,17 @@ def test_one_line_names_the_mistake_in_a_file(
     assert message in refused(capsys, "train", "--config", yaml_file(tmp_path, text))
 
 
-# --- output folders ---------------------------------------------------------------------------------------------------
-
-
-def test_folder_is_claimed_once(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    settings = {"tau": 0.5, "markers": ["####"], "output_dir": str(folder), "seed": 3}
-    assert prepare_output(folder, "train", settings) is None
-    assert json.loads((folder / "run.json").read_text())["seed"] == 3
-    assert prepare_output(folder, "train", {**settings, "output_dir": "reached/by/another/name"}) is None
-    with pytest.raises(ValueError, match=r"same settings, got .*run with tau: 0\.5 there, 0\.7 now"):
-        prepare_output(folder, "train", {**settings, "tau": 0.7})
-    with pytest.raises(ValueError, match="command: 'train' there, 'sft' now"):
-        prepare_output(folder, "sft", settings)
-
-
-def test_folder_of_something_else(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="output_dir must be empty or hold a run of this command.*not empty"):
-        prepare_output(tmp_path, "sft", {})
-    with pytest.raises(ValueError, match="output_dir must be a folder, got .*which is a file"):
-        prepare_output(tmp_path / "thesis.tex", "sft", {})
-    (tmp_path / "run.json").write_text('{"name": "DPO", "seed": 0}')  # an arm of the demo: no settings in it
-    with pytest.raises(ValueError, match="output_dir must be empty or hold a run of this command"):
-        prepare_output(tmp_path, "sft", {})
-    (tmp_path / "empty").mkdir()
-    assert prepare_output(tmp_path / "empty", "sft", {}) is None
-
-
-def test_newest_checkpoint_skips_a_half_written_one(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path) is None
-    for name, state in (("9", "{}"), ("20", "{}"), ("100", '{"global_st'), ("200", None), ("tmp", "{}")):
-        (tmp_path / f"checkpoint-{name}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{name}" / "trainer_state.json").write_text(state)
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")  # 20 > 9 as numbers
-
-
 # --- end to end -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A config, a tokenizer, data and yaml files, in the current folder."""
     monkeypatch.chdir(tmp_path)
+    return write_files(tmp_path)
+
+
+def write_files(folder: Path) -> Path:
+    """A config, a tokenizer, data and yaml files, in the current folder."""
     LlamaConfig(
         vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
@@ -298,7 +273,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         f"eval_data: pairs.jsonl\neval_strategy: steps\neval_steps: 1\n{trainer}"
     )
     Path("eval.yaml").write_text(f"model: gem\nmax_new_tokens: 6\noutput: eval.json\n{common}")
-    return tmp_path
+    return folder
 
 
 def test_every_phase_of_a_tiny_model(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,3 +344,191 @@ def test_bad_data_is_named_before_a_folder_is_claimed(files: Path, capsys: pytes
     assert "data must be" in refused(capsys, "sft", "--config", "sft.yaml", "--data", "no.jsonl")
     assert "data must be" in refused(capsys, "sft", "--config", "sft.yaml", "--data", "")
     assert not Path("sft").exists()
+
+
+def test_groups_of_another_tokenizer(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("sft", "score"):
+        assert run(capsys, command, "--config", f"{command}.yaml")[0] == 0
+    groups = [json.loads(line) for line in Path("groups.jsonl").read_text().splitlines()]
+    groups[3]["members"][0]["ids"][0] = 17
+    Path("groups.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups))
+    error = "groups must be of this model's tokenizer, got token 17 in groups.jsonl; the model has 17"
+    assert error in run(capsys, "train", "--config", "train.yaml")[2]
+    assert not Path("gem").exists()
+
+
+# --- whatever else goes wrong: one line, status 2 -----------------------------------------------------------------------
+
+LONG = "Error(s) in loading state_dict for LlamaForCausalLM:\n\n\tsize mismatch for lm_head.weight\n\tand 200 more"
+GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1 GiB is free."
+CPU = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8"
+)
+HINT = "(--debug shows the traceback)"
+
+
+class StrangeError(Exception):
+    """One that nobody has heard of."""
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("no\n\nmore"), f"RuntimeError: no {HINT}"),
+        (
+            RuntimeError(LONG),
+            "RuntimeError: Error(s) in loading state_dict for LlamaForCausalLM: size mismatch for lm_head.",
+        ),
+        (RuntimeError("x" * 9000), "RuntimeError: xxx"),
+        (KeyError("eval_loss"), f"KeyError: 'eval_loss' {HINT}"),
+        (StrangeError(), f"StrangeError {HINT}"),
+        (AssertionError(), f"AssertionError {HINT}"),
+        (ZeroDivisionError("division by zero"), f"ZeroDivisionError: division by zero {HINT}"),
+        (RecursionError("maximum recursion depth exceeded"), "RecursionError: maximum recursion depth exceeded"),
+        (ImportError("requires `x`\nPlease install"), f"ImportError: requires `x` {HINT}"),
+        (
+            UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+            "UnicodeDecodeError: 'utf-8' codec can't decode",
+        ),
+        (ValueError("tau must be\n > 0,\tgot -1"), "tau must be > 0, got -1\n"),
+        (FileNotFoundError(2, "No such file or directory", "a/b.json"), "FileNotFoundError: a/b.json: No such file"),
+        (PermissionError(13, "Permission denied", "/root/x"), "PermissionError: /root/x: Permission denied"),
+        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
+        (
+            ModuleNotFoundError("No module named 'peft'", name="peft"),
+            "needs pip install 'gem-kernels[train]' (No module",
+        ),
+        (
+            ModuleNotFoundError("No module named 'yaml'", name="yaml"),
+            "needs pip install 'gem-kernels[train]' (No module",
+        ),
+        (
+            ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes"),
+            "needs pip install bitsandbytes (No",
+        ),
+        (torch.OutOfMemoryError(GPU), "out of memory (CUDA out of memory. Tried to allocate 2.00 GiB."),
+        (RuntimeError(CPU), "out of memory ([enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator:"),
+        (MemoryError(), "out of memory (MemoryError): lower "),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
+)
+@pytest.mark.parametrize("command", SUMMARIES)
+def test_every_error_is_one_line(
+    command: str, error: Exception, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(argv: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, f"_{command}", fail)
+    found = refused(capsys, command)
+    assert found.startswith(f"gem-kernels {command}: {line}") and len(found) < 600
+    # The traceback is there for the asking, wherever one asks, and the line still comes last.
+    for argv in (("--debug", command), (command, "--debug"), (command, "x", "--debug", "y")):
+        status, _, err = run(capsys, *argv)
+        assert status == 2 and err.startswith("Traceback (most recent call last)") and "in fail" in err
+        assert err.endswith(found)
+
+
+@pytest.mark.parametrize("command", ["sft", "train", "score", "eval"])
+def test_out_of_memory_says_what_to_lower(command: str) -> None:
+    """In settings that the command has, by their names."""
+    line = explain(torch.OutOfMemoryError(GPU), command)
+    names = re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", line.split(": lower ")[1])
+    training = {f.name for f in fields(TrainingArguments)} if command in ("sft", "train") else set()
+    assert len(names) >= 4 and set(names) <= {f.name for cls in COMMANDS[command] for f in fields(cls)} | training
+
+
+def test_an_interruption(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_sft", interrupt)
+    status, out, err = run(capsys, "sft")
+    assert (status, out, err) == (130, "", "gem-kernels sft: interrupted\n")
+
+    def leave(argv: list[str]) -> None:
+        raise SystemExit(7)
+
+    monkeypatch.setattr(cli, "_sft", leave)
+    assert run(capsys, "sft") == (7, "", "")
+
+
+def test_debug_of_transformers_stays_its_own() -> None:
+    """--debug with one of TrainingArguments' values is that setting."""
+    found = settings_of("--groups", "g", "--debug", "underflow_overflow")
+    assert [option.value for option in found["debug"]] == ["underflow_overflow"]
+    assert cli._without_debug(["train", "--debug", "underflow_overflow"]) == (
+        ["train", "--debug", "underflow_overflow"],
+        False,
+    )
+    assert cli._without_debug(["train", "--debug", "--tau", "1"]) == (["train", "--tau", "1"], True)
+
+
+def test_an_error_behind_a_progress_bar_is_the_last_line(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gem.trainer import GEMTrainer
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("in the middle of it")
+
+    monkeypatch.setattr(GEMTrainer, "training_step", fail)
+    _, _, err = run(capsys, "sft", "--config", "sft.yaml", "--disable_tqdm", "false")
+    gc.collect()
+    err += capsys.readouterr().err
+    assert "0/3" in err and err.splitlines()[-1] == f"gem-kernels sft: RuntimeError: in the middle of it {HINT}"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("score", "--config", "score.yaml", "--model", "cfg/config.json", "--tokenizer", "tok", "--output"),
+        ("eval", "--config", "eval.yaml", "--model", "cfg/config.json", "--tokenizer", "tok", "--output"),
+        ("report", "run", "--output"),
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_a_result_that_cannot_be_written_is_told_first(
+    argv: tuple[str, ...], files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("run").mkdir()
+    Path("run/metrics.json").write_text("{}")
+    monkeypatch.setattr("gem.models.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("gem.report.results_table", lambda *_: pytest.fail("the report was made"))
+    assert "output must be in a folder, got pairs.jsonl/x: " in refused(capsys, *argv, "pairs.jsonl/x")
+    assert "output must be a " in refused(capsys, *argv, "cfg")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "cannot be written" in refused(capsys, *argv, "new/x")
+
+
+def test_the_line_of_a_process_under_torchrun(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gem"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "report", "no/such/run"], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    line = "gem-kernels report: folder: expected trainer_state.json (there or in a checkpoint-N) or metrics.json in no/such"
+    assert done.returncode != 0 and any(found.startswith(line) for found in done.stderr.splitlines()), done.stderr
+
+
+def test_groups_with_nothing_to_learn(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {
+        "prompt": "",
+        "prompt_ids": [1],
+        "kept": False,
+        "members": [{"role": "candidate", "ids": [2], "logprobs": [0.0]}],
+    }
+    Path("empty.jsonl").write_text(json.dumps(row) + "\n")
+    argv = [
+        "train",
+        "--model",
+        "cfg/config.json",
+        "--tokenizer",
+        "tok",
+        "--groups",
+        "empty.jsonl",
+        "--output_dir",
+        "none",
+    ]
+    assert "groups must hold a weight or a chosen answer" in refused(capsys, *argv, "--use_cpu", "true")
+    assert not Path("none").exists()

@@ -1,0 +1,293 @@
+"""Settings of a command: preset < --config file.yaml < flags, and nothing that is set in vain.
+
+They come from dataclasses (gem.config, transformers.TrainingArguments). What a command or the chosen loss has no use for is
+refused where it was given, by flag or in the file: see UNUSED here and gem.training_flags.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+from gem.config import (
+    PRESETS,
+    TRAINING_DEFAULTS,
+    DataArguments,
+    EvalArguments,
+    GuardArguments,
+    RankArguments,
+    RolloutArguments,
+    ScoreArguments,
+    check,
+)
+from gem.files import read_text
+from gem.training_flags import IGNORED, check_trackers, refuse_ignored, training_defaults
+
+logger = logging.getLogger(__name__)
+
+SUMMARIES = {
+    "sft": "supervised warm start on prompt + chosen (or completion)",
+    "score": "candidates, Eq. 1, ranking, Eq. 2's weights -> a groups file",
+    "train": "Eq. 2 on a groups file (--groups), or online from preference records (--data)",
+    "eval": "preference accuracies, AUROC of the score, task accuracy",
+    "report": "tables, curves and one html page from finished runs",
+    "doctor": "what the fused lm_head does with a model: shape, transform, adapter, memory; checks it against the logits",
+    "demo": "the whole of GEM on a small model from scratch, beside DPO, SFT and the literal recipe",
+}
+RESUME_HELP = (
+    "checkpoint to go on from: a folder; true: the newest of output_dir, which is also what happens without this flag; "
+    "false: start over"
+)
+DEBUG_HELP = "the traceback of an error, not only its one line"
+
+
+def _names(*classes: Any, but: str = "") -> str:
+    return " ".join(f.name for cls in classes for f in fields(cls) if f.name not in but.split())
+
+
+ALWAYS = None
+SAMPLING = "max_new_tokens temperature top_p stop"
+SAMPLED_SCORE = "temperature top_p top_m branch_weight final_weight entropy_clip"
+OWN_REFERENCE = "the model is its own reference here"
+NO_LORA = "new adapters change nothing before they are trained"
+
+# What a command has no use for: commands, names, when (ALWAYS: --help does not show them), why.
+Rule = tuple[str, str, Callable[[Any], bool] | None, str]
+UNUSED: tuple[Rule, ...] = (
+    ("sft", "loss length_norm beta kl_weight taper sft_weight", ALWAYS, "sft has one loss, -log pi(chosen)"),
+    ("sft", _names(GuardArguments), ALWAYS, "sft evaluates nothing"),
+    ("sft", "eval_strategy eval_on_start", ALWAYS, "sft evaluates nothing; `gem-kernels eval` does"),
+    ("score", "stop_patience stop_margin", ALWAYS, "score trains nothing"),
+    ("score eval", "score_with", ALWAYS, OWN_REFERENCE),
+    ("score eval", "lora_rank", ALWAYS, NO_LORA),
+    ("eval", "group_size", ALWAYS, "eval_samples says how many completions are sampled"),
+    ("eval", "data", lambda s: s.eval_data, "eval_data is what is evaluated"),
+    ("eval", SAMPLED_SCORE, lambda s: not s.eval_samples, "eval_samples=0 samples and scores nothing"),
+    ("score", SAMPLING, lambda s: not s.group_size, "group_size=0 samples nothing"),
+    ("score train eval", "cot_pairs", lambda s: not s.cot_prompt, "there is no cot_prompt"),
+    ("score", "cot_prompt", lambda s: not s.group_size and not s.cot_pairs, "group_size=0 samples nothing"),
+    ("score train", "min_spread", lambda s: not s.filter_groups, "filter_groups is off"),
+    ("train", "length_norm beta kl_weight taper sft_weight", lambda s: s.loss == "sft", "loss=sft is -log pi(chosen)"),
+    ("train", "beta", lambda s: s.loss in ("sega", "pro"), "it is for dpo, ipo and listwise_dpo"),
+    ("train", "kl_weight", lambda s: s.loss in ("dpo", "ipo", "pro"), "it is for sega and listwise_dpo"),
+    ("train", "taper length_norm", lambda s: s.loss != "sega", "it is for sega"),
+    (
+        "train",
+        _names(RankArguments),
+        lambda s: s.groups,
+        "the weights are in the groups file: rank with `gem-kernels score`",
+    ),
+    (
+        "train",
+        _names(RankArguments),
+        lambda s: s.loss not in ("sega", "pro"),
+        "weights are for sega, and for pro as an order",
+    ),
+    ("train", "group_size", lambda s: s.groups, "the candidates are in the groups file"),
+    ("train", "score_with", lambda s: s.groups, "the scores are in the groups file"),
+    (
+        "train",
+        _names(DataArguments, but="data"),
+        lambda s: s.groups and not s.eval_data,
+        "the groups file is read as it is, and there is no eval_data",
+    ),
+    (
+        "train",
+        _names(RolloutArguments, ScoreArguments),
+        lambda s: s.groups and not s.eval_data,
+        "candidates and scores are in the groups file, and there is no eval_data",
+    ),
+    (
+        "train",
+        SAMPLED_SCORE,
+        lambda s: s.groups and not s.eval_samples,
+        "candidates and scores are in the groups file, and eval_samples=0 samples nothing",
+    ),
+    ("train", SAMPLING, lambda s: not s.group_size and not s.eval_data, "group_size=0 samples nothing"),
+    (
+        "train",
+        _names(EvalArguments, but="eval_data") + " eval_strategy eval_on_start",
+        lambda s: not s.eval_data,
+        "there is no eval_data",
+    ),
+    (
+        "train",
+        "stop_patience stop_margin",
+        lambda s: str(s.eval_strategy) == "no" or not s.eval_samples,
+        "the guard watches sampled answers while training: it needs eval_strategy and eval_samples",
+    ),
+    ("train", "stop_margin", lambda s: not s.stop_patience, "stop_patience=0 never stops"),
+    (
+        "train",
+        "auroc_gate",
+        lambda s: not s.groups and not s.eval_on_start,
+        "online, the gate looks at the evaluation before the first step: it needs eval_on_start",
+    ),
+)
+
+
+def raise_error(message: str) -> NoReturn:
+    """In place of ArgumentParser.error, which prints all flags of the usage before the one line that matters."""
+    raise ValueError(message)
+
+
+def parse(command: str, argv: Sequence[str], *classes: Any) -> tuple[list[Any], dict[str, Any]]:
+    """(dataclass instances, the settings they were made of), from preset, yaml file and flags.
+
+    resume_from_checkpoint is in the settings alone: it is for whoever starts the training.
+
+    Raises:
+        ValueError: an unknown preset or flag, a missing or malformed file, a key that no class has, a value of another
+            type or out of range, or a setting that the command would ignore.
+    """
+    from transformers import TrainingArguments
+
+    parser, first = _parser(command, classes), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.error = raise_error  # type: ignore[method-assign]
+    first.add_argument("--config")
+    first.add_argument("--preset")
+    early, _ = first.parse_known_args(argv)
+    actions = {a.dest: a for a in parser._actions if not isinstance(a, OUTSIDE) and a.dest != "config"}
+    from_file = _read_file(early.config, command, actions) if early.config else {}
+    preset = early.preset or from_file.pop("preset", "default")
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    base = {**(TRAINING_DEFAULTS if TrainingArguments in classes else {}), **PRESETS[preset]}
+    parser.set_defaults(**{name: value for name, value in base.items() if name in actions})
+    unset = {name: parser.get_default(name) for name in actions if name != "preset"}
+    parser.set_defaults(**from_file)
+    parsed = vars(parser.parse_args(list(argv)))
+    settings = {name: parsed[name] for name in unset}
+
+    if preset != "default" and not PRESETS[preset].keys() & (unset.keys() - never_used(command)):
+        logger.warning("preset=%s changes nothing of `gem-kernels %s`", preset, command)
+    _refuse_unused(command, settings, unset)
+    built = {name: value for name, value in settings.items() if name != "resume_from_checkpoint"}
+    loss, evaluates = "sft" if command == "sft" else settings.get("loss", ""), bool(settings.get("eval_data"))
+    if TrainingArguments in classes:
+        _check_training(built, unset)
+        refuse_ignored(SimpleNamespace(**built), loss, evaluates=evaluates, defaults=unset)
+    instances = list(parser.parse_dict(built, allow_extra_keys=True))
+    for instance in instances:
+        if isinstance(instance, TrainingArguments):
+            refuse_ignored(instance, loss, evaluates=evaluates)  # what shows only now, such as the device
+        else:
+            check(instance)
+    return instances, settings
+
+
+OUTSIDE = (argparse._HelpAction, argparse._StoreTrueAction)  # --help, and our --debug, which main() has taken
+
+
+def _parser(command: str, classes: Sequence[Any]) -> Any:
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser = HfArgumentParser(
+        classes,
+        prog=f"gem-kernels {command}",
+        description=SUMMARIES[command],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # the first look at --config and --preset must see the same flags
+    )
+    parser.error = raise_error  # type: ignore[method-assign]
+    parser.add_argument("--config", help="yaml file with any of these settings")
+    parser.add_argument("--preset", default="default", help="default | paper (Eq. 1 and 2 as printed, no guard rails)")
+    hidden = never_used(command)
+    if TrainingArguments in classes:
+        hidden |= IGNORED.keys() - {"resume_from_checkpoint"}
+    else:
+        parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
+    for action in parser._actions:
+        if action.dest in hidden:
+            action.help = argparse.SUPPRESS
+            if isinstance(getattr(action.type, "__origin__", action.type), type) and action.type not in (
+                str,
+                int,
+                float,
+            ):
+                action.type = str  # a dict, say, which no text becomes: its refusal is ours
+        elif action.dest == "debug" and TrainingArguments in classes:
+            action.help = f"{DEBUG_HELP}; with a value: {action.help}"
+        elif action.dest == "resume_from_checkpoint":
+            action.help = RESUME_HELP
+    return parser
+
+
+def never_used(command: str) -> set[str]:
+    """The names that a command never has a use for."""
+    rules = [names for commands, names, when, _ in UNUSED if when is ALWAYS and command in commands.split()]
+    return {name for names in rules for name in names.split()}
+
+
+def _refuse_unused(command: str, settings: Mapping[str, Any], unset: Mapping[str, Any]) -> None:
+    given = {name for name, value in settings.items() if value != unset[name]}
+    if command == "sft" and settings.get("loss") == "sft":
+        given.discard("loss")  # which says what holds
+    for commands, names, when, why in UNUSED:
+        if command not in commands.split() or not given & set(names.split()):
+            continue
+        if when is ALWAYS or when(SimpleNamespace(**settings)):
+            name = next(name for name in names.split() if name in given)
+            raise ValueError(
+                f"{name} would do nothing in `gem-kernels {command}` and must be left at {unset[name]!r}, "
+                f"got {settings[name]!r}: {why}"
+            )
+
+
+def _check_training(settings: Mapping[str, Any], unset: Mapping[str, Any]) -> None:
+    """What transformers would say late, without the name, or not at all."""
+    check_trackers(settings["report_to"])
+    for name in training_defaults().keys() & settings.keys():
+        value = settings[name]
+        if isinstance(value, str) and value.startswith("{"):
+            try:
+                json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name} must be JSON, got {value!r}: {error}") from None
+    steps, epochs = settings["max_steps"], settings["num_train_epochs"]
+    if steps > 0 and epochs != unset["num_train_epochs"]:
+        logger.warning("max_steps=%d counts, num_train_epochs=%g does not: leave one of them out", steps, epochs)
+
+
+def _read_file(path: str, command: str, actions: Mapping[str, argparse.Action]) -> dict[str, Any]:
+    """Name -> value of a yaml file, each as its flag would have it."""
+    import yaml
+
+    if not Path(path).is_file():
+        raise ValueError(f"config must be an existing yaml file, got {path!r}")
+    try:
+        content = yaml.safe_load(read_text(Path(path)))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config must be yaml, got {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"config must be a mapping of settings, got {type(content).__name__} in {path}")
+    unknown = sorted(map(str, set(content) - actions.keys()))
+    if unknown:
+        raise ValueError(f"config must hold settings of `gem-kernels {command}`, got {', '.join(unknown)} in {path}")
+    return {name: _as_flag(actions[name], value) for name, value in content.items()}
+
+
+def _as_flag(action: argparse.Action, value: Any) -> Any:
+    """A value from yaml as the flag would give it: argparse checks and converts text, and nothing else.
+
+    true is a flag without its value where one may stand so (nargs="?"), false is no flag.
+
+    Raises:
+        ValueError: a list where one value is expected, one value where a list is, or nothing where there is a default.
+    """
+    if value is None and action.default is not None:
+        raise ValueError(f"argument {action.dest}: expected a value, got nothing")
+    if action.nargs == "?" and isinstance(value, bool) and not isinstance(action.const, bool):
+        return action.const if value else action.default
+    many = action.nargs in ("+", "*")
+    if value is None or isinstance(value, dict) or (many and isinstance(value, list)):
+        return value
+    if many or isinstance(value, list):
+        raise ValueError(f"argument {action.dest}: expected {'a list' if many else 'one value'}, got {value!r}")
+    return str(value)
