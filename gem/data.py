@@ -18,8 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gem.chat_template import ChatTemplate
 from gem.config import CHOICES, DataArguments, RolloutArguments
-from gem.conversation import ChatTemplate, Part, Rendered
+from gem.conversation import Part, Rendered, take_apart
 from gem.encoding import Encoded, encode_completion, encode_prompt, gives_back
 from gem.ends import Ends, ends_of
 from gem.groups import Given
@@ -253,7 +254,7 @@ class _Encoder:
         options = dict(record.get("chat_template_kwargs", {}))
         if record.get("tools"):
             options["tools"] = record["tools"]
-        return self._template.take_apart(prompt, turns, options)
+        return take_apart(self._template, prompt, turns, options)
 
     @cached_property
     def _template(self) -> ChatTemplate:

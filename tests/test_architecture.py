@@ -16,7 +16,7 @@ GEM = sorted((ROOT / "gem").rglob("*.py"))
 # Layers of gem, lowest first: a module imports from lower layers only.
 LAYERS = [
     {"problems", "files", "adapters", "loading", "ends"},
-    {"sources", "config", "groups", "messages", "read", "runs", "training_flags"},
+    {"sources", "config", "groups", "messages", "read", "chat_template", "runs", "training_flags"},
     {"conversation", "converters", "shapes", "models", "spans", "rank", "sega", "losses", "rounding", "curves"},
     {"encoding", "formats", "head_transform", "head_product", "router_loss"},
     {"records", "head_check", "extra_outputs"},

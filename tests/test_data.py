@@ -249,7 +249,7 @@ def test_too_long_records_are_counted(tokenizer: Any, caplog: pytest.LogCaptureF
         kept = encode(tokenizer, *rows, max_length=8)  # <bos> and 4 of the prompt, 2 and <eos>
     assert [tokenizer.decode(e.chosen_ids) for e in kept] == ["3<eos>", "33<eos>"]
     assert [r.message for r in caplog.records] == [
-        "2 of 4 records are left out: 2 x longer than max_length=8 tokens (row 1, got 16; row 2, got 16)"
+        "2 of 4 records are left out: 2 x longer than max_length=8 tokens, got 16 (row 1; row 2)"
     ]
     with pytest.raises(
         ValueError, match="at least one record must be usable, got none of 4: 4 x longer than max_length=6"

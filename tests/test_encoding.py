@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -478,3 +479,27 @@ def test_what_a_template_says_over_several_lines_is_one_line() -> None:
     tokenizer.chat_template = "{{ raise_exception('no\\nsuch\\nrole') }}"
     with pytest.raises(ValueError, match="got no such role$"):
         encode(tokenizer, {"prompt": say("user: hi"), "chosen": say("assistant: yo")})
+
+
+def test_a_call_of_a_template_that_ends_the_last_turn_otherwise() -> None:
+    """What both ways to end it begin with is no token, and not learnt."""
+    tokenizer = byte_level(CHATML)
+    tokenizer.add_tokens(["<|more|>", "<|done|>"], special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}{% endfor %}{{ '<|done|>' if loop.last and m.role == 'assistant' else '<|more|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    turns = [{"role": "assistant", "content": "so: ", "tool_calls": CALL}, *say("user: well?", "assistant: two")]
+    ends = Ends(frozenset([tokenizer.convert_tokens_to_ids("<|done|>")]))
+    example = encode(tokenizer, {"prompt": say("user: 1+1?"), "chosen": turns}, ends=ends)
+    assert tokenizer.decode(example.chosen_ids) == "so: addtwo<|done|>"
+
+
+@pytest.mark.parametrize("function", [{"name": "add"}, {"function": "add"}, {"function": {"description": "no name"}}])
+def test_odd_calls_and_tools_do_not_end_in_other_errors(function: dict[str, Any]) -> None:
+    tokenizer = byte_level(CHATML)
+    call = {"role": "assistant", "content": "x", "tool_calls": [function]}
+    for record in ({"chosen": [call]}, {"chosen": "x", "tools": [function]}):
+        with contextlib.suppress(ValueError):  # and nothing else
+            encode(tokenizer, {"prompt": say("user: hi"), **record}, CHATML)
