@@ -108,7 +108,8 @@ def encode_records(
                 found.note(record["_where"], "the tokenizer changes the text of the prompt")
             if prompt_format == "auto" and isinstance(record["prompt"], str) and encoder.is_chat(record):
                 found.note(
-                    record["_where"], "a plain prompt is the user's turn of a chat (prompt_format=text: it is not)"
+                    record["_where"],
+                    "a plain prompt is the user's turn of a chat (prompt_format=text leaves it as it is)",
                 )
         except BadRecord as error:
             found.add(record["_where"], error)

@@ -95,7 +95,7 @@ def tools(value: object) -> list[dict[str, Any]]:
     items = [from_json(item, "tools") for item in items]
     if not all(isinstance(item, dict) for item in items):
         raise BadRecord("'tools' must be a list of tools or JSON text of one", shown(value))
-    return [_without_none(item) for item in items]
+    return items
 
 
 def template_options(value: object) -> dict[str, Any]:
@@ -219,26 +219,24 @@ def _calls(message: dict[str, Any], name: str) -> dict[str, Any]:
     if any(not isinstance(call.get("function", call), dict) for call in calls):
         raise BadRecord(f"{name!r} must have tool_calls that are a list of objects", shown(calls))
     message.pop("tool_calls", None)  # an empty list is none: templates test for the key
-    return {"tool_calls": [_with_arguments(_without_none(call)) for call in calls]} if calls else {}
+    return {"tool_calls": [_with_arguments(call) for call in calls]} if calls else {}
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """The call with its arguments as an object, which templates write as JSON; OpenAI's own format has them as text."""
+    """The call without its empty fields, and its arguments as an object, which templates write as JSON; OpenAI's own format has
+    them as text. A null among the arguments is one."""
+    call = {key: value for key, value in call.items() if value is not None}
     function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, dict):
         return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except ValueError:
-        return call
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
-
-
-def _without_none(value: Any) -> Any:
-    """Objects without the fields that a table filled up with None."""
-    if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+    function = {key: value for key, value in function.items() if value is not None}
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            arguments = None
+    return {**call, "function": {**function, "arguments": arguments} if isinstance(arguments, dict) else function}
 
 
 def text_prefix(one: str, other: str) -> int:

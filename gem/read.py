@@ -135,7 +135,7 @@ def _table(loaded: Any, source: str, split: str | None) -> Rows:
         i = -1
         try:
             for i, row in enumerate(table):
-                yield f"{source}, row {i}", dict(row)
+                yield f"{source}, row {i}", _without_none(dict(row))
         except Exception as error:  # a torn arrow file shows when its rows are read
             raise ValueError(f"{source}, row {i + 1}: expected a readable row, got {_reason(error)}") from None
 
@@ -284,6 +284,13 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
+def _without_none(value: Any) -> Any:
+    """What a table holds without the fields that it filled up with None: all its rows have all of its fields."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
 def _parquet(path: Path) -> Rows:
     try:
         import pyarrow.parquet
@@ -292,7 +299,7 @@ def _parquet(path: Path) -> Rows:
             i = 0
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
-                    yield f"{path}, row {i}", row
+                    yield f"{path}, row {i}", _without_none(row)
                     i += 1
     except (ImportError, GeneratorExit):
         raise

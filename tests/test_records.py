@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from gem.problems import BadRecord, Problems
@@ -259,10 +260,10 @@ def test_what_nobody_can_learn_from_is_refused_by_name(raw: dict[str, Any], mess
             {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
             a("", tool_calls=[CALL]),
         ),
-        (  # a table has every argument of every call in it
+        (  # null is an argument as good as another
             {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": None, "function": {
-                "name": "add", "arguments": {"a": 1, "city": None}}}]},
-            a("", tool_calls=[CALL]),
+                "name": "add", "arguments": {"a": None}, "strict": None}}]},
+            a("", tool_calls=[{**CALL, "function": {"name": "add", "arguments": {"a": None}}}]),
         ),
         ({"role": "assistant", "content": "1", "reasoning_content": "hm"}, a("1", reasoning_content="hm")),
         ({"role": "assistant", "content": "1", "thinking": None}, a("1")),
@@ -477,3 +478,12 @@ def test_turns_that_others_leave_out_of_learning_are_refused(tmp_path: Path, mas
     (name,) = mask
     with pytest.raises(ValueError, match=f"line 1: 'chosen' must not have turns .* left out of learning.*{name}="):
         load_records(source, need=("chosen",))
+
+
+def test_what_a_table_filled_up_with_none_is_not_there(tmp_path: Path) -> None:
+    """A table has every argument of every call in each of its rows."""
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {name: 1}}} for name in ("a", "b")]
+    rows = [{"prompt": [u("1")], "chosen": [a("x", tool_calls=[call])]} for call in calls]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "d"))
+    read = load_records(str(tmp_path / "d"), need=("chosen",))
+    assert [r["chosen"][0]["tool_calls"][0]["function"]["arguments"] for r in read] == [{"a": 1}, {"b": 1}]
