@@ -18,7 +18,8 @@ def explain(error: BaseException, command: str) -> str:
     """One line for whoever typed the command: what went wrong, and what to do where that is known."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        trains = command in ("sft", "train")
+        return "interrupted" + (": the same command goes on from the last checkpoint" if trains else "")
     if isinstance(error, ModuleNotFoundError):
         # `pip install gem-kernels` alone brings torch and no more
         package = "'gem-kernels[train]'" if str(error.name).split(".")[0] in EXTRAS else error.name or "it"

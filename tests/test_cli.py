@@ -444,7 +444,11 @@ def test_an_interruption(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
     monkeypatch.setattr(cli, "_sft", interrupt)
     status, out, err = run(capsys, "sft")
-    assert (status, out, err) == (130, "", "gem-kernels sft: interrupted\n")
+    assert (status, out, err) == (
+        130,
+        "",
+        "gem-kernels sft: interrupted: the same command goes on from the last checkpoint\n",
+    )
 
     def leave(argv: list[str]) -> None:
         raise SystemExit(7)
