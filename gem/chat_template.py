@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any, cast
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from gem.messages import Message
 from gem.problems import BadRecord
-
-Message = dict[str, Any]
 
 
 class ChatTemplate:
@@ -84,8 +83,8 @@ class ChatTemplate:
     @cached_property
     def _tokens(self) -> re.Pattern[str]:
         """What reads as a token of its own: special ones and others that were added."""
-        known = {str(t) for t in self.tokenizer.added_tokens_decoder.values()} | set(self.tokenizer.all_special_tokens)
-        return re.compile("|".join(re.escape(t) for t in sorted(known, key=len, reverse=True)) or r"(?!)")
+        added = map(str, self.tokenizer.added_tokens_decoder.values())
+        return any_of({*added, *self.tokenizer.all_special_tokens})
 
     def to_token(self, text: str) -> str:
         """The text up to and with the first such token; empty where there is none."""
@@ -134,6 +133,11 @@ def _with_text_arguments(message: Message) -> Message:
             }
         calls.append(call)
     return {**message, "tool_calls": calls} if calls else message
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """What finds the longest of some texts; nothing where there are none."""
+    return re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True)) or r"(?!)")
 
 
 def marker(messages: Sequence[Message]) -> str:

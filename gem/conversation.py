@@ -17,13 +17,13 @@ from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
-from gem.chat_template import ChatTemplate, Message, common, marker, squeezed
+from gem.chat_template import ChatTemplate, common, marker, squeezed
+from gem.messages import REASONING, Message
 from gem.problems import BadRecord, shown
 
 # A tag that opens a block of reasoning at the end of a generation prompt, as DeepSeek-R1's does; and what closes one.
 _OPENING = re.compile(r"(<\w+>|\[[A-Z_]+\]|◁\w+▷)\s*$")
 _CLOSING = re.compile(r"</\w+>|\[/[A-Z_]+\]|◁/\w+▷")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 class Part(NamedTuple):
@@ -167,7 +167,7 @@ class Skeleton:
         after = at + len(mark)
         end = self._end(k, after)
         said = squeezed(self.text[start:end])
-        for name in _REASONING:
+        for name in REASONING:
             words = message.get(name)
             if isinstance(words, str) and squeezed(words) not in said:
                 raise BadRecord(f"the chat template must write the {name!r} of a turn", shown(words))

@@ -140,7 +140,7 @@ def labelled(by: str, convert: Convert) -> Convert:
     """Single answers with a verdict: only those that are right can be learnt."""
 
     def labelled(row: Row) -> Row:
-        if _field(row, by) not in (True, 1, "True", "true", "1"):
+        if _field(row, by) not in (True, "True", "true", "1"):
             raise BadRecord("the answer is labelled as bad, and stands alone", f"{by} = {shown(row[by])}")
         return convert(row)
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gem.chat_template import ChatTemplate
+from gem.chat_template import ChatTemplate, squeezed
 from gem.config import CHOICES, DataArguments, RolloutArguments
 from gem.conversation import Part, Rendered, take_apart
 from gem.encoding import Encoded, encode_completion, encode_prompt, gives_back
@@ -53,6 +53,11 @@ class Example:
     candidates_given: list[Given] = field(default_factory=list)
     question: str = ""  # the user's own words
     sampling_prompt_ids: list[int] = field(default_factory=list)  # what candidates are sampled from; empty: prompt_ids
+
+    @property
+    def sampled_from(self) -> list[int]:
+        """The prompt of sampled candidates."""
+        return self.sampling_prompt_ids or self.prompt_ids
 
 
 def encode_records(
@@ -191,7 +196,8 @@ class _Encoder:
             self._check(completion)
         chat = self.is_chat(record)
         prompt = self._with_cot(record["prompt"]) if self.cot_pairs and self.cot_prompt else record["prompt"]
-        rendered = self._rendered(record, prompt, said)
+        render = self._chat if chat else self._text
+        rendered = render(record, prompt, said)
         ids = encode_prompt(rendered.prompt, self.tokenizer, special=not chat)
         encoded = [
             encode_completion(rendered.prompt, ids, parts, self.tokenizer, self.ends, special=not chat)
@@ -199,7 +205,7 @@ class _Encoder:
         ]
         sampling: list[int] = []
         if self.cot_prompt and not self.cot_pairs and "candidates" not in record:
-            asked = self._rendered(record, self._with_cot(record["prompt"]), [])
+            asked = render(record, self._with_cot(record["prompt"]), [])
             sampling = encode_prompt(asked.prompt, self.tokenizer, special=not chat)
         longest = max(len(sampling), len(ids) + max([e.length for e in encoded], default=0))
         if longest > self.max_length:
@@ -231,9 +237,6 @@ class _Encoder:
         if bos and single and any(bos in message["content"] for message in said):
             raise BadRecord("a completion must not hold a beginning of sequence", shown(bos))
 
-    def _rendered(self, record: dict[str, Any], prompt: str | Messages, said: Sequence[Any]) -> Rendered:
-        return (self._chat if self.is_chat(record) else self._text)(record, prompt, said)
-
     def is_chat(self, record: dict[str, Any]) -> bool:
         prompt = record["prompt"]
         if isinstance(prompt, list) or self.prompt_format != "auto":
@@ -243,7 +246,7 @@ class _Encoder:
     def _is_rendered(self, prompt: str) -> bool:
         """Whether somebody has put a plain prompt into a chat template already: it begins a sequence, or asks for an answer."""
         bos, asks = self.tokenizer.bos_token, self._template.request
-        return bool((bos and prompt.lstrip().startswith(bos)) or (asks and asks in "".join(prompt.split())))
+        return bool((bos and prompt.lstrip().startswith(bos)) or (asks and asks in squeezed(prompt)))
 
     def _chat(self, record: dict[str, Any], prompt: Any, said: Sequence[Any]) -> Rendered:
         if isinstance(prompt, str):

@@ -12,7 +12,9 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
+from gem.chat_template import any_of, common, squeezed
 from gem.conversation import Part
+from gem.decoding import decode
 from gem.ends import Ends
 from gem.groups import Given
 from gem.problems import BadRecord, shown
@@ -101,13 +103,14 @@ def _ways(
     tokens = _tokenise(whole, tokenizer, special)
     if len(parts) == 1 and tokens.ids[: len(prompt_ids)] == list(prompt_ids):
         yield [tokens.ids[len(prompt_ids) :]]
-    inside = [_inside(part.text, tokenizer) for part in parts]
-    rest = [inside]  # of what others say
+    rest = []  # of what others say
     if tokens.spans is not None:
-        natural, edges = (_cut(whole, tokens, len(prompt), parts, tokenizer, make) for make in (_own, _inside))
+        natural = _cut(whole, tokens, len(prompt), parts, tokenizer, _own)
         yield natural
-        yield _mixed(parts, edges, natural)
-        rest = [natural, inside]
+        yield _mixed(parts, _cut(whole, tokens, len(prompt), parts, tokenizer, _inside), natural)
+        rest.append(natural)
+    inside = [_inside(part.text, tokenizer) for part in parts]
+    rest.append(inside)
     own, named = ([make(part.text, tokenizer) for part in parts] for make in (_own, _apart))
     for others in rest:
         yield from (_mixed(parts, said, others) for said in (inside, own, named))
@@ -165,15 +168,17 @@ def _says(prompt_ids: Sequence[int], parts: Sequence[Part], pieces: Sequence[lis
 def _added(tokenizer: Any) -> tuple[dict[str, int], re.Pattern[str]]:
     """The added tokens of a tokenizer, and what finds them in a text."""
     known = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
-    longest_first = sorted(known, key=len, reverse=True)
-    return known, re.compile(f"({'|'.join(map(re.escape, longest_first))})" if known else "((?!))")
+    return known, any_of(known)
 
 
 def _apart(text: str, tokenizer: Any) -> list[int]:
     """The tokens of a text of which every stretch between added tokens is made as inside of another."""
     known, pattern = _added(tokenizer)
-    stretches = (s for s in pattern.split(text) if s)
-    return [i for s in stretches for i in ([known[s]] if s in known else _inside(s, tokenizer))]
+    stretches, done = [], 0
+    for found in pattern.finditer(text):
+        stretches += [*_inside(text[done : found.start()], tokenizer), known[found.group()]]
+        done = found.end()
+    return [*stretches, *_inside(text[done:], tokenizer)]
 
 
 def _as_decoded(text: str, tokenizer: Any) -> str:
@@ -194,7 +199,7 @@ def _says_by_itself(parts: Sequence[Part], pieces: Sequence[list[int]], tokenize
         words = part.text
         for token in special:
             words = words.replace(token, "")
-        came = tokenizer.decode(piece, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        came = decode(piece, tokenizer, skip_special_tokens=True)
         if part.learnt and _canonical(came) != _canonical(words):
             return False
     return True
@@ -260,11 +265,8 @@ def _inside(text: str, tokenizer: Any) -> list[int]:
 
 
 def _decode(ids: Sequence[int], tokenizer: Any) -> str:
-    # Cleaned up, it would not be what the tokens say; slow tokenizers put blanks around special tokens besides.
-    options = {} if _is_fast(tokenizer) else {"spaces_between_special_tokens": False}
-    return cast(
-        str, tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False, **options)
-    )
+    # Slow tokenizers put blanks around special tokens.
+    return decode(ids, tokenizer, **({} if _is_fast(tokenizer) else {"spaces_between_special_tokens": False}))
 
 
 def _is_fast(tokenizer: Any) -> bool:
@@ -287,10 +289,10 @@ def _without_spaces(text: str) -> str:
 
 
 def _squeezed(text: str) -> str:
-    return "".join(_canonical(text).split())
+    return squeezed(_canonical(text))
 
 
 def _difference(text: str, came: str) -> str:
     """Where the two part."""
-    at = next((i for i, (x, y) in enumerate(zip(text, came, strict=False)) if x != y), min(len(text), len(came)))
+    at = common(text, came)
     return f"{shown(came[max(0, at - 10) : at + 20])} for {shown(text[max(0, at - 10) : at + 20])}"

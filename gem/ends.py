@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from gem.decoding import decode
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,20 +47,18 @@ class Ends:
         if not self.texts:
             return None
 
-        def decode(n: int) -> str:
-            # With special tokens, which a stop text may name; cleaned up, the text of a prefix would not be a prefix.
-            options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-            return cast(str, tokenizer.decode(list(ids[:n]), **options))
+        def text_of(n: int) -> str:
+            return decode(ids[:n], tokenizer)  # with special tokens, which a stop text may name
 
-        whole = decode(len(ids))
+        whole = text_of(len(ids))
         ends = [at + len(text) for text in self.texts if (at := whole.find(text)) >= 0]
         if not ends:
             return None
         end, counts = min(ends), range(len(ids) + 1)
         start = min(at for text in self.texts if (at := whole.find(text)) >= 0 and at + len(text) == end)
         # A character that is not complete yet is shown as a replacement, which is not the text's own.
-        last = bisect_left(counts, True, key=lambda n: any(text in decode(n) for text in self.texts))
-        first = bisect_left(counts, start + 1, key=lambda n: len(decode(n)))
+        last = bisect_left(counts, True, key=lambda n: any(text in text_of(n) for text in self.texts))
+        first = bisect_left(counts, start + 1, key=lambda n: len(text_of(n)))
         return min(first, last) - 1, last
 
 

@@ -99,7 +99,7 @@ class Evaluation:
         if not self.answered:
             return {}
         ends = model_ends(model, self.tokenizer, self.rollout.stop)
-        prompts = [e.sampling_prompt_ids or e.prompt_ids for e in self.answered]
+        prompts = [e.sampled_from for e in self.answered]
         greedy = generate(model, self.tokenizer, prompts, self.rollout, greedy=True)
         right = [self._is_right(ids, expected, ends) for ids, expected in zip(greedy, self.expected, strict=True)]
         self.completions = [

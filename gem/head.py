@@ -288,11 +288,6 @@ def _examine_router(fused: FusedHead, ids: Tensor, labels: Tensor, own_logits: T
     try:
         own = model(input_ids=ids, attention_mask=mask, output_router_logits=True, **fused.options)
         fused.router_top_k = find_top_k(own.router_logits, mask, own.aux_loss)
-    except (
-        AttributeError,
-        IndexError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ):  # one that does not come as it does elsewhere
+    # One that does not come as it does elsewhere.
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         fused.router_top_k = 0

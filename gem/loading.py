@@ -75,7 +75,7 @@ def damaged(folder: Path) -> str | None:
         if file.name in JSON_FILES or file.name.endswith(".index.json"):
             why = _no_json(file, {f.name for f in files})
         elif file.suffix == ".safetensors":
-            why = _no_tensors(file)
+            why = no_tensors(file)
         elif file.suffix == ".bin" and _begins(file, b"PK") and not zipfile.is_zipfile(file):
             why = "is cut off"
         if why is not None:
@@ -102,7 +102,7 @@ def _no_json(file: Path, names: set[str]) -> str | None:
     return f"names {', '.join(missing[:3])}, not there" if missing else None
 
 
-def _no_tensors(file: Path) -> str | None:
+def no_tensors(file: Path) -> str | None:
     """Why a file is not of safetensors."""
     try:
         with safe_open(file, framework="pt"):

@@ -29,9 +29,9 @@ _ROLE = {
 _CALLS = ("function_call", "tool_call")  # roles whose content is the call itself
 _ROLE_KEYS = ("role", "from", "author", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING = ("reasoning_content", "reasoning", "thinking")
 # What a message says, and what only describes it (token counts, languages, ids of its source).
-_SAID = ("role", "content", "tool_calls", "tool_call_id", "name", *_REASONING)
+_SAID = ("role", "content", "tool_calls", "tool_call_id", "name", *REASONING)
 
 
 def conversation(value: object, name: str) -> Conversation:
@@ -81,7 +81,7 @@ def said(value: Conversation) -> Any:
 
 def speaks(message: Message) -> bool:
     """Whether a message says anything: words, reasoning or a call."""
-    return bool(message["content"].strip() or message.get("tool_calls") or any(map(message.get, _REASONING)))
+    return bool(message["content"].strip() or message.get("tool_calls") or any(map(message.get, REASONING)))
 
 
 def tools(value: object) -> list[dict[str, Any]]:
@@ -179,7 +179,7 @@ def _message(item: dict[str, Any], name: str) -> Message:
     if content_key is None and "tool_calls" not in rest:
         raise BadRecord(f"{name!r} must be chat messages with role and content", shown(item))
     content = _content(item[content_key], name) if content_key else ""
-    for key in _REASONING:
+    for key in REASONING:
         if key in rest:
             rest[key] = _content(rest[key], name)
     return {"role": role, "content": content, **rest}

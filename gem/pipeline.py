@@ -33,7 +33,7 @@ def pair_group(example: Example) -> Group:
 
 def sampling_prompts(examples: Sequence[Example]) -> list[list[int]]:
     """Of the examples whose candidates are sampled: what they are sampled from."""
-    return [e.sampling_prompt_ids or e.prompt_ids for e in examples if not e.candidate_ids]
+    return [e.sampled_from for e in examples if not e.candidate_ids]
 
 
 def _candidates(example: Example) -> list[Member]:
@@ -67,7 +67,7 @@ class GroupMaker:
         completions = generate(
             self.model,
             self.tokenizer,
-            [examples[i].sampling_prompt_ids or examples[i].prompt_ids for i in sampled],
+            [examples[i].sampled_from for i in sampled],
             self.rollout,
             progress="candidates" if progress else None,
         )

@@ -241,9 +241,8 @@ def _lists(value: Any) -> dict[str, list[Any]]:
 
 def _csv(path: Path, stream: BinaryIO) -> Rows:
     """Rows of a table with a header; an empty cell is absent. Where a row begins is told by its first line."""
-    csv.field_size_limit(
-        2**31 - 1
-    )  # the module's limit, 131,072 characters, is for all readers: an answer may be longer
+    # The module's limit, 131,072 characters, is for all readers: an answer may be longer.
+    csv.field_size_limit(2**31 - 1)
     # What is not UTF-8 is carried on as half surrogates, so that one row is named and not the block that it came in.
     lines = (line.decode("utf-8-sig" if i == 0 else "utf-8", "surrogateescape") for i, line in enumerate(stream))
     header = next(lines, "")

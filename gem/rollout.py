@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from gem.config import RolloutArguments
+from gem.decoding import decode
 from gem.ends import Ends, model_ends
 from gem.models import check_positions
 
@@ -101,7 +102,7 @@ class StopTexts(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         start = max(self.width, input_ids.shape[1] - self.window)
         rows = input_ids[:, start:].tolist()
-        said = [self.tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in rows]
+        said = [decode(row, self.tokenizer) for row in rows]
         return torch.tensor([any(text in row for text in self.texts) for row in said], device=input_ids.device)
 
 

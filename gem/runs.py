@@ -171,6 +171,8 @@ def steps_of(checkpoint: Path) -> tuple[int, int]:
 
 def _flaw(checkpoint: Path) -> str:
     """What keeps a training from going on from a checkpoint; "": nothing."""
+    from gem.loading import no_tensors  # which needs safetensors; reports do not
+
     if not checkpoint.is_dir():
         return "no such folder"
     missing = [name for name in (STATE_FILE, "optimizer.pt", "scheduler.pt") if not (checkpoint / name).is_file()]
@@ -187,22 +189,10 @@ def _flaw(checkpoint: Path) -> str:
         if not (checkpoint / name).is_file():
             return f"it has no {name}"
     for path in (*weights, *sorted(checkpoint.glob("*.pt")), *sorted(checkpoint.glob("*.pth"))):
-        whole = _is_whole_safetensors(path) if path.suffix == ".safetensors" else zipfile.is_zipfile(path)
+        whole = no_tensors(path) is None if path.suffix == ".safetensors" else zipfile.is_zipfile(path)
         if not whole:
             return f"{path} is damaged or cut off"
     return ""
-
-
-def _is_whole_safetensors(path: Path) -> bool:
-    """Whether the file is as long as its header says: 8 bytes, its length; the header; the tensors."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(length, path.stat().st_size)))
-            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        except (ValueError, AttributeError, KeyError, TypeError):
-            return False
-    return 8 + length + max(ends, default=0) == path.stat().st_size
 
 
 @dataclass(frozen=True)

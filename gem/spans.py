@@ -20,7 +20,9 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from gem.decoding import decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,16 +68,16 @@ def find_spans(
     prefixes = range(len(ids) + 1)
 
     @cache
-    def decode(n: int) -> str:
-        return _decode(ids[:n], tokenizer)
+    def text_of(n: int) -> str:
+        return decode(ids[:n], tokenizer)
 
     # Characters of the first n tokens, those complete and those begun. Both only grow with n, which bisection needs and
-    # len(decode(n)) does not: some decoders show a replacement for each byte of a character until its last one comes.
+    # len(text_of(n)) does not: some decoders show a replacement for each byte of a character until its last one comes.
     def complete(n: int) -> int:
-        return len(decode(n).rstrip(_REPLACEMENT))
+        return len(text_of(n).rstrip(_REPLACEMENT))
 
     def begun(n: int) -> int:
-        return complete(n) + decode(n).endswith(_REPLACEMENT)
+        return complete(n) + text_of(n).endswith(_REPLACEMENT)
 
     def token_at(char: int) -> int:
         """The first token with a piece of this character."""
@@ -85,7 +87,7 @@ def find_spans(
         """One past the last token with a piece of the characters before this one."""
         return min(bisect_left(prefixes, char, key=complete), len(ids))  # past the end: bytes that stay incomplete
 
-    text = _without_markers_at_end(decode(len(ids)), markers)
+    text = _without_markers_at_end(text_of(len(ids)), markers)
     if marked := _marked_answer(text, markers):
         marker, start, end = marked
         return Spans((0, token_at(marker)), (token_at(start), token_end(end)), "marker")
@@ -98,18 +100,12 @@ def find_spans(
     return Spans((0, start), (start, end), "last_tokens")
 
 
-def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = False) -> str:
-    # Cleaned up, the text of a prefix would not be a prefix of the text.
-    options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
-    return cast(str, tokenizer.decode(ids, **options))
-
-
 def _without_tail(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens without the special and the blank ones at the end."""
     # The decoder knows them all. tokenizer.all_special_ids has only those with a role (eos, pad, ...), so none for a
     # tokenizer that was loaded from a bare file.
     n = len(ids)
-    while n and not _decode(ids[n - 1 : n], tokenizer, skip_special_tokens=True).strip():
+    while n and not decode(ids[n - 1 : n], tokenizer, skip_special_tokens=True).strip():
         n -= 1
     return ids[:n]
 

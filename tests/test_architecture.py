@@ -15,11 +15,11 @@ GEM = sorted((ROOT / "gem").rglob("*.py"))
 
 # Layers of gem, lowest first: a module imports from lower layers only.
 LAYERS = [
-    {"problems", "files", "adapters", "loading", "ends"},
-    {"sources", "config", "groups", "messages", "read", "chat_template", "runs", "training_flags"},
-    {"conversation", "converters", "shapes", "models", "spans", "rank", "sega", "losses", "rounding", "curves"},
-    {"encoding", "formats", "head_transform", "head_product", "router_loss"},
-    {"records", "head_check", "extra_outputs"},
+    {"problems", "files", "adapters", "loading", "decoding"},
+    {"ends", "sources", "config", "groups", "messages", "read", "runs", "training_flags"},
+    {"chat_template", "converters", "shapes", "models", "spans", "rank", "sega", "losses", "rounding", "curves"},
+    {"conversation", "formats", "head_transform", "head_product", "router_loss"},
+    {"encoding", "records", "head_check", "extra_outputs"},
     {"data", "fused_call"},
     {"head"},
     {"rollout", "score", "doctor"},
