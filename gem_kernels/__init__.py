@@ -2,7 +2,7 @@
 
 from gem_kernels.dispatch import choose_impl
 from gem_kernels.group_loss.op import linear_group_loss, sega_loss
-from gem_kernels.linear_logprob.op import linear_logprob_entropy, linear_logprob_entropy_max
+from gem_kernels.linear_logprob.op import linear_logprob_entropy
 from gem_kernels.logprob.op import logprob_entropy
 from gem_kernels.scoring.op import gem_score, topm_mean
 from gem_kernels.types import (
@@ -11,7 +11,6 @@ from gem_kernels.types import (
     Impl,
     LogitTransform,
     LowRank,
-    MaxTokenStats,
     Score,
     TokenStats,
     VocabShard,
@@ -25,7 +24,6 @@ __all__ = [
     "Impl",
     "LogitTransform",
     "LowRank",
-    "MaxTokenStats",
     "Score",
     "TokenStats",
     "VocabShard",
@@ -33,7 +31,6 @@ __all__ = [
     "gem_score",
     "linear_group_loss",
     "linear_logprob_entropy",
-    "linear_logprob_entropy_max",
     "logprob_entropy",
     "sega_loss",
     "topm_mean",

@@ -1,4 +1,4 @@
-"""How an op becomes part of torch: a dispatcher operator (torch.compile keeps its graph whole), differentiated once."""
+"""Registration of an op with torch: a dispatcher operator, which torch.compile keeps in its graph, differentiated once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 # torch.library.custom_op would do the same, and import torch._dynamo (four seconds) on the first call.
-_LIBRARY = torch.library.Library("gem_kernels", "FRAGMENT")
+_NAMESPACE = "gem_kernels"
+_LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
 def define_operator(
@@ -21,27 +22,30 @@ def define_operator(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
 ) -> Any:
-    """torch.ops.gem_kernels.<name>: `fake` gives shapes and dtypes; without a `backward`, differentiating it raises."""
+    """Define torch.ops.gem_kernels.<name> and return it.
+
+    `fake` gives shapes and dtypes without computing; without a `backward`, differentiation raises.
+    """
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
     _LIBRARY.define(f"{name}{schema}", tags=tags)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"gem_kernels::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
     def refuse(*_: Any) -> None:
         raise RuntimeError(f"gem_kernels::{name} cannot be differentiated: second-order gradients are not implemented")
 
     if "!" not in schema:  # what writes over its arguments has no derivative to register
         torch.library.register_autograd(
-            f"gem_kernels::{name}", backward or refuse, setup_context=setup_context, lib=_LIBRARY
+            f"{_NAMESPACE}::{name}", backward or refuse, setup_context=setup_context, lib=_LIBRARY
         )
-    return getattr(torch.ops.gem_kernels, name)
+    return getattr(getattr(torch.ops, _NAMESPACE), name)
 
 
 def first_order_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's once_differentiable, which raises on a second differentiation, with its gap closed.
+    """Raise when the backward is differentiated, as torch's once_differentiable does, and close its gap.
 
-    It looks at the upstream gradient only: where that is a constant, as of `stats.logprob.sum()`, it returns gradients that
-    pass for constants, and a gradient penalty on them would silently count for nothing.
+    once_differentiable looks at the upstream gradient only. Where that is a constant, as for `stats.logprob.sum()`, it returns
+    gradients that look like constants, and a gradient penalty on them would silently be zero.
     """
     once = once_differentiable(backward)
 

@@ -1,4 +1,4 @@
-"""What depends on the version of torch or triton, on the device, or on the interpreter: here and nowhere else."""
+"""Differences between versions of torch and triton, devices, and the interpreter; only this module depends on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
-"""Kernels run as NumPy on CPU tensors. triton reads the variable when a kernel's module is imported: set it before."""
+"""True if kernels run as NumPy on CPU tensors. triton reads the variable when a kernel's module is imported: set it before."""
 
 # Before torch 2.10, addmm(out_dtype=) wants an accumulator of the operands' dtype, not of the result's.
 _ADDMM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
@@ -24,7 +24,7 @@ _compile_arch = 0
 
 
 def on_triton(device: torch.device) -> bool:
-    """Whether Triton kernels can read tensors of this device (a meta tensor stands for one while kernels are compiled)."""
+    """True if Triton kernels can read tensors of this device, or of the meta device while kernels are compiled."""
     return HAS_TRITON and (device.type == "cuda" or INTERPRETED or _compile is not None)
 
 
@@ -35,7 +35,7 @@ def _capability(device: torch.device) -> int:
 
 
 def arch(device: torch.device) -> int:
-    """Compute capability as in sm_90: 90. 0: the interpreter."""
+    """Return the compute capability, 90 for sm_90; 0 for the interpreter."""
     if _compile is not None:
         return _compile_arch
     return _capability(device) if device.type == "cuda" else 0
@@ -43,7 +43,7 @@ def arch(device: torch.device) -> int:
 
 @cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU. 2 under the interpreter: enough for a kernel to be split."""
+    """Return the number of streaming multiprocessors; 2 under the interpreter, so that kernels are split there too."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).multi_processor_count)
     return 2 if INTERPRETED else 132
@@ -51,7 +51,7 @@ def processors(device: torch.device) -> int:
 
 @contextmanager
 def compiling(arch: int, compile_kernel: Callable[..., None]) -> Iterator[None]:
-    """Inside, launches hand (kernel, grid, args, meta) to `compile_kernel` for sm_<arch> and run nothing."""
+    """Hand every launch, as (kernel, grid, args, meta), to `compile_kernel` for sm_<arch> instead of running it."""
     global _compile, _compile_arch
     before = _compile, _compile_arch
     _compile, _compile_arch = compile_kernel, arch
@@ -62,7 +62,7 @@ def compiling(arch: int, compile_kernel: Callable[..., None]) -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """kernel[grid](*args, **meta) on the device of the first tensor, which need not be the current one."""
+    """Launch kernel[grid](*args, **meta) on the device of the first tensor, which need not be the current one."""
     if _compile is not None:
         _compile(kernel, grid, args, meta)
         return
@@ -74,7 +74,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 
 def takes_descriptors(*tensors: Tensor) -> bool:
-    """Whether the copy engine (TMA) can read tiles of these matrices: Hopper or later, dense rows apart by 16 bytes."""
+    """True if the copy engine (TMA) can read tiles of these matrices: Hopper or later, dense rows, apart by 16 bytes."""
     import triton.language as tl
 
     def apart(t: Tensor) -> int:  # the interpreter of triton 3.4 counts elements
@@ -91,9 +91,10 @@ def takes_descriptors(*tensors: Tensor) -> bool:
 
 
 def allow_descriptors(device: torch.device) -> None:
-    """Descriptors built inside a kernel live in a workspace that the caller of triton provides, in every thread anew.
+    """Give triton a workspace for descriptors that a kernel builds; call it in every thread that launches one.
 
-    It is asked for while the kernel is launched, when the current device is the kernel's; others' kernels may ask, too.
+    triton allocates the workspace during the launch, when the current device is the kernel's. The allocator is global, so
+    kernels of other libraries may use it too.
     """
     if _compile is None and device.type == "cuda":
         import triton
@@ -102,32 +103,24 @@ def allow_descriptors(device: torch.device) -> None:
 
 
 def process_group(name: str) -> Any:
-    """The ProcessGroup of this `group_name`."""
+    """Return the ProcessGroup with this `group_name`."""
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
 
 
 def is_dtensor(t: object) -> bool:
-    """Without the half second that the module takes to import: where nobody did, there are none."""
+    """True for a DTensor, without the half second that importing torch.distributed.tensor takes."""
     return hasattr(t, "device_mesh") and hasattr(t, "placements")
 
 
-def first_row(t: Any) -> int:
-    """Of this rank's rows of a DTensor, its index in the whole."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offset = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
-    return int(offset[0])
-
-
 def gemm_dtype(t: Tensor) -> torch.dtype:
-    """The dtype in which the GEMM library multiplies t with fp32 sums and an fp32 result: its own on CUDA."""
+    """Return the dtype in which the GEMM library multiplies t into fp32: its own on CUDA, fp32 elsewhere."""
     return t.dtype if t.device.type == "cuda" else torch.float32
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a b for fp32 `out`: exact products, fp32 sums, no rounding to the operands' dtype.
+    """Write a b to fp32 `out`: exact products, fp32 sums, no rounding to the operands' dtype.
 
     fp32 operands follow torch.set_float32_matmul_precision as everywhere: unless "highest", the products are TF32.
     """
@@ -137,7 +130,7 @@ def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def addmm_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out += a b, likewise."""
+    """Add a b to fp32 `out` with exact products and fp32 sums."""
     if a.device.type == "cuda" and a.dtype != torch.float32:
         if _ADDMM_WIDENS:
             return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)

@@ -1,4 +1,4 @@
-"""Which implementation serves a call. "auto" is the only rule that chooses; an explicit impl never falls back."""
+"""Choice of the implementation that serves a call: only "auto" chooses, an explicit impl never falls back."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from gem_kernels.compat import HAS_TRITON, on_triton
 from gem_kernels.types import Impl
 
-# Off CUDA the fastest is chunked. On CUDA the choice is by counting bytes until it is measured (docs/kernels.md): a GEMM
-# library beats our own GEMM, one launch that reads everything once beats several.
+# Off CUDA `chunked` is fastest. On CUDA the choice comes from counting bytes until it is measured (docs/costs.md): a GEMM
+# library beats our own GEMM, and one launch that reads everything once beats several.
 _ON_CUDA: dict[str, Impl] = {"logprob_entropy": "triton", "topm_mean": "triton", "gem_score": "triton"}
 
 
 def choose_impl(op: str, impl: str, source: Tensor) -> Impl:
     """Resolve `impl` for an op whose inputs have the dtype and the device of `source`.
 
-    auto is `chunked`, and on CUDA `triton` for the ops without a GEMM; fp64 only the reference computes in fp64.
+    "auto" means `chunked`, on CUDA `triton` for the ops without a GEMM, and the reference for fp64.
 
     Raises:
         ValueError: unknown impl, or one that cannot serve the call; the message lists those that can.
@@ -48,5 +48,5 @@ def choose_impl(op: str, impl: str, source: Tensor) -> Impl:
 
 
 def implementation(package: str, impl: str) -> Any:
-    """gem_kernels.<package>.<impl>, imported when it is used: a `triton` module imports triton."""
+    """Import gem_kernels.<package>.<impl> on first use, because a `triton` module imports triton."""
     return import_module(f"gem_kernels.{package}.{impl}")

@@ -1,6 +1,7 @@
-"""The mathematical steps that the Triton kernels are made of, each once. Imported by files that hold kernels only.
+"""Device functions: the mathematical steps that the Triton kernels are made of, each once. Only kernels import them.
 
-BLOCK_N tokens, BLOCK_V vocabulary entries, BLOCK_D hidden entries. Logits, statistics and sums are fp32.
+BLOCK_N tokens, BLOCK_V vocabulary entries, BLOCK_D hidden entries. Logits, statistics and sums are fp32. A state is the tuple
+of the statistics in `operands.STATE`, (BLOCK_N,) each; kernels carry it whole, so that a new statistic leaves them as they are.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import triton
 import triton.language as tl
 
 from gem_kernels.compat import INTERPRETED
+from gem_kernels.operands import STATE
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
+_STATE_ROWS = tl.constexpr(len(STATE))
 
 # The running maximum starts finite and z - max is floored where it multiplies: -inf logits (masked or padded vocabulary) then
 # give exp = 0 and 0 * -87, never 0 * inf or inf - inf. exp(-87) is the smallest normal fp32 number.
@@ -20,7 +23,7 @@ FLOOR = tl.constexpr(-87.0)
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a b in fp32. fp32 operands go through the tensor cores as three TF32 products, which keeps 22 bits of each."""
+    """Return acc + a b in fp32; fp32 operands become three TF32 products on the tensor cores, which keep 22 bits of each."""
     if _INTERPRETED:  # tl.dot of bf16 returns garbage there
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     if a.dtype == tl.float32:
@@ -30,7 +33,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def tanh(x):
-    """tanh to 1.3 units in the last place: 1 - 2 / (e^2x + 1) cancels near 0, where this is x + x^3 P(x^2)."""
+    """Return tanh(x) to 1.3 units in the last place: 1 - 2 / (e^2x + 1), and near 0, where that cancels, x + x^3 P(x^2)."""
     size = tl.abs(x)
     square = x * x
     series = -0.0062763886526227 * square + 0.021116213873028755
@@ -43,7 +46,7 @@ def tanh(x):
 
 @triton.jit
 def transform_logits(z, gain, limit, SOFTCAP: tl.constexpr):
-    """z' = limit tanh(gain z), or gain z: LogitTransform as `streaming.Transform` hands it over."""
+    """Return limit tanh(gain z), or gain z without a softcap: softmax.Transform.apply_."""
     if SOFTCAP:
         return limit * tanh(z * gain)
     return z * gain
@@ -51,16 +54,44 @@ def transform_logits(z, gain, limit, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def transform_slope(z, gain, limit):
-    """dz'/dz of the softcap as a function of z'; near saturation the two factors are exact where 1 - tanh^2 is not."""
+    """Return dz'/dz of the softcap as a function of z': softmax.Transform.slope, with its exactness near saturation."""
     return (limit - z) * (limit + z) * (gain / limit)
 
 
 @triton.jit
-def online_update(maximum, total, weighted, z):
-    """Take logits z (BLOCK_N, BLOCK_V), -inf where there are none, into m, s = Σ e^(z-m), t = Σ e^(z-m) (z-m).
+def fresh_state(BLOCK: tl.constexpr):
+    """Return the state of rows none of whose columns have been seen; the logit of a target out of range stays NaN."""
+    zeros = tl.zeros((BLOCK,), tl.float32)
+    return tl.full((BLOCK,), LOWEST, tl.float32), zeros, zeros, tl.full((BLOCK,), float("nan"), tl.float32)
 
-    Returns the new (m, s, t) and e^(z-m).
+
+@triton.jit
+def load_state(state_ptr, stride, mask):
+    """Load the state of the rows at state_ptr, whose statistics are `stride` apart; masked rows get finite numbers."""
+    return (
+        tl.load(state_ptr, mask=mask, other=0.0),
+        tl.load(state_ptr + stride, mask=mask, other=1.0),
+        tl.load(state_ptr + 2 * stride, mask=mask, other=0.0),
+        tl.load(state_ptr + 3 * stride, mask=mask, other=0.0),
+    )
+
+
+@triton.jit
+def store_state(state_ptr, stride, state, mask):
+    for k in tl.static_range(_STATE_ROWS):
+        tl.store(state_ptr + k * stride, state[k], mask=mask)
+
+
+@triton.jit
+def update_state(state, z, targets, cols, first_col, n_cols):
+    """Update the state with transformed logits z (BLOCK_N, BLOCK_V), -inf where there are none.
+
+    cols (BLOCK_V,): their columns in the vocabulary, of which [first_col, first_col + n_cols) exist.
     """
+    maximum, total, weighted, target_logit = state
+    here = (targets >= first_col) & (targets < first_col + n_cols)
+    found = tl.sum(tl.where(cols[None, :] == targets[:, None], z, 0.0), 1)
+    target_logit = tl.where(here, found, target_logit)
     new = tl.maximum(maximum, tl.max(z, 1))
     shifted = z - new[:, None]
     exps = tl.exp(shifted)
@@ -68,37 +99,41 @@ def online_update(maximum, total, weighted, z):
     decay = tl.exp(drop)
     weighted = decay * (weighted + drop * total) + tl.sum(exps * tl.maximum(shifted, FLOOR), 1)
     total = decay * total + tl.sum(exps, 1)
-    return new, total, weighted, exps
+    return new, total, weighted, target_logit
 
 
 @triton.jit
-def online_merge(maximum, total, weighted, other_maximum, other_total, other_weighted):
-    """(m, s, t) of two disjoint parts of a row -> of both."""
+def merge_states(state, other):
+    """Merge the states of two disjoint parts of the rows' columns; at most one part has the target."""
+    maximum, total, weighted, target_logit = state
+    other_maximum, other_total, other_weighted, other_target = other
     new = tl.maximum(maximum, other_maximum)
     drop = tl.maximum(maximum - new, FLOOR)
     other_drop = tl.maximum(other_maximum - new, FLOOR)
     decay = tl.exp(drop)
     other_decay = tl.exp(other_drop)
     weighted = decay * (weighted + drop * total) + other_decay * (other_weighted + other_drop * other_total)
-    return new, decay * total + other_decay * other_total, weighted
+    total = decay * total + other_decay * other_total
+    return new, total, weighted, tl.where(other_target == other_target, other_target, target_logit)
 
 
 @triton.jit
-def pick_target(target_logit, z, targets, cols, first_col, n_cols):
-    """The target's logit where its column is among [first_col, first_col + n_cols); what it was elsewhere."""
-    here = (targets >= first_col) & (targets < first_col + n_cols)
-    found = tl.sum(tl.where(cols[None, :] == targets[:, None], z, 0.0), 1)
-    return tl.where(here, found, target_logit)
+def load_gradient(gradient_ptr, rows, stride, mask, DEGREE: tl.constexpr):
+    """Load softmax.RowGradient of these rows, whose numbers are `stride` apart: the maximum, c_0, c_1, the target's entry."""
+    maximum = tl.load(gradient_ptr + rows, mask=mask, other=0.0)
+    constant = tl.load(gradient_ptr + 2 * stride + rows, mask=mask, other=0.0)
+    slope = tl.load(gradient_ptr + 3 * stride + rows, mask=mask, other=0.0) if DEGREE > 0 else constant
+    at_target = tl.load(gradient_ptr + stride + rows, mask=mask, other=0.0)
+    return maximum, constant, slope, at_target
 
 
 @triton.jit
-def dlogits(
-    z, maximum, constant, slope, at_target, is_target, gain, limit, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr
-):
-    """dL/d(raw logits) = e^(z-m) (constant + slope (z - m)), at_target in the target's column (streaming.LogitGradient)."""
+def dlogits(z, gradient, is_target, gain, limit, SOFTCAP: tl.constexpr, DEGREE: tl.constexpr):
+    """Return dL/d(raw logits): e^(z-m) (c_0 + c_1 (z - m)), and the target's entry in the target's column."""
+    maximum, constant, slope, at_target = gradient
     shifted = z - maximum[:, None]
     dz = tl.exp(shifted)
-    if ENTROPY:
+    if DEGREE > 0:
         dz *= constant[:, None] + slope[:, None] * tl.maximum(shifted, FLOOR)
     else:
         dz *= constant[:, None]
@@ -135,7 +170,7 @@ def logits_tile(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,  # 0: no adapter
 ):
-    """Transformed logits (BLOCK_N, BLOCK_V) of the rows and columns from first_row, first_col on; -inf beyond n_cols."""
+    """Return transformed logits (BLOCK_N, BLOCK_V) from row first_row and column first_col on; -inf beyond n_cols."""
     cols = first_col + tl.arange(0, BLOCK_V)
     # Beyond the edge the last row or column is read again: a clamp costs nothing, a mask would slow every load.
     safe_rows = tl.minimum(first_row + tl.arange(0, BLOCK_N), n_rows - 1).to(tl.int64)

@@ -1,15 +1,15 @@
-"""Launch tables: how much of a problem one program, or one GEMM, takes at a time.
+"""Launch tables: the share of a problem that one program, or one GEMM, takes at a time.
 
-Read by the launchers, the compile report (gem_kernels.aot), the sweep and the benchmarks. First key: compute capability; a
+Read by the launchers, the compile report (tools.aot), the sweep and the benchmarks. First key: compute capability; a
 device takes the entry of the nearest one not above its own. Second key: bytes of an element, unless said otherwise. 0 is the
 interpreter: tiles smaller than the tests' shapes, so that every loop runs several times and ends on a ragged step.
 
-What is not marked "measured" was chosen by counting bytes and by what compiles without spilling registers.
+Entries not marked "measured" come from counting bytes and from what compiles without spilling registers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -19,12 +19,12 @@ from gem_kernels import compat
 
 
 class ChunkTile(NamedTuple):
-    """The chunked implementation's tile of logits."""
+    """The tile of logits of the chunked implementation."""
 
     rows: int
     """tokens per GEMM"""
     cols: int
-    """vocabulary entries per GEMM, a multiple of 16: then cached tiles, whose rows are padded to that, lie side by side"""
+    """vocabulary entries per GEMM, a multiple of 16: rows are padded to that, so cached tiles are adjacent"""
     block: int
     """elements that one row function of torch ops touches at a time, so that its passes stay in the level-2 cache"""
 
@@ -64,8 +64,8 @@ _CHUNKED_CUDA = {
     (80, 2048): ChunkTile(rows=4096, cols=4096, block=0),
 }
 
-# (capability, bytes of an element, demand). What beside the product has to be in registers decides how big a tile can be
-# before it spills (gem_kernels.aot): 0, nothing, tiles are read through descriptors; 1, a bias, a softcap or addresses;
+# (capability, bytes of an element, demand). Whatever else must stay in registers limits how big a tile can be
+# before it spills (tools.aot): 0, nothing, tiles are read through descriptors; 1, a bias, a softcap or addresses;
 # 2, an adapter, or masks because D is ragged. A missing demand takes the next higher one.
 LINEAR_FORWARD = {
     (0, 2, 2): FusedTile(block_n=64, block_v=128, block_d=32, group_n=2, warps=4, stages=1),
@@ -90,8 +90,8 @@ LINEAR_BACKWARD = {
 }
 RAGGED = 64  # D is ragged when this, a multiple of every block_d that reads through addresses, does not divide it
 
-# By element size: 8 to 16 KiB of a row per step keep enough loads in flight. Of fp32 the cached exponentials have the most to
-# keep in registers (gem_kernels.aot), though the sweep times the statistics and gradients alone.
+# By element size: 8 to 16 KiB of a row per step keep enough loads in flight. In fp32 the cached exponentials need the most
+# registers (tools.aot), though the sweep times the statistics and gradients alone.
 ROWS = {
     (0, 2): RowTile(rows=64, block=128, warps=4),
     (0, 4): RowTile(rows=64, block=128, warps=4),
@@ -109,14 +109,17 @@ _Tile = TypeVar("_Tile")
 
 
 def nearest(table: Mapping[tuple[int, int], _Tile], arch: int, size: int) -> _Tile:
-    """The entry of the nearest architecture, then the nearest second key, not above; never the interpreter's for a GPU."""
+    """Return the entry of the highest architecture not above `arch`, then of the highest second key not above `size`.
+
+    A GPU never gets the interpreter's entry.
+    """
     mine = [key for key in table if (key[0] == 0) == (arch == 0)]
     best = max((key[0] for key in mine if key[0] <= arch), default=min(mine)[0])
     return table[best, max(key[1] for key in mine if key[0] == best and key[1] <= size)]
 
 
 def linear_tile(table: Mapping[tuple[int, int, int], FusedTile], hidden: Tensor, demand: int) -> FusedTile:
-    """The entry of LINEAR_FORWARD or LINEAR_BACKWARD for hidden (N, D)."""
+    """Return the entry of LINEAR_FORWARD or LINEAR_BACKWARD for hidden (N, D)."""
     arch, size = compat.arch(hidden.device), hidden.element_size()
     mine = {key for key in table if key[1] == size and (key[0] == 0) == (arch == 0)}
     best = max((key[0] for key in mine if key[0] <= arch), default=min(mine)[0])
@@ -133,12 +136,12 @@ _SLAB_BYTES_CPU = 256 << 20
 
 
 def slab_bytes(device: torch.device, cache_bytes: int) -> int:
-    """How much of its cache a group loss fills with small groups before it goes on to the next slab."""
+    """Return how many bytes of its cache a group loss fills with small groups before it starts the next slab."""
     return cache_bytes if compat.on_triton(device) else min(cache_bytes, _SLAB_BYTES_CPU)
 
 
 def chunk_tile(hidden: Tensor) -> ChunkTile:
-    """The tile of logits for hidden (N, D): as many logits of few tokens as of many, in fewer and wider tiles."""
+    """Return the tile of logits for hidden (N, D). Few tokens get wider tiles, so a tile always holds as many logits."""
     tile = CHUNKED
     if compat.on_triton(hidden.device):
         tile = nearest(_CHUNKED_CUDA, compat.arch(hidden.device), hidden.shape[1])
@@ -146,9 +149,9 @@ def chunk_tile(hidden: Tensor) -> ChunkTile:
 
 
 def vocabulary_splits(row_blocks: int, tiles: int, processors: int) -> int:
-    """Into how many parts the vocabulary is split so that `row_blocks` x parts programs fill the processors evenly.
+    """Return the number of parts of the vocabulary with which `row_blocks` x parts programs fill the processors evenly.
 
-    Few parts are enough once there are several rounds of programs; a half-empty last round is what costs. So: the least
+    Few parts are enough once there are several rounds of programs; a half-empty last round is what costs. So: the fewest
     parts that keep 95 % of the processors busy, else the busiest, with no part shorter than one tile.
     """
     best, best_share = 1, 0.0
@@ -160,3 +163,30 @@ def vocabulary_splits(row_blocks: int, tiles: int, processors: int) -> int:
         if share >= 0.95:
             break
     return best
+
+
+# --- tiles in memory --------------------------------------------------------------------------------------------------
+
+
+def ranges(total: int, step: int) -> Iterator[slice]:
+    for start in range(0, total, step):
+        yield slice(start, min(start + step, total))
+
+
+def padded(columns: int) -> int:
+    """Round up to 16 columns.
+
+    Rows of a buffer then begin on 16 bytes, as the fast kernels of a GEMM library require, and 16 elements apart, which triton
+    specialises on.
+    """
+    return -(-columns // 16) * 16
+
+
+def matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """View the start of a buffer as (rows, columns), each row padded."""
+    return buffer[: rows * padded(columns)].view(rows, padded(columns))[:, :columns]
+
+
+def buffer_size(n: int, v: int, shape: ChunkTile) -> int:
+    """Elements of a buffer that holds any one tile of (n, v) logits as a `matrix`."""
+    return min(n, shape.rows) * padded(min(v, shape.cols))

@@ -1,4 +1,4 @@
-"""The types of the public API; no logic beyond the range checks of their own fields."""
+"""The types of the public API."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -27,31 +26,21 @@ class TokenStats(NamedTuple):
     """Shannon entropy of the distribution, nats, in [0, log V]"""
     lse: Tensor
     """log sum exp of the (transformed) logits"""
-
-
-class MaxTokenStats(NamedTuple):
-    """TokenStats, and how likely the likeliest token is; what linear_logprob_entropy_max returns."""
-
-    logprob: Tensor
-    entropy: Tensor
-    lse: Tensor
     max_logprob: Tensor
-    """log p of the likeliest token, nats, no gradient; `logprob` equals it where the target is (one of) the likeliest"""
+    """log p of the likeliest token, nats, without a gradient; equal to `logprob` where the target is the likeliest token"""
 
 
 class GroupLoss(NamedTuple):
-    """What linear_group_loss and sega_loss return."""
+    """The result of linear_group_loss and sega_loss."""
 
     loss: Tensor
     """scalar fp32, differentiable: the sum over groups"""
     stats: TokenStats
     """statistics of every token from the same pass, detached"""
-    dropped_mass: Tensor | None = None
-    """probability mass left out of the backward; None: the backward is exact"""
 
 
 class Score(NamedTuple):
-    """What gem_score returns, each (S,) fp32."""
+    """The result of gem_score, each (S,) fp32."""
 
     score: Tensor
     final_entropy: Tensor
@@ -67,7 +56,7 @@ class LowRank(NamedTuple):
 
 
 class VocabShard(NamedTuple):
-    """Where this rank's rows of the lm_head stand in a vocabulary that is spread over the ranks of a process group."""
+    """Place of this rank's rows of the lm_head in a vocabulary that is spread over the ranks of a process group."""
 
     group: ProcessGroup
     start: int
@@ -77,19 +66,31 @@ class VocabShard(NamedTuple):
 
     @staticmethod
     def of(weight: Tensor) -> VocabShard:
-        """Of a DTensor (V, D) placed Shard(0) on a mesh of one dimension; `weight.to_local()` are the rows meant.
+        """Read the shard from a DTensor (V, D) placed Shard(0) on a mesh of one dimension.
+
+        `weight.to_local()` holds the rows that the shard describes.
 
         Raises:
             ValueError: another placement, or not a DTensor.
         """
-        from gem_kernels.vocab_parallel import shard_of
+        if not (hasattr(weight, "device_mesh") and hasattr(weight, "placements")):
+            raise ValueError(f"VocabShard.of needs a DTensor, got {type(weight).__name__}")
+        from torch.distributed.tensor import Shard
 
-        return shard_of(weight)
+        mesh, placements, total = weight.device_mesh, weight.placements, weight.shape[0]
+        if mesh.ndim != 1 or placements != (Shard(0),):
+            raise ValueError(
+                f"a vocabulary is spread over the ranks by placements (Shard(dim=0),) on a mesh of one dimension, "
+                f"got {placements} on {mesh}"
+            )
+        rows = -(-total // mesh.size())  # of every rank but the last ones, as torch.chunk splits
+        (place,) = mesh.get_coordinate()
+        return VocabShard(mesh.get_group(), min(place * rows, total), total)
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its logits before the softmax: z' = cap * tanh(scale * z / cap) / temperature.
+    """Transform of the logits before the softmax: z' = cap * tanh(scale * z / cap) / temperature.
 
     Args:
         scale: multiplies the raw logits (Cohere logit_scale, 1 / Granite logits_scaling); finite and not 0.
@@ -108,44 +109,3 @@ class LogitTransform:
             raise ValueError(f"LogitTransform.softcap must be None or a finite number > 0, got {self.softcap}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"LogitTransform.temperature must be finite and > 0, got {self.temperature}")
-
-
-class Operands(NamedTuple):
-    """What logits are made of: z = hidden W^T + bias + scale (hidden a^T) b^T. The dtypes are the caller's."""
-
-    hidden: Tensor  # (N, D)
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    low_rank: LowRank | None
-
-    def flatten(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, float]:
-        """As the arguments of a torch operator, which knows no tuples of tensors and numbers."""
-        return (self.hidden, self.weight, self.bias, *(self.low_rank or (None, None, 1.0)))
-
-    @staticmethod
-    def unflatten(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float
-    ) -> Operands:
-        return Operands(hidden, weight, bias, None if a is None or b is None else LowRank(a, b, scale))
-
-    def gradient_dtype(self) -> torch.dtype:
-        """Of dL/dlogits as an operand of the gradient GEMMs: that of the operands, the widest where an adapter differs."""
-        return self.weight.dtype if self.low_rank is None else self.low_rank.a.dtype
-
-    def columns(self, cols: slice) -> Operands:
-        """The same for a slice of the vocabulary."""
-        low = self.low_rank
-        return Operands(
-            self.hidden,
-            self.weight[cols],
-            None if self.bias is None else self.bias[cols],
-            None if low is None else low._replace(b=low.b[cols]),
-        )
-
-
-class Upstream(NamedTuple):
-    """Gradients of the caller's loss with respect to the statistics, (N,) each; None where not needed."""
-
-    logprob: Tensor | None
-    entropy: Tensor | None
-    lse: Tensor | None

@@ -17,7 +17,7 @@ def _shape(t: Tensor) -> str:
 
 
 def values_are_readable(t: Tensor) -> bool:
-    """Looking at values costs a device synchronisation, so off the CPU it happens on request only. A graph cannot look."""
+    """True if values may be checked: on the CPU, elsewhere with GEM_KERNELS_CHECK=1 (it synchronises), never in a graph."""
     if torch.compiler.is_compiling():
         return False
     return t.device.type == "cpu" or os.environ.get("GEM_KERNELS_CHECK") == "1"
@@ -52,7 +52,7 @@ def check_cache_bytes(cache_bytes: object) -> None:
 
 
 def check_seq_weight(seq_weight: object, sequences: int, source: Tensor) -> Tensor:
-    """seq_weight: (S,) floating, finite, constant."""
+    """Check seq_weight: (S,) floating, finite, constant."""
     w = check_float("seq_weight", seq_weight)
     if w.shape != (sequences,):
         raise ValueError(f"seq_weight must be (S={sequences},), got {tuple(w.shape)}")
@@ -68,7 +68,7 @@ def check_seq_weight(seq_weight: object, sequences: int, source: Tensor) -> Tens
 
 
 def check_targets(targets: object, batch_shape: torch.Size, vocab: int, ignore_index: int, source: Tensor) -> None:
-    """targets: integers of the batch shape, each in [0, vocab) or ignore_index, which may lie in [0, vocab) itself."""
+    """Check targets: integers of the batch shape, each in [0, vocab) or ignore_index, which may lie in [0, vocab) itself."""
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     t = check_tensor("targets", targets)
@@ -88,7 +88,7 @@ def check_targets(targets: object, batch_shape: torch.Size, vocab: int, ignore_i
 
 
 def check_shard(shard: object) -> None:
-    """A VocabShard of a process group that is there; what it says about rows is check_linear's."""
+    """Check that shard is a VocabShard of an initialised process group; check_linear checks its rows."""
     import torch.distributed as dist
 
     if not isinstance(shard, VocabShard):
@@ -113,7 +113,7 @@ def check_linear(
     ignore_index: int,
     shard: VocabShard | None,
 ) -> None:
-    """hidden (..., D), weight (V, D), bias (V,), low_rank a (r, D) and b (V, r), one dtype and one device.
+    """Check hidden (..., D), weight (V, D), bias (V,), low_rank a (r, D) and b (V, r): one dtype and one device.
 
     With a shard V are the rows of this rank, perhaps none, and the targets are indices in the vocabulary of all ranks.
     """
@@ -158,7 +158,7 @@ def check_linear(
 
 
 def check_offsets(name: str, offsets: object, total: int, *, allow_empty: bool) -> None:
-    """offsets: (S+1,) integers rising from 0 to `total` (flash-attn's cu_seqlens)."""
+    """Check offsets: (S+1,) integers rising from 0 to `total` (flash-attn's cu_seqlens)."""
     t = check_tensor(name, offsets)
     if t.dtype not in (torch.int32, torch.int64) or t.ndim != 1 or t.numel() < 1:
         raise ValueError(f"{name} must be a 1-D int32 or int64 tensor of offsets [0, ..., {total}], got {_shape(t)}")
@@ -176,7 +176,7 @@ def check_offsets(name: str, offsets: object, total: int, *, allow_empty: bool) 
 
 
 def check_spans(name: str, spans: object, total: int) -> None:
-    """spans: (S, 2) integers [start, end) with 0 <= start <= end <= total."""
+    """Check spans: (S, 2) integers [start, end) with 0 <= start <= end <= total."""
     t = check_tensor(name, spans)
     if t.dtype not in (torch.int32, torch.int64) or t.ndim != 2 or t.shape[1] != 2:
         raise ValueError(f"{name} must be (S, 2) int32 or int64 [start, end) offsets, got {_shape(t)}")
@@ -188,7 +188,7 @@ def check_spans(name: str, spans: object, total: int) -> None:
 
 
 def check_m(m: object) -> None:
-    """m: a count (int >= 1) or a fraction (float in (0, 1])."""
+    """Check m: a count (int >= 1) or a fraction (float in (0, 1])."""
     if isinstance(m, bool) or not isinstance(m, (int, float)):
         raise TypeError(f"m must be an int (count) or a float (fraction), got {type(m).__name__}")
     if isinstance(m, int) and m < 1:

@@ -1,31 +1,31 @@
-"""How far rounding alone can take a right implementation from the exact result: the bounds behind the rule of numerics.py.
+"""Bounds on the error that rounding alone causes in a right implementation: the basis of the rule of numerics.py.
 
-All is evaluated in fp64 at the exact values, per entry, and nothing is fitted to a result. u = eps / 2.
+They are evaluated in fp64 at the exact values, per entry; nothing is fitted to a result. u = eps / 2.
 
-The model. The rounding of one operation errs by at most u of its result; roundings of different operations are independent,
-of mean zero and uniform, so each has a standard deviation of u / sqrt(3) of the result. Equal numbers round alike: what is
-done to single entries of a row, in which many may be equal, is therefore not averaged but added up. So an error has two parts,
+The model. One operation rounds its result by at most u of it. Roundings of different operations are independent, uniform and of
+mean zero, so each has a standard deviation of u / sqrt(3) of the result. Equal numbers round alike, and a row may hold many
+equal entries, so errors of single entries are added up, not averaged. An error therefore has two parts,
 
-    worst    a bound on what may all push one way (terms are added as absolute values),
-    spread   the standard deviation of what is independent (variances are added),
+    worst    a bound on errors that may all have one sign (absolute values are added),
+    spread   the standard deviation of independent errors (variances are added),
 
 and an error beyond worst + 7 spread has a probability of 2 exp(-7^2 / 2) < 5e-11: such sums are sub-Gaussian.
 
-A sum of n terms x in any order. Every addition errs by u of a partial sum. Partial sums are at most S = sum |x|. If the order
-knows nothing of the signs, they are a random walk pinned to its end: beyond |sum x| + c sqrt(sum x^2) with a probability of
-2 exp(-2 c^2) (Kolmogorov). So with P, the smaller of S and |sum x| + 2 sqrt(sum x^2), spread = u sqrt(n / 3) P: a walk c / 2
-times too far and roundings beyond 14 / c of their deviations meet with a probability of 4 exp(-28) at most. And rigorously, the
-error is at most n u S.
+A sum of n terms x in any order. Every addition errs by u of a partial sum, and partial sums are at most S = sum |x|. If the
+order is independent of the signs, the partial sums are a random walk pinned to its end: they exceed |sum x| + c sqrt(sum x^2)
+with a probability of 2 exp(-2 c^2) (Kolmogorov). So spread = u sqrt(n / 3) P, with P the smaller of S and
+|sum x| + 2 sqrt(sum x^2): a walk c / 2 times too far and roundings beyond 14 / c of their deviations coincide with a
+probability of 4 exp(-28) at most. Rigorously, the error is at most n u S.
 
-A sum over the vocabulary is never made by a single chain of additions: it goes by pairs, or by tiles of 64 columns and 4
-roundings to merge one. n counts the roundings that one term goes through, V / 16 + 16 at most.
+A sum over the vocabulary is never a single chain of additions: it goes by pairs, or by tiles of 64 columns with 4 roundings to
+merge one. n counts the roundings that one term passes, V / 16 + 16 at most.
 
 Elementary functions. exp(x) errs by 4u of itself (2 units in the last place), and by 2u |x| of itself for the rounding of x
 and of x log2(e); log and tanh by 4u. A transform of the logits is a few roundings of its result.
 
-To first order, everything else is the derivative of the result times the error of what it is made of. The relative change of
-a softmax when its logits move by at most e is below exp(2 e) - 1, so that factor on the derivatives (mean value theorem) makes
-the first order rigorous.
+To first order, every other error is the derivative of the result times the error of its inputs. If the logits move by at most
+e, a softmax changes by a relative exp(2 e) - 1 at most. By the mean value theorem that factor on the derivatives makes the
+first order rigorous.
 
 N tokens, D hidden size, V vocabulary, r rank of the adapter; rows of an fp64 tensor are tokens.
 """
@@ -43,40 +43,41 @@ from torch import Tensor
 from gem_kernels import LogitTransform, LowRank, TokenStats
 
 STATS = TokenStats._fields
+DIFFERENTIABLE = STATS[:3]  # max_logprob has no gradient
 SIGMAS = 7.0
 _TINY = 2.0**-126  # what fp32 may flush to zero
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Of the errors of a tensor before it is rounded to its dtype, `roundings` times."""
+    """Bound on the errors of a tensor before it is rounded to its dtype, `roundings` times."""
 
     worst: Tensor
     spread: Tensor
     dtype: torch.dtype = torch.float32
     roundings: int = 1
-    mixed: bool = False  # every entry has a part of every rounding; else rows (the last dimension) are independent
+    mixed: bool = False  # every rounding reaches every entry; else rows (the last dimension) are independent
 
 
 def unit(dtype: torch.dtype) -> float:
-    """u of arithmetic on these inputs: fp32, or fp64, whose gold has errors of its own."""
+    """Return u of the arithmetic on inputs of this dtype: fp32, or fp64, whose gold has errors of its own."""
     return 2.0**-52 if dtype == torch.float64 else 2.0**-24
 
 
 def rounding(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """The most that one rounding to dtype moves `value`: half a unit, and half of the smallest fp16 or a flush to zero."""
+    """Return the largest change by one rounding to dtype: half a unit, and half of the smallest fp16 or a flush to zero."""
     least = 2.0**-25 if dtype == torch.float16 else _TINY
     return torch.finfo(dtype).eps / 2 * value.abs() + least
 
 
 def sum_spread(u: float, n: float, size: Tensor, total: Tensor, squares: Tensor) -> Tensor:
-    """Of a sum of n roundings: `size` = sum |x|, `total` = sum x, `squares` = sum x^2."""
+    """Return the spread of a sum of n roundings: `size` = sum |x|, `total` = sum x, `squares` = sum x^2."""
     partial = torch.minimum(size, total.abs() + 2 * squares.sqrt())
     return u * torch.minimum(math.sqrt(n / 3) * partial, n / SIGMAS * size)
 
 
 def product_spread(u: float, a: Tensor, b: Tensor) -> Tensor:
-    """Of a b (n, k) (k, m), a GEMM."""
+    """Return the spread of the GEMM a b, (n, k) (k, m)."""
     return sum_spread(u, a.shape[1], a.abs() @ b.abs(), a @ b, a.square() @ b.square())
 
 
@@ -84,7 +85,7 @@ def product_spread(u: float, a: Tensor, b: Tensor) -> Tensor:
 
 
 class Logits(NamedTuple):
-    """Transformed logits z' = f(z) (N, V) and the bound of their errors; f', how it changes with z', and its own error."""
+    """Transformed logits z' = f(z) (N, V) with bounds of their errors; f', df'/dz' and the error of f' itself."""
 
     value: Tensor
     worst: Tensor
@@ -98,10 +99,10 @@ class Logits(NamedTuple):
     def of(
         raw: Tensor, spread: Tensor | float, transform: LogitTransform, u: float, adapter: Adapter | None = None
     ) -> Logits:
-        """z' = L tanh(g z) has f' = g L (1 - (z'/L)^2) and df'/dz' = -2 g z'/L; z' = g z has f' = g.
+        """Transform raw logits: z' = L tanh(g z) has f' = g L (1 - (z'/L)^2) and df'/dz' = -2 g z'/L; z' = g z has f' = g.
 
-        Argument, function and product round z' by 8u of it, or 4u without tanh, or not at all; 1 - tanh^2, as it cancels
-        near saturation, by 8u of its largest value.
+        Argument, function and product round z' by 8u of it, by 4u without tanh, or not at all. 1 - tanh^2 cancels near
+        saturation, so it errs by 8u of its largest value.
         """
         gain, known = transform.scale / transform.temperature, raw.isfinite()
         if transform.softcap is not None:
@@ -117,17 +118,17 @@ class Logits(NamedTuple):
         return Logits(value, own.where(known, 0), spread, slope.where(known, 0), bend, slope_error, adapter)
 
     def variance(self) -> Tensor:
-        """Of every entry, what the columns of a row share with it."""
+        """Return the variance of every entry, the errors that the columns of a row share included."""
         shared = 0 if self.adapter is None else self.adapter.spread.square() @ self.adapter.b.square().T
         return self.spread.square() + self.slope.square() * shared
 
     def largest_error(self) -> Tensor:
-        """Of each row."""
+        """Return the largest error of a logit of each row."""
         return (self.worst + SIGMAS * self.variance().sqrt()).amax(1)
 
 
 class Adapter(NamedTuple):
-    """s h a^T (N, r) and its spread, which all columns of a row share; a, b and s."""
+    """s h a^T (N, r) and its spread, which all columns of a row share, with a, b and s."""
 
     hidden: Tensor
     spread: Tensor
@@ -146,7 +147,7 @@ class Adapter(NamedTuple):
 def linear_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Adapter | None, u: float
 ) -> tuple[Tensor, Tensor]:
-    """z = h W^T + (s h a^T) b^T + bias and its spread: of the GEMMs and the additions, while s h a^T is what it is."""
+    """Return z = h W^T + (s h a^T) b^T + bias and the spread of its GEMMs and additions, for the given s h a^T."""
     z, variance = hidden @ weight.T, product_spread(u, hidden, weight.T).square()
     size, additions = z.abs(), 0
     if low is not None:
@@ -162,7 +163,7 @@ def linear_logits(
 
 
 class RowError(NamedTuple):
-    """Of a number per row (N,)."""
+    """Error of one number per row (N,)."""
 
     worst: Tensor
     variance: Tensor
@@ -189,7 +190,7 @@ class Softmax:
         self.growth = torch.exp(2 * self.largest_error)
 
     def _through(self, derivative: Tensor) -> RowError:
-        """What the errors of the logits make of a number whose derivative with respect to them is this (N, V)."""
+        """Propagate the errors of the logits to a number with this derivative (N, V) with respect to them."""
         z = self.z
         variance = (derivative * z.spread).square().sum(1)
         if z.adapter is not None:
@@ -200,19 +201,25 @@ class Softmax:
         return (derivative.abs() * self.exp_error).sum(1) + self.v * _TINY
 
     def total_error(self) -> RowError:
-        """Of s, relative: the logits, the exponentials, the sum. d log s / dz = p."""
+        """Return the relative error of s: the logits, the exponentials, the sum. d log s / dz = p."""
         worst, variance = self._through(self.p)
         return RowError(worst + self._of_exps(self.p), variance + self.chain**2)
 
     def errors(self) -> dict[str, RowError]:
-        """Of log p_y = d_y - log s, H = log s - dbar, lse = m + log s and max log p = -log s.
+        """Return the errors of log p_y = d_y - log s, H = log s - dbar, lse = m + log s and max log p = -log s.
 
         d log p_y / dz = 1[y] - p and dH / dz = -p (log p + H). A relative error x of e^d moves log s by p x and dbar by
         p (d - dbar) x, so H by p (1 - (d - dbar)) x; one of s moves H by 1 + dbar times it; the products e^d d by u |dbar|.
+        d max log p / dz = 1[argmax] - p, unless another logit is so near that errors may make it the maximum: then the
+        maximum itself errs by the largest error of a logit.
         """
         u, p, log_s, mean, h = self.u, self.p, self.log_total, self.mean.abs(), self.entropy
         d_y = (self.hit * self.d).sum(1).abs()
         exps, chain = self._of_exps(p), self.chain**2
+        peak = self.z.value.argmax(1, keepdim=True)
+        gap = (self.z.value.gather(1, peak) - self.z.value.scatter(1, peak, -torch.inf).amax(1, keepdim=True))[:, 0]
+        near = gap <= 2 * self.largest_error
+        is_peak = torch.zeros_like(p).scatter_(1, peak, (~near[:, None]).to(p.dtype))
         own = {
             "logprob": (self.hit - p, exps + u * (3 * d_y + 5 * log_s), chain),
             "entropy": (
@@ -221,7 +228,7 @@ class Softmax:
                 chain * ((1 + self.mean).square() + mean.square()),
             ),
             "lse": (p, exps + u * (4 * log_s + (self.z.value.amax(1) + log_s).abs()), chain),
-            "max_logprob": (p, exps + self.largest_error + 4 * u * log_s, chain),
+            "max_logprob": (is_peak - p, exps + self.largest_error.where(near, 0) + 4 * u * log_s, chain),
         }
         found = {}
         for name, (derivative, extra, square) in own.items():
@@ -234,32 +241,32 @@ class Softmax:
 
 
 class Upstream(NamedTuple):
-    """a = dL/dlogprob, b = dL/dH, c = dL/dlse (N,), and how far each may be off."""
+    """a = dL/dlogprob, b = dL/dH, c = dL/dlse (N,), and a bound on the error of each."""
 
     values: Sequence[Tensor]
     errors: Sequence[Tensor]
 
     @staticmethod
     def of(given: Mapping[str, Tensor], u: float, n: int, like: Tensor) -> Upstream:
-        """Given exactly, and rounded once."""
+        """Return gradients that are given exactly and rounded once."""
         zero = torch.zeros(n, dtype=torch.float64, device=like.device)
-        values = [given.get(name, zero).double() for name in STATS]
+        values = [given.get(name, zero).double() for name in DIFFERENTIABLE]
         return Upstream(values, [u * x.abs() for x in values])
 
     def rows(self, at: Tensor) -> Upstream:
         return Upstream([x[at] for x in self.values], [x[at] for x in self.errors])
 
 
-class LogitGradient:
-    """dz_v = (a 1[v=y] + p_v k_v) f', k_v = c - a - b (log p_v + H), and the errors that it has.
+class RowGradientError:
+    """dz_v = (a 1[v=y] + p_v k_v) f', k_v = c - a - b (log p_v + H), and its errors.
 
-    Of its own: those of z'_v, with dz_v / dz'_v = p (k - b) f' + (a 1[v=y] + p k) df'/dz' while the row's numbers stay; those
-    of e^d, of the sum k and of f'. Of the row, the same for all v times a vector R: s and H, by which p (k - b) and b p are
-    multiplied; the row's part of k; a, b and c.
+    Errors of one entry: those of z'_v, with dz_v / dz'_v = p (k - b) f' + (a 1[v=y] + p k) df'/dz' at fixed numbers of the row;
+    those of e^d, of the sum k and of f'. Errors of the row, one number for all v times a vector R: s and H, which multiply
+    p (k - b) and b p; the row's part of k; a, b and c.
     """
 
     def __init__(self, soft: Softmax, upstream: Upstream, least: float = _TINY) -> None:
-        """least: the softmax entries that may be lost."""
+        """least: softmax entries up to this may be lost."""
         a, b, c = (x[:, None] for x in upstream.values)
         z, u, p, hit = soft.z, soft.u, soft.p, soft.hit
         k = c - a - b * soft.centred
@@ -288,13 +295,13 @@ class LogitGradient:
         self.growth = soft.growth[:, None]
 
     def narrowed(self, dtype: torch.dtype) -> Tensor:
-        """Variance of a rounding of dz to the operands' dtype, which is one on the way into a GEMM in 16 bits."""
+        """Return the variance of the rounding of dz to the operands' dtype, on its way into a GEMM in 16 bits."""
         if dtype.itemsize > 2:
             return torch.zeros_like(self.value)
         return rounding(self.value, dtype).square() / 3
 
     def entries(self) -> tuple[Tensor, Tensor]:
-        """(worst, spread) of dz itself."""
+        """Return (worst, spread) of dz itself."""
         assert self.of_adapter is None
         worst, variance = self.worst.clone(), self.variance.clone()
         for r, e in self.shared:
@@ -305,8 +312,10 @@ class LogitGradient:
         return self.growth * worst, self.growth * variance.sqrt()
 
     def times(self, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(worst of the row, worst of upstream, variance) of dz m (N, V) (V, k), as far as dz errs: the columns of a row have
-        errors of their own and share those of the row."""
+        """Return (worst of the row, worst of upstream, variance) of dz m, (N, V) (V, k), for the errors of dz alone.
+
+        The columns of a row have errors of their own and share those of the row.
+        """
         worst, variance = self.worst @ m.abs(), self.variance @ m.square()
         for r, e in self.shared:
             along = r @ m
@@ -314,9 +323,8 @@ class LogitGradient:
             variance += along.square() * e.variance[:, None]
         if self.of_adapter is not None:
             through, low = self.of_adapter
-            for b, spread in zip(
-                low.b.T, low.spread.T, strict=True
-            ):  # s h a^T: r numbers per row, each for all columns
+            # s h a^T has r numbers per row, each shared by all columns
+            for b, spread in zip(low.b.T, low.spread.T, strict=True):
                 variance += ((through * b) @ m).square() * spread.square()[:, None]
         upstream = torch.zeros_like(worst)
         for r, e in self.upstream:
@@ -324,7 +332,7 @@ class LogitGradient:
         return self.growth * worst, self.growth * upstream, self.growth.square() * variance
 
     def transposed(self, m: Tensor, narrowed: Tensor) -> tuple[Tensor, Tensor]:
-        """(worst, variance) of dz^T m (V, N) (N, k): rows are independent, but for upstreams that come of one loss."""
+        """Return (worst, variance) of dz^T m, (V, N) (N, k): rows are independent, except for the upstream of one loss."""
         variance = self.variance + self.worst.square() / 3
         for r, e in self.shared:
             variance += r.square() * (e.variance + e.worst.square() / 3)[:, None]

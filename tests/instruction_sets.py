@@ -2,10 +2,10 @@
 
     python tests/instruction_sets.py [--sets avx2 avx512] [--seeds 10] [--without-suite]
 
-For each set: `make test`, then every test file that numerics.py judges with ten seeds, on one thread and on two. A set is
-asked for by environment variables, and a child process tells what came of it: ATen names its set; oneDNN and MKL say theirs
-when they are made verbose. MKL takes some of the variables on Intel's processors alone: the checksum of an fp32 product, whose
-bits depend on the order of its sums, shows where it does something else. Logs are in .venv/isa.
+For each set: `make test`, then every test file that uses the rule of numerics.py with ten seeds, on one thread and on two.
+Environment variables select a set, and a child process reports the selection: ATen names its set; oneDNN and MKL print
+theirs in verbose mode. MKL honours some of the variables on Intel's processors alone. The checksum of an fp32 product, whose
+bits depend on the order of its sums, shows such a difference. Logs are in .venv/isa.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIO
 class InstructionSet(NamedTuple):
     name: str
     flags: str
-    """what /proc/cpuinfo says of a processor that has it"""
+    """flags of /proc/cpuinfo on a processor that has the set"""
     aten: str
     onednn: str
     mkl: dict[str, str]
@@ -77,7 +77,7 @@ def environment(of: InstructionSet, **more: str) -> dict[str, str]:
 
 
 def reached(of: InstructionSet) -> tuple[bool, str]:
-    """Whether ATen took the set, and what all three say that they took."""
+    """Return whether ATen uses the set, and the sets that all three libraries report."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE], env=environment(of), capture_output=True, text=True, check=True
     )
@@ -93,7 +93,7 @@ def reached(of: InstructionSet) -> tuple[bool, str]:
 
 
 def run(of: InstructionSet, what: str, command: list[str], **variables: str) -> Outcome:
-    """One command, into a log of its own."""
+    """Run one command, with a log file of its own."""
     log, start = LOGS / f"{of.name}, {what}.log", time.monotonic()
     with log.open("w") as out:
         done = subprocess.run(command, cwd=ROOT, env=environment(of, **variables), stdout=out, stderr=subprocess.STDOUT)
@@ -105,14 +105,14 @@ def run(of: InstructionSet, what: str, command: list[str], **variables: str) -> 
 
 
 def judged_files() -> list[str]:
-    """The test files that use numerics.py; those of a GPU have one of their own."""
+    """Return the test files that use numerics.py, without the files of a GPU alone."""
     files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [str(f) for f in files if "from numerics import" in f.read_text() and f.stem != "test_gpu"]
+    return [str(f) for f in files if "from numerics import" in f.read_text() and "test_gpu" not in f.stem]
 
 
 def with_seeds(of: InstructionSet, seeds: int) -> list[Outcome]:
-    """As many at a time as there are cores: the threads sleep while they wait for each other."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *judged_files()]
+    """Run the seeds, one process per core at a time: waiting threads sleep."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not gpu", *judged_files()]
     outcomes = []
     for threads in (1, 2):
 

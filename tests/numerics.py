@@ -1,21 +1,21 @@
-"""The one tolerance rule of the tests, and the inputs that they run on.
+"""The one tolerance rule of the tests, and their inputs.
 
-The rule. Let `gold` be the result of the reference implementation on fp64 copies of the (already rounded) inputs, and `got`
-that of the implementation under test on the inputs as they are. bounds.py derives what rounding alone can make of a right
-computation with fp32 arithmetic, in any order and on any device: per entry, a bound `worst` on errors that may push one way
-and the standard deviation `spread` of those that are independent. Storing a result adds `last`, half a unit of its dtype.
-Then it must hold that
+The rule. `gold` is the result of the reference implementation on fp64 copies of the (already rounded) inputs; `got` is the
+result of the implementation under test on the inputs themselves. bounds.py derives the errors that rounding alone can cause in
+a right computation in fp32, in any order and on any device: per entry, a bound `worst` on errors that may all have one sign,
+and the standard deviation `spread` of independent ones. Storing a result adds `last`, half a unit of its dtype. The rule is
 
     per entry     |got - gold|  <=  worst + 7 spread + last,
     as a whole    ||got - gold||  <=  ||worst|| + ||sigma|| + 7 L,    sigma^2 = spread^2 + last^2 / 3.
 
 Why. Seven standard deviations are exceeded with a probability of 5e-11 (bounds.py), so a right computation keeps the first line
-in all the 10^8 entries that a run of the tests compares. The second sees what is only twice as bad, but everywhere: a norm
-of independent roundings has an expectation of at most ||sigma||, and being a Lipschitz function of them strays from it by
-7 L with the same probability. L is the largest norm of a row of sigma: roundings of other rows do not meet, and those of one
-row, which a matrix mixes, move it by their norm at most. `last` is a rounding of each entry alone, so there L is its maximum.
+in all the 10^8 entries that a run of the tests compares. The second line finds errors that are only twice too large, but
+everywhere: the norm of independent roundings has an expectation of at most ||sigma||, and, as a Lipschitz function of them,
+exceeds it by 7 L with the same small probability. L is the largest norm of a row of sigma: roundings of different rows do not
+mix, and those of one row, which a matrix mixes, change it by their norm at most. `last` rounds each entry alone, so its L is
+its maximum.
 
-Nothing here is fitted to a result, and no test widens it. The reference itself is held to the rule like any implementation.
+Nothing here is fitted to a result, and no test widens it. The reference keeps the rule like any implementation.
 
 N tokens, D hidden size, V vocabulary, r rank of the adapter.
 """
@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from bounds import SIGMAS, STATS, Bound, rounding
+from bounds import DIFFERENTIABLE, SIGMAS, STATS, Bound, rounding
 from op_bounds import linear_bounds
 from torch import Tensor
 
@@ -41,6 +41,7 @@ SEED = int(os.environ.get("GEM_TEST_SEED", "0"))
 THREADS = int(os.environ.get("GEM_TEST_THREADS", "1"))
 
 Results = Mapping[str, Tensor | None]
+_CPU = torch.device("cpu")
 
 TRANSFORMS = {
     "identity": LogitTransform(),
@@ -53,7 +54,7 @@ TRANSFORMS = {
 
 
 def _round_to_nearest() -> None:
-    """Triton's interpreter cuts fp32 off to bf16, where every device rounds to the nearest: teach it."""
+    """Make Triton's interpreter round fp32 to the nearest bf16, as every device does: by itself it truncates."""
     from triton.runtime import interpreter
 
     cut_off = interpreter._convert_float
@@ -61,7 +62,7 @@ def _round_to_nearest() -> None:
     def convert(x: Any, source: Any, target: Any, mode: Any) -> Any:
         if (source.name, target.name) != ("fp32", "bf16"):
             return cut_off(x, source, target, mode)
-        nearest = torch.tensor(x, dtype=torch.float32).bfloat16()  # of NumPy's array, which knows no bf16
+        nearest = torch.tensor(x, dtype=torch.float32).bfloat16()  # x is a NumPy array, and NumPy has no bf16
         return nearest.view(torch.int16).numpy().view("uint16")
 
     interpreter._convert_float = convert
@@ -72,12 +73,12 @@ if INTERPRETED:
 
 
 def generator(seed: int) -> torch.Generator:
-    """Other numbers for every GEM_TEST_SEED; for 0 those of `seed` itself."""
+    """Return a generator for `seed`, shifted by GEM_TEST_SEED; by 0 not at all."""
     return torch.Generator().manual_seed(seed + 1_000_003 * SEED)
 
 
 def assert_close(name: str, got: Tensor, gold: Tensor, bound: Bound) -> None:
-    """The rule above. Infinities must be the same ones; a NaN is an error unless gold has it there too."""
+    """Apply the rule above. Infinities must agree; a NaN is an error unless gold has one there too."""
     assert got.shape == gold.shape == bound.worst.shape == bound.spread.shape, (
         f"{name}: shape {tuple(got.shape)}, expected {tuple(gold.shape)}, with a bound of {tuple(bound.worst.shape)}"
     )
@@ -105,7 +106,7 @@ def assert_close(name: str, got: Tensor, gold: Tensor, bound: Bound) -> None:
 
 
 def assert_all_close(got: Results, gold: Results, bounds: Mapping[str, Bound]) -> None:
-    """The rule for every entry; what is None in one is None in both."""
+    """Apply the rule to every result; a result that is None in one must be None in both."""
     assert got.keys() == gold.keys()
     for name, value in got.items():
         exact = gold[name]
@@ -114,9 +115,21 @@ def assert_all_close(got: Results, gold: Results, bounds: Mapping[str, Bound]) -
             assert_close(name, value, exact, bounds[name])
 
 
+def assert_same(got: Results, want: Results, at: Tensor | None = None) -> None:
+    """Compare bit by bit; per-token results only at the rows `at`, if given."""
+    assert got.keys() == want.keys()
+    for name, value in got.items():
+        other = want[name]
+        if value is None or other is None:
+            assert value is other, name
+            continue
+        rows = at is not None and name in (*STATS, "dhidden")
+        assert torch.equal(value[at] if rows else value, other[at] if rows else other), name
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
-    """Inputs of the linear ops; no tensor requires a gradient. Equal is only what is the same, so that it can be a key."""
+    """Inputs of the linear ops; no tensor requires a gradient. Compared by identity, so that a case can be a key."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
@@ -128,12 +141,15 @@ class Case:
     def to(self, dtype: torch.dtype) -> Case:
         return self._map(lambda _, t: t.to(dtype))
 
+    def on(self, device: torch.device) -> Case:
+        return replace(self._map(lambda _, t: t.to(device)), targets=self.targets.to(device))
+
     def double(self) -> Case:
-        """The same numbers in fp64."""
+        """Return the case with its numbers in fp64."""
         return self.to(torch.float64)
 
     def leaves(self, needs: Sequence[bool] = (True,) * 5) -> Case:
-        """Fresh copies that require a gradient where `needs` says so: hidden, weight, bias, low_rank.a, low_rank.b."""
+        """Copy the case; `needs` sets requires_grad of hidden, weight, bias, low_rank.a, low_rank.b."""
         need = dict(zip(self.tensors(), needs, strict=True))
         return self._map(lambda name, t: t.detach().clone().requires_grad_(need[name]))
 
@@ -168,10 +184,12 @@ def make_case(
     transform: LogitTransform = TRANSFORMS["identity"],
     targets_dtype: torch.dtype = torch.int64,
     seed: int = 0,
+    device: torch.device = _CPU,
 ) -> Case:
-    """Random inputs; logits of size ~1, or with max |hidden W^T| = `peaky` and every other target the most likely token.
+    """Draw inputs, the same on every device; logits of size ~1, or with max |hidden W^T| = `peaky`.
 
-    `ignored`: share of the tokens with target IGNORE_INDEX (1.0: all of them). rank=0: no adapter.
+    With `peaky` every other target is the likeliest token. `ignored`: share of the tokens with target IGNORE_INDEX (1.0: all
+    of them). rank=0: no adapter.
     """
     g = generator(seed)
 
@@ -186,7 +204,7 @@ def make_case(
         targets[::2] = logits.argmax(1)[::2]
     targets[torch.rand(n, generator=g) < ignored] = IGNORE_INDEX
     low_rank = LowRank((normal(rank, d) / d**0.5).to(dtype), (0.5 * normal(v, rank)).to(dtype), 0.7) if rank else None
-    return Case(
+    case = Case(
         hidden=hidden.to(dtype),
         weight=weight.to(dtype),
         targets=targets.to(targets_dtype),
@@ -194,42 +212,43 @@ def make_case(
         low_rank=low_rank,
         transform=transform,
     )
+    return case if device == _CPU else case.on(device)
 
 
-def make_upstream(n: int, names: Iterable[str] = STATS, seed: int = 1) -> dict[str, Tensor]:
-    """One random upstream gradient per token and statistic, in fp64."""
+def make_upstream(
+    n: int, names: Iterable[str] = DIFFERENTIABLE, seed: int = 1, device: torch.device = _CPU
+) -> dict[str, Tensor]:
+    """Draw one upstream gradient per token and statistic, in fp64."""
     g = generator(seed)
-    full = {name: torch.randn(n, generator=g, dtype=torch.float64) for name in STATS}
-    return {name: full[name] for name in names}
+    full = {name: torch.randn(n, generator=g, dtype=torch.float64) for name in DIFFERENTIABLE}
+    return {name: full[name].to(device) for name in names}
 
 
 def weighted_sum(stats: TokenStats, upstream: Mapping[str, Tensor]) -> Tensor:
-    """The scalar whose gradient with respect to each statistic is `upstream`."""
+    """Return the scalar whose gradient with respect to each statistic is `upstream`."""
     values = stats._asdict()
     return torch.stack([(values[name] * u.to(values[name].dtype)).sum() for name, u in upstream.items()]).sum()
+
+
+def linear_op(case: Case, impl: str, **options: Any) -> TokenStats:
+    """Return linear_logprob_entropy of a case."""
+    extra = {"bias": case.bias, "transform": case.transform, "low_rank": case.low_rank, "impl": impl}
+    return linear_logprob_entropy(case.hidden, case.weight, case.targets, **extra, **options)  # type: ignore[arg-type]
 
 
 def run_linear(
     case: Case, impl: str, upstream: Mapping[str, Tensor], needs: Sequence[bool] = (True,) * 5
 ) -> dict[str, Tensor | None]:
-    """Statistics and gradients of linear_logprob_entropy."""
+    """Return statistics and gradients of linear_logprob_entropy."""
     x = case.leaves(needs)
-    stats = linear_logprob_entropy(
-        x.hidden,
-        x.weight,
-        x.targets,
-        bias=x.bias,
-        transform=x.transform,
-        low_rank=x.low_rank,
-        impl=impl,  # type: ignore[arg-type]
-    )
+    stats = linear_op(x, impl)
     if any(needs):
         weighted_sum(stats, upstream).backward()
     return {**{name: s.detach() for name, s in stats._asdict().items()}, **x.gradients()}
 
 
-def check_linear(case: Case, impl: str, names: Iterable[str] = STATS) -> None:
-    """linear_logprob_entropy by `impl` keeps the rule, every statistic and every gradient."""
-    upstream = make_upstream(case.targets.shape[0], names)
+def check_linear(case: Case, impl: str, names: Iterable[str] = DIFFERENTIABLE) -> None:
+    """Hold linear_logprob_entropy by `impl` to the rule, every statistic and every gradient."""
+    upstream = make_upstream(case.targets.shape[0], names, device=case.hidden.device)
     gold = run_linear(case.double(), "reference", upstream)
     assert_all_close(run_linear(case, impl, upstream), gold, linear_bounds(case, upstream))

@@ -1,4 +1,4 @@
-"""The bounds of bounds.py put together for each op: linear_logprob_entropy, logprob_entropy, group losses, scores."""
+"""Bounds of each op, composed from bounds.py: linear_logprob_entropy, logprob_entropy, group losses, scores."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from bounds import (
+    DIFFERENTIABLE,
     SIGMAS,
     STATS,
     Adapter,
     Bound,
-    LogitGradient,
     Logits,
+    RowGradientError,
     Softmax,
     Upstream,
     linear_logits,
@@ -33,14 +34,14 @@ LossFn = Callable[[TokenStats, int], Tensor]
 
 
 def _blocks(targets: Tensor, columns: int) -> Sequence[Tensor]:
-    """Indices of the tokens that are not ignored, so many at a time that their logits stay in the cache of a CPU."""
+    """Split the indices of the tokens that are not ignored into blocks whose logits fit the cache of a CPU."""
     kept = (targets != IGNORE_INDEX).nonzero()[:, 0]
     logits = 1 << 16 if targets.device.type == "cpu" else 1 << 24
     return kept.split(max(8, logits // columns)) if len(kept) else ()
 
 
 class LinearInputs(Protocol):
-    """numerics.Case."""
+    """Fields of numerics.Case that the bounds read."""
 
     @property
     def hidden(self) -> Tensor: ...
@@ -60,14 +61,14 @@ class LinearInputs(Protocol):
 
 
 class _Sum:
-    """A sum over all tokens that grows block by block: dz^T m and what bounds its error."""
+    """Sum over all tokens, block by block: dz^T m and the terms that bound its error."""
 
     def __init__(self) -> None:
         self.parts: list[Tensor] | None = None
         self.terms = 0
 
     def add(self, left: Tensor, right: Tensor, worst: Tensor, variance: Tensor) -> None:
-        """left^T right, (n, k) (n, m)."""
+        """Add left^T right, (n, k) (n, m)."""
         parts = [left.T @ right, left.abs().T @ right.abs(), left.square().T @ right.square(), worst, variance]
         self.parts = parts if self.parts is None else [x.add_(y) for x, y in zip(self.parts, parts, strict=True)]
         self.terms += left.shape[0]
@@ -83,10 +84,10 @@ class _Sum:
 
 
 class LinearBounds:
-    """Bounds of every statistic, and with an upstream gradient of every gradient, of linear_logprob_entropy on a case.
+    """Bounds of linear_logprob_entropy on a case: of every statistic and, given an upstream gradient, of every gradient.
 
-    With cached exponentials (group_loss/exponentials.py) the terms of dz^T h are rounded twice to bf16, as the number of a row
-    goes into h; and entries up to e^60 may be brought to a maximum further up by a factor floored at e^-87.
+    With cached exponentials (group_loss/exponentials.py) the terms of dz^T h are rounded twice to bf16, because the number of a
+    row goes into h. Entries up to e^60 may be rescaled to a higher maximum by a factor floored at e^-87.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class LinearBounds:
         n, device = case.targets.shape[0], case.hidden.device
         self.weight = case.weight.double()
         self.bias = None if case.bias is None else case.bias.double()
-        self.rows = {name: torch.zeros(2, n, dtype=torch.float64, device=device) for name in (*STATS, "max_logprob")}
+        self.rows = {name: torch.zeros(2, n, dtype=torch.float64, device=device) for name in STATS}
         self.values = {name: torch.zeros(n, dtype=torch.float64, device=device) for name in STATS}
         self.dhidden = torch.zeros(2, n, case.hidden.shape[1], dtype=torch.float64, device=device)
         self.sums = {name: _Sum() for name in ("dweight", "dbias", "da", "db")}
@@ -116,17 +117,17 @@ class LinearBounds:
         raw, spread = linear_logits(h, self.weight, self.bias, low, u)
         soft = Softmax(Logits.of(raw, spread, case.transform, u, low), case.targets[at], u)
         log_s = soft.log_total
-        exact = ((soft.hit * soft.d).sum(1) - log_s, soft.entropy, soft.z.value.amax(1) + log_s)
+        exact = ((soft.hit * soft.d).sum(1) - log_s, soft.entropy, soft.z.value.amax(1) + log_s, -log_s)
         for name, value in zip(STATS, exact, strict=True):
             self.values[name][at] = value
         for name, (row_worst, variance) in soft.errors().items():
             self.rows[name][:, at] = torch.stack((row_worst, variance.sqrt()))
         if self.upstream is not None:
             least = (math.exp(60 - 87),) if self.cached else ()
-            self._gradients(at, h, low, LogitGradient(soft, self.upstream.rows(at), *least))
+            self._gradients(at, h, low, RowGradientError(soft, self.upstream.rows(at), *least))
 
-    def _gradients(self, at: Tensor, h: Tensor, low: Adapter | None, dz: LogitGradient) -> None:
-        """dh = dz W + s (dz b) a: dz's errors go through W + s b a; each GEMM and each addition has its own."""
+    def _gradients(self, at: Tensor, h: Tensor, low: Adapter | None, dz: RowGradientError) -> None:
+        """Bound dh = dz W + s (dz b) a: the errors of dz pass W + s b a; each GEMM and each addition adds its own."""
         case, u, w = self.case, self.u, self.weight
         own, both, together = dz.narrowed(case.weight.dtype), w, True
         spread = product_spread(u, dz.value, w).square()
@@ -148,9 +149,9 @@ class LinearBounds:
         self.sums["dbias"].add(dz.value, ones, *dz.transposed(ones, twice))
 
     def _adapter_gradients(
-        self, dz: LogitGradient, h: Tensor, low: Adapter, dlow: Tensor, sums: Tensor, narrowed: Tensor
+        self, dz: RowGradientError, h: Tensor, low: Adapter, dlow: Tensor, sums: Tensor, narrowed: Tensor
     ) -> None:
-        """da = s (dz b)^T h, db = dz^T (s h a^T)."""
+        """Bound da = s (dz b)^T h and db = dz^T (s h a^T)."""
         s = abs(low.scale)
         worst, upstream, variance = dz.times(low.b)
         variance = s**2 * (variance + worst.square() / 3 + sums + narrowed @ low.b.square())
@@ -172,7 +173,7 @@ class LinearBounds:
 
 
 def linear_bounds(case: LinearInputs, upstream: Mapping[str, Tensor], **settings: Any) -> dict[str, Bound]:
-    """Of linear_logprob_entropy for this upstream gradient of the statistics."""
+    """Return the bounds of linear_logprob_entropy for this upstream gradient of the statistics."""
     given = Upstream.of(upstream, unit(case.hidden.dtype), case.targets.shape[0], case.hidden)
     return LinearBounds(case, given, **settings).found
 
@@ -183,7 +184,7 @@ def linear_bounds(case: LinearInputs, upstream: Mapping[str, Tensor], **settings
 def logits_bounds(
     logits: Tensor, targets: Tensor, transform: LogitTransform, upstream: Mapping[str, Tensor]
 ) -> dict[str, Bound]:
-    """Of logprob_entropy: logits (..., V) come exactly, so what errs first is their transform."""
+    """Return the bounds of logprob_entropy: logits (..., V) are exact, and their transform is the first to err."""
     u, fp = unit(logits.dtype), torch.float64 if logits.dtype == torch.float64 else torch.float32
     raw, y = logits.flatten(0, -2).double(), targets.flatten()
     given = Upstream.of(upstream, u, y.shape[0], raw)
@@ -194,17 +195,17 @@ def logits_bounds(
         errors = soft.errors()
         for name, found in rows.items():
             found[:, at] = torch.stack((errors[name].worst, errors[name].variance.sqrt()))
-        dlogits[:, at] = torch.stack(LogitGradient(soft, given.rows(at)).entries())
+        dlogits[:, at] = torch.stack(RowGradientError(soft, given.rows(at)).entries())
     found = {name: Bound(*(t.view(targets.shape) for t in of_rows), fp) for name, of_rows in rows.items()}
     return found | {"dlogits": Bound(*(t.view(logits.shape) for t in dlogits), logits.dtype)}
 
 
 def row_sum_bound(logits: Tensor, targets: Tensor, upstream: Mapping[str, Tensor]) -> Bound:
-    """Of the sum over a row of dlogits (N, V), which is made exactly of entries in fp32."""
+    """Return the bound of the exact sum over a row of dlogits (N, V) in fp32."""
     u = unit(logits.dtype)
     given = Upstream.of(upstream, u, targets.shape[0], logits)
     logits = Logits.of(logits.double(), 0.0, LogitTransform(), u)
-    dz = LogitGradient(Softmax(logits, targets, u), given)
+    dz = RowGradientError(Softmax(logits, targets, u), given)
     worst, of_upstream, variance = (t[:, 0] for t in dz.times(torch.ones_like(dz.value[:1]).T))
     stored = rounding(dz.value, torch.float32).square().sum(1) / 3
     return Bound(worst + of_upstream, (variance + stored).sqrt(), torch.float64)
@@ -214,7 +215,7 @@ def row_sum_bound(logits: Tensor, targets: Tensor, upstream: Mapping[str, Tensor
 
 
 class _OfLoss(NamedTuple):
-    """The gradient (3, L) of a group's loss, how far it may be off, and (worst, variance) of the loss."""
+    """Gradient (4, L) of a group's loss, a bound on its error, and (worst, variance) of the loss."""
 
     gradient: Tensor
     gradient_error: Tensor
@@ -223,21 +224,22 @@ class _OfLoss(NamedTuple):
 
     @staticmethod
     def of(loss_fn: LossFn, group: int, stats: Tensor, worst: Tensor, variance: Tensor, u: float) -> _OfLoss:
-        """For statistics (3, L) with these errors, independent from token to token.
+        """Bound a group's loss for statistics (4, L) with these errors, independent from token to token.
 
-        The sums of loss_fn are of L terms, which are of the size of derivative times statistic. Derivatives are taken by
-        differences, in fp64, as what loss_fn detaches counts too.
+        loss_fn sums L terms of the size of derivative times statistic. Derivatives are differences in fp64, because statistics
+        that loss_fn detaches, and max_logprob, move the loss too.
         """
         leaf, sums = stats.clone().requires_grad_(), u * (4 + min(stats.shape[1], 4 * stats.shape[1] ** 0.5))
 
         def loss_of(flat: Tensor) -> Tensor:
-            return loss_fn(TokenStats(*flat.unbind()), group).reshape(())
+            *smooth, highest = flat.unbind()
+            return loss_fn(TokenStats(*smooth, highest.detach()), group).reshape(())
 
         loss = loss_of(leaf)
         zero = torch.zeros_like(stats)
-        if not loss.requires_grad or not stats.numel():
+        if not stats.numel():
             return _OfLoss(zero, zero, 2 * u * loss.detach().abs(), zero.sum())
-        (gradient,) = torch.autograd.grad(loss, leaf)
+        gradient = torch.autograd.grad(loss, leaf)[0] if loss.requires_grad else zero
         step = 1e-6 * stats.abs().clamp(min=1).flatten()
         both = torch.stack((torch.diag(step), -torch.diag(step))).view(2, -1, *stats.shape) + stats
         slopes, values = vmap(vmap(grad_and_value(loss_of)))(both)
@@ -259,7 +261,7 @@ def group_bounds(
     *,
     factor: float = 1.0,
 ) -> dict[str, Bound]:
-    """Of linear_group_loss and, with the loss that it is, sega_loss: times `factor`, which rounds what is rounded once more."""
+    """Return the bounds of linear_group_loss, or of sega_loss given its loss_fn, scaled by `factor` (a rounding unless ±1)."""
     u = unit(case.hidden.dtype)
     forward = LinearBounds(case, None)
     stats = torch.stack([forward.values[name] for name in STATS])
@@ -275,7 +277,9 @@ def group_bounds(
     gradient, gradient_error = (
         torch.cat([t, *(part[i] for part in parts)], 1) for i, t in enumerate((stats[:, :0],) * 2)
     )
-    upstream = Upstream(list(factor * gradient), list(abs(factor) * (gradient_error + u * gradient.abs())))
+    smooth = slice(len(DIFFERENTIABLE))
+    error = abs(factor) * (gradient_error + u * gradient.abs())
+    upstream = Upstream(list(factor * gradient[smooth]), list(error[smooth]))
     roundings = 1 if abs(factor) == 1 else 2
     backward = LinearBounds(case, upstream, cached=case.weight.dtype == torch.bfloat16, roundings=roundings)
     losses = [loss_fn(TokenStats(*stats[:, i:j]), group).abs().sum() for group, (i, j) in enumerate(pairwise(offsets))]
@@ -289,7 +293,7 @@ def group_bounds(
 
 
 def _means(values: Tensor, spans: Tensor, m: int | float) -> tuple[Tensor, Tensor]:
-    """(mean of |x|, bound of the error) of the mean of the m largest values x of each span: a sum and a division."""
+    """Return the mean of |x| over the m largest values of each span, and the error bound of their mean: a sum, a division."""
     u, found = unit(values.dtype), torch.zeros(2, spans.shape[0], dtype=torch.float64, device=values.device)
     for i, (start, end) in enumerate(spans.tolist()):
         if end > start:
@@ -304,7 +308,7 @@ def _exactly(worst: Tensor, dtype: torch.dtype) -> Bound:
 
 
 def topm_bounds(values: Tensor, cu_seqlens: Tensor, m: int | float, dvalues: Tensor) -> dict[str, Bound]:
-    """Of topm_mean and its gradient, given the exact one: an upstream gradient is rounded, and divided by a count."""
+    """Return the bounds of topm_mean and of its gradient (exactly dvalues): one rounding, and a division by a count."""
     spans, u = torch.stack((cu_seqlens[:-1], cu_seqlens[1:]), 1), unit(values.dtype)
     fp = torch.float64 if values.dtype == torch.float64 else torch.float32
     return {
@@ -322,7 +326,7 @@ def score_bounds(
     final_weight: float = 1.0,
     upstream: Tensor | None = None,
 ) -> dict[str, Bound]:
-    """Of gem_score and its gradient for an upstream of (score, final, branch) (3, S): of every token a sum of shares."""
+    """Return the bounds of gem_score and of its gradient, a sum of shares; upstream of (score, final, branch): (3, S)."""
     u, n = unit(entropy.dtype), entropy.shape[0]
     fp = torch.float64 if entropy.dtype == torch.float64 else torch.float32
     (branch, branch_error), (final, final_error) = (

@@ -1,4 +1,4 @@
-"""torch.compile keeps every op in its graph; the operators keep torch's rules."""
+"""torch.compile keeps every op in its graph; the operators keep the rules of torch."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_group_loss_breaks_the_graph_once(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", COMPILED)
 def test_operators_keep_the_rules_of_torch(impl: str) -> None:
-    """Schemas, fake implementations and the registration of gradients, by torch's own checks."""
+    """torch's own checks of schemas, fake implementations and the registration of gradients."""
     ops, x = torch.ops.gem_kernels, make_case(11, 8, 30, ignored=0.0).leaves()
     a, b, scale = x.low_rank  # type: ignore[misc]
     transform = (1.0, 1.0, False, -100, impl)
@@ -102,13 +102,13 @@ def test_operators_keep_the_rules_of_torch(impl: str) -> None:
         (ops.linear_logprob, arguments),
         (
             ops.linear_logprob_backward,
-            (upstream, None, upstream, stats[3].detach(), *plain, [True, False, True, True, True]),
+            (upstream, None, upstream, stats[-1].detach(), *plain, [True, False, True, True, True]),
         ),
         (ops.weighted_logprob, (*plain, upstream, 1 << 20, [True, True, False, False, True])),
     ]
     logits = torch.randn(1, 11, 30)
-    online = ops.logprob(logits, x.targets, *transform[:4], False, impl)[3]
-    gradient = (logits, upstream, upstream, None, online, x.targets, *transform)
+    state = ops.logprob(logits, x.targets, *transform[:4], False, impl)[-1]
+    gradient = (logits, upstream, upstream, None, state, x.targets, *transform)
     cases += [
         (ops.logprob, (logits.clone().requires_grad_(), x.targets, *transform[:4], False, impl)),
         (ops.logprob_backward, gradient),

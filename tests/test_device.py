@@ -1,9 +1,9 @@
-"""Where models run: every command puts the model on its device, and nothing that meets the model stays behind.
+"""Devices of models: every command puts the model, and every tensor that meets it, on the chosen device.
 
-There is no GPU here. The commands run on a second device made of CPU memory (second_device.py), which raises where one of its
-tensors meets a tensor of the CPU: so a batch, a mask or a statistic that does not follow the model ends the command, and a
-model or a reference that was left on the CPU shows in the devices of the weights that were used. What it cannot show is what
-CUDA's kernels compute; test_gpu.py does.
+No GPU is needed. The commands run on a second device made of CPU memory (second_device.py), which raises where one of its
+tensors meets a tensor of the CPU. A batch, a mask or a statistic on the wrong device therefore ends the command, and a model or
+a reference that was left on the CPU shows in the devices of the weights that were used. The numbers of CUDA's kernels are
+checked by the cases marked `gpu` (devices.py).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def write_inputs(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The folder in which all commands ran on the second device, and what came out."""
+    """Run all commands on the second device; return their folder and their results."""
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip(f"torch {torch.__version__} cannot have a device that is written in Python")
     folder = tmp_path_factory.mktemp("second")
@@ -73,7 +73,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_runs_where_it_was_told_to(command: str, elsewhere: tuple[Path, dict[str, Any]]) -> None:
+def test_a_command_runs_on_the_chosen_device(command: str, elsewhere: tuple[Path, dict[str, Any]]) -> None:
     result = elsewhere[1][command]
     assert result["status"] == 0, result["printed"]
     assert result["devices"] == ["second:0"]

@@ -1,4 +1,4 @@
-"""`make gpu` where there is no GPU: what its driver and its sweep do with results, and that they refuse."""
+"""`make gpu` on a machine without a GPU: its driver and its sweep write nothing, and keep results across crashes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("script", ["gpu", "sweep"])
+@pytest.mark.parametrize("script", ["benchmarks.gpu", "tools.sweep"])
 def test_nothing_is_written_without_a_gpu(script: str, tmp_path: Path) -> None:
-    out = {"gpu": ["--out", str(tmp_path / "results")], "sweep": ["--json", str(tmp_path / "sweep.json")]}[script]
+    out = {
+        "benchmarks.gpu": ["--out", str(tmp_path / "results")],
+        "tools.sweep": ["--json", str(tmp_path / "sweep.json")],
+    }[script]
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{script}", *out],
+        [sys.executable, "-m", script, *out],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -33,7 +36,7 @@ def test_nothing_is_written_without_a_gpu(script: str, tmp_path: Path) -> None:
 
 
 def test_a_row_is_claimed_once_and_survives_its_process(tmp_path: Path) -> None:
-    from benchmarks.gpu import Rows
+    from tools.sweep import Rows
 
     path = tmp_path / "rows.json"
     row = Rows(path).claim(table="ROWS", candidate=1)
@@ -50,21 +53,20 @@ def test_a_row_is_claimed_once_and_survives_its_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_the_sweep_knows_every_table_and_its_present_entry(arch: int) -> None:
-    from benchmarks import sweep
     from gem_kernels import tiles
+    from tools import sweep_tables
 
     names = {name for name, value in vars(tiles).items() if isinstance(value, dict) and not name.startswith("__")}
-    found = sweep.tables(sweep.REFERENCE, arch)
+    found = sweep_tables.tables(sweep_tables.REFERENCE, arch)
     assert {table.name for table in found} == names
     for table in found:
         assert table.present() in table.entries.values()
 
 
 def test_the_suggestion_is_the_fastest() -> None:
-    from benchmarks import sweep
-    from benchmarks.gpu import Rows
+    from tools import sweep
 
-    rows = Rows(None)
+    rows = sweep.Rows(None)
     for block, ms in ((1024, 3.0), (2048, 2.0)):
         row = rows.claim(
             table="SPANS", key=[90, 4], candidate={"rows": 1, "block": block, "warps": 4}, present=block == 1024

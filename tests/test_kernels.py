@@ -1,6 +1,6 @@
-"""What only the Triton kernels can get wrong. Runs where they run: under TRITON_INTERPRET=1, and beside a GPU's own tests.
+"""Errors that only the Triton kernels can make. The tests run where the kernels run on a CPU: under TRITON_INTERPRET=1.
 
-That they compute the right numbers is the business of every other test of an op: `impl` takes "triton" there too.
+Every other test of an op checks the numbers of the kernels: its `impl` takes "triton" too.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from group_losses import run as run_group
+from group_losses import run_sega
 from numerics import (
     DTYPES,
     STATS,
     TRANSFORMS,
-    Case,
     assert_all_close,
+    assert_same,
     check_linear,
+    linear_op,
     make_case,
     make_upstream,
     run_linear,
@@ -27,16 +30,7 @@ from op_bounds import group_bounds
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gem_kernels import (
-    LogitTransform,
-    TokenStats,
-    compat,
-    linear_group_loss,
-    linear_logprob_entropy,
-    logprob_entropy,
-    sega_loss,
-    tiles,
-)
+from gem_kernels import LogitTransform, TokenStats, compat, logprob_entropy, tiles
 from gem_kernels.compat import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton kernels run on the CPU under TRITON_INTERPRET=1 only")
@@ -44,7 +38,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton kernels run on t
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, object]]]:
-    """Every launch of the test: name of the kernel, its compile-time arguments."""
+    """Record every launch of the test: name of the kernel, its compile-time arguments."""
     seen: list[tuple[str, dict[str, object]]] = []
     launch = compat.launch
 
@@ -76,7 +70,7 @@ def test_the_interpreter_rounds_to_nearest_as_devices_do(dtype: torch.dtype) -> 
 def test_descriptors_and_pointers_read_the_same(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, launches: list[tuple[str, dict[str, object]]]
 ) -> None:
-    """The copy engine's branch (rows on 16 bytes) and the other, on ragged rows, columns and steps of D."""
+    """The branch of the copy engine (rows on 16 bytes) and the other agree on ragged rows, columns and steps of D."""
     case, upstream = make_case(77, 80, 259, dtype=dtype), make_upstream(77)
     check_linear(case, "triton")
     assert {meta["USE_TMA"] for name, meta in launches if "linear" in name} == {True}
@@ -85,8 +79,7 @@ def test_descriptors_and_pointers_read_the_same(
     monkeypatch.setattr(compat, "takes_descriptors", lambda *_: False)
     through_pointers = run_linear(case, "triton", upstream)
     assert {meta["USE_TMA"] for name, meta in launches if "linear" in name} == {False}
-    for name, value in through_descriptors.items():
-        assert torch.equal(value, through_pointers[name]), name  # type: ignore[arg-type]
+    assert_same(through_pointers, through_descriptors)
 
 
 def test_descriptors_are_for_rows_on_16_bytes_only() -> None:
@@ -104,7 +97,7 @@ def test_rank_of_the_adapter(rank: int) -> None:
 
 
 def test_the_vocabulary_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many programs share a row, the merged statistics keep the rule; the same split gives the same bits."""
+    """The merged statistics keep the rule for any number of programs in a row; the same split gives the same bits."""
     case, upstream = make_case(70, 16, 1000, peaky=30.0), make_upstream(70)
     for splits in (1, 2, 3, 7, 8):
         monkeypatch.setattr(tiles, "vocabulary_splits", lambda *_, n=splits: n)
@@ -124,7 +117,7 @@ def test_few_rows_are_split_over_the_vocabulary(row_blocks: int, tile_count: int
 
 
 class _Largest(TorchDispatchMode):
-    """The largest tensor that any torch operation makes, views of a given one aside."""
+    """Size of the largest tensor that a torch operation makes, views of `base` left out."""
 
     def __init__(self, base: Tensor | None = None) -> None:
         super().__init__()
@@ -143,12 +136,11 @@ class _Largest(TorchDispatchMode):
 def test_no_logits_in_memory() -> None:
     case = make_case(600, 8, 700, bias=False, rank=0)
     with _Largest() as made:
-        linear_logprob_entropy(case.hidden, case.weight, case.targets, impl="triton")
+        linear_op(case, "triton")
     assert made.numel <= 8 * 700
     x = case.leaves()
     with _Largest() as made:
-        loss = linear_logprob_entropy(x.hidden, x.weight, x.targets, impl="triton").logprob.sum()
-        loss.backward()
+        linear_op(x, "triton").logprob.sum().backward()
     tile = tiles.chunk_tile(case.hidden)
     assert 600 * 700 > 10 * tile.rows * tile.cols >= 10 * made.numel * 0.9
 
@@ -158,7 +150,7 @@ def test_no_logits_in_memory() -> None:
 
 @pytest.mark.parametrize("impl", ["chunked", "triton"])
 def test_an_unchecked_target_out_of_range_gives_nan_and_writes_nowhere(impl: str) -> None:
-    """On CUDA values are not looked at; the operator itself is what stands between them and the memory."""
+    """On CUDA values are not checked, so the operator itself must keep them from other memory."""
     case = make_case(20, 8, 150, rank=0, ignored=0.0)
     bad = case.targets.clone()
     bad[3], bad[11] = 150, -7
@@ -166,7 +158,7 @@ def test_an_unchecked_target_out_of_range_gives_nan_and_writes_nowhere(impl: str
     good_stats, bad_stats = (
         TokenStats(
             *torch.ops.gem_kernels.linear_logprob(case.hidden, case.weight, *arguments, t, 1.0, 1.0, False, -100, impl)[
-                :3
+                :-1
             ]
         )
         for t in (case.targets, bad)
@@ -190,26 +182,6 @@ def test_an_unchecked_target_out_of_range_gives_nan_and_writes_nowhere(impl: str
 OFFSETS = [0, 21, 40, 61]
 
 
-def group(
-    case: Case, impl: str, loss_fn: Callable[[TokenStats, int], Tensor], cache_bytes: int
-) -> dict[str, Tensor | None]:
-    x = case.leaves()
-    result = linear_group_loss(
-        x.hidden,
-        x.weight,
-        x.targets,
-        torch.tensor(OFFSETS),
-        loss_fn,
-        bias=x.bias,
-        transform=x.transform,
-        low_rank=x.low_rank,
-        cache_bytes=cache_bytes,
-        impl=impl,  # type: ignore[arg-type]
-    )
-    result.loss.backward()
-    return {"loss": result.loss.detach(), **result.stats._asdict(), **x.gradients()}
-
-
 def of_logprobs(s: TokenStats, group: int) -> Tensor:
     return -((group + 1) * s.entropy.detach() * s.logprob).sum()
 
@@ -229,8 +201,11 @@ def test_cached_exponentials(
     rising: bool,
     launches: list[tuple[str, dict[str, object]]],
 ) -> None:
-    """Also where logits rise along the vocabulary by more than bf16's exponent could follow (the reference is moved). A loss
-    that needs more than the row times a number recomputes its logits; a softcap, whose slope does, has no such cache."""
+    """Flat logits, and logits that rise along the vocabulary beyond the range of bf16, so that the reference must move.
+
+    A loss whose gradient is more than the row times a number recomputes its logits. A softcap's slope is one, so a softcap has
+    no such cache.
+    """
     case = make_case(61, 16, 700, dtype=torch.bfloat16, transform=TRANSFORMS[transform], peaky=20.0)
     assert case.bias is not None
     if rising:
@@ -241,7 +216,8 @@ def test_cached_exponentials(
         )
         case = replace(case, bias=(case.bias + steps).bfloat16())
         assert transform == "combined" or bool((case.targets >= 450).any())
-    gold, got = group(case.double(), "reference", loss_fn, 1), group(case, "chunked", loss_fn, cache_bytes)
+    gold = run_group(case.double(), "reference", loss_fn, offsets=OFFSETS)
+    got = run_group(case, "chunked", loss_fn, offsets=OFFSETS, cache_bytes=cache_bytes)
     names = {name for name, _ in launches}
     assert ("_row_exponentials_kernel" in names) == (transform != "combined")
     assert ("_fold_target_kernel" in names) == (transform != "combined" and loss_fn is of_logprobs)
@@ -250,7 +226,7 @@ def test_cached_exponentials(
 
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(softcap=1.0)])
 def test_flat_rows_and_a_strong_softcap_keep_their_digits(transform: LogitTransform) -> None:
-    """Where log p + H, or the slope, is far below 1, rounded exponentials would not be enough for the entropy's gradient."""
+    """Where log p + H or the slope is far below 1, rounded exponentials would spoil the gradient of the entropy."""
     case = make_case(61, 32, 600, dtype=torch.bfloat16, rank=0, bias=False, transform=transform)
     if transform.softcap is None:
         case = replace(case, hidden=case.hidden * 0.01)
@@ -258,27 +234,29 @@ def test_flat_rows_and_a_strong_softcap_keep_their_digits(transform: LogitTransf
     def entropy(s: TokenStats, group: int) -> Tensor:
         return -s.entropy.sum()
 
-    gold = group(case.double(), "reference", entropy, 1)
-    assert_all_close(group(case, "chunked", entropy, 1 << 20), gold, group_bounds(case, entropy, OFFSETS))
+    gold, got = (
+        run_group(x, impl, entropy, offsets=OFFSETS) for x, impl in ((case.double(), "reference"), (case, "chunked"))
+    )
+    assert_all_close(got, gold, group_bounds(case, entropy, OFFSETS))
 
 
 def test_sega_takes_no_pass_over_the_cache(launches: list[tuple[str, dict[str, object]]]) -> None:
-    """Weights times log-probs: the number of a row goes into the hidden states (6NDV FLOP and nothing beside it)."""
+    """Weights times log-probs: the number of a row goes into the hidden states, so the cost is 6NDV FLOP alone."""
     case = make_case(61, 16, 300, dtype=torch.bfloat16, rank=0, bias=False)
-    x = case.leaves()
-    sega_loss(
-        x.hidden, x.weight, x.targets, torch.tensor([0, 30, 61]), torch.tensor([1.0, -1.0]), impl="chunked"
-    ).loss.backward()
+    run_sega(case, "chunked", torch.tensor([1.0, -1.0]), offsets=[0, 30, 61])
     assert {name for name, _ in launches} == {"_row_exponentials_kernel", "_fold_target_kernel"}
 
 
 def test_an_fp32_adapter_beside_bf16_keeps_its_digits(launches: list[tuple[str, dict[str, object]]]) -> None:
-    """Its gradient is fp32, so dL/dlogits is not rounded to bf16 on the way: no cached exponentials there."""
+    """The adapter's gradient is fp32, so dL/dlogits is not rounded to bf16 on the way: no exponentials are cached."""
     case = make_case(61, 16, 300, dtype=torch.bfloat16)
     assert case.low_rank is not None
     case = replace(case, low_rank=case.low_rank._replace(a=case.low_rank.a.float(), b=case.low_rank.b.float()))
-    gold = group(case.double(), "reference", of_logprobs, 1)
-    assert_all_close(group(case, "chunked", of_logprobs, 1 << 20), gold, group_bounds(case, of_logprobs, OFFSETS))
+    gold, got = (
+        run_group(x, impl, of_logprobs, offsets=OFFSETS)
+        for x, impl in ((case.double(), "reference"), (case, "chunked"))
+    )
+    assert_all_close(got, gold, group_bounds(case, of_logprobs, OFFSETS))
     assert not any("exponentials" in name for name, _ in launches)
 
 

@@ -1,4 +1,4 @@
-"""Left-padded, right-padded, packed and one by one: the same log-probs, entropies, scores and gradients to 1e-5."""
+"""Left-padded, right-padded, packed and single sequences: log-probs, entropies, scores and gradients agree to 1e-5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""logprob_entropy: the statistics of logits that exist already, held to the same rule and the same oracles."""
+"""logprob_entropy, the statistics of logits that exist already: by the one rule of numerics.py, and against oracles."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from devices import CPU, each_case
 from numerics import (
+    DIFFERENTIABLE,
     DTYPES,
     IMPLS,
-    STATS,
     TRANSFORMS,
     assert_all_close,
     assert_close,
+    assert_same,
     generator,
     make_upstream,
     weighted_sum,
@@ -29,25 +31,33 @@ pytestmark = pytest.mark.op("logprob_entropy")
 
 IDENTITY = TRANSFORMS["identity"]
 SHAPES = [(17, 257), (193, 517), (128, 512), (1, 300), (5, 1), (0, 16)]
-SUBSETS = [names for size in (1, 2, 3) for names in itertools.combinations(STATS, size)]
+GPU_SHAPES = [(17, 257), (193, 517), (128, 512), (33, 128_256)]
+SUBSETS = {"+".join(names): names for size in (1, 2, 3) for names in itertools.combinations(DIFFERENTIABLE, size)}
+BF16 = torch.bfloat16
+FUSED = [impl for impl in IMPLS if impl != "reference"]
 
 
 def make_logits(
-    n: int, v: int, dtype: torch.dtype = torch.float32, size: float = 2.0, ignored: float = 0.2
+    n: int,
+    v: int,
+    dtype: torch.dtype = torch.float32,
+    size: float = 2.0,
+    ignored: float = 0.2,
+    device: torch.device = CPU,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, V) with largest absolute value about 4 `size`, targets (N,): every other one the most likely token."""
+    """Draw logits (N, V) up to about 4 `size`, and targets (N,), every other one the likeliest token."""
     g = generator(3)
     logits, targets = size * torch.randn(n, v, generator=g), torch.randint(0, v, (n,), generator=g)
     if n:
         targets[::2] = logits.argmax(1)[::2]
     targets[torch.rand(n, generator=g) < ignored] = IGNORE_INDEX
-    return logits.to(dtype), targets
+    return logits.to(device, dtype), targets.to(device)
 
 
 def run(
     logits: Tensor, targets: Tensor, impl: str, upstream: Mapping[str, Tensor], transform: LogitTransform = IDENTITY
 ) -> dict[str, Tensor | None]:
-    """Statistics and dlogits; the logits must come out as they went in."""
+    """Return statistics and dlogits; the logits must come out as they went in."""
     leaf = logits.detach().requires_grad_()
     before = logits.clone()
     stats = logprob_entropy(leaf, targets, transform=transform, impl=impl)  # type: ignore[arg-type]
@@ -60,44 +70,56 @@ def check(
     logits: Tensor,
     targets: Tensor,
     impl: str,
-    names: tuple[str, ...] = STATS,
+    names: tuple[str, ...] = DIFFERENTIABLE,
     transform: LogitTransform = IDENTITY,
 ) -> None:
-    upstream = make_upstream(targets.numel(), names)
+    """Hold logprob_entropy by `impl` to the rule, every statistic and dlogits."""
+    upstream = make_upstream(targets.numel(), names, device=logits.device)
     gold = run(logits.double(), targets, "reference", upstream, transform)
     bounds = logits_bounds(logits, targets, transform, upstream)
     assert_all_close(run(logits, targets, impl, upstream, transform), gold, bounds)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
+# --- every implementation, by the one rule ----------------------------------------------------------------------------
+
+
+@each_case(dtype=DTYPES, shape=SHAPES, gpu={"shape": GPU_SHAPES})
 @pytest.mark.usefixtures("small_tiles")
-def test_matches_gold(impl: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    check(*make_logits(*shape, dtype=dtype, ignored=0.0 if shape[0] == 1 else 0.2), impl)
+def test_matches_gold(impl: str, dtype: torch.dtype, shape: tuple[int, int], device: torch.device) -> None:
+    check(*make_logits(*shape, dtype=dtype, ignored=0.0 if shape[0] == 1 else 0.2, device=device), impl)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
-def test_peaky(impl: str, dtype: torch.dtype) -> None:
-    check(*make_logits(150, 511, dtype=dtype, size=8.0), impl)
+@each_case(
+    dtype=DTYPES,
+    shape=[(150, 511)],
+    names={"all": DIFFERENTIABLE},
+    gpu={"shape": GPU_SHAPES, "names": {"logprob": ("logprob",)}},
+)
+def test_peaky(
+    impl: str, dtype: torch.dtype, shape: tuple[int, int], names: tuple[str, ...], device: torch.device
+) -> None:
+    check(*make_logits(*shape, dtype=dtype, size=8.0, device=device), impl, names)
 
 
-@pytest.mark.parametrize("names", SUBSETS, ids="+".join)
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case(names=SUBSETS)
 def test_each_statistic_alone_and_together(impl: str, names: tuple[str, ...]) -> None:
     check(*make_logits(61, 305), impl, names)
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case(
+    transform=TRANSFORMS,
+    shape=[(61, 305)],
+    dtype=[torch.float32],
+    gpu={"shape": [(150, 511)], "dtype": [BF16]},
+)
 @pytest.mark.usefixtures("small_tiles")
-def test_transforms(impl: str, transform: LogitTransform) -> None:
-    check(*make_logits(61, 305, size=8.0), impl, transform=transform)
+def test_transforms(
+    impl: str, transform: LogitTransform, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    check(*make_logits(*shape, dtype, size=8.0, device=device), impl, transform=transform)
 
 
-@pytest.mark.parametrize("softcap", [5.0, 15.0, 30.0, 50.0])
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case(softcap=[5.0, 15.0, 30.0, 50.0])
 def test_slope_of_the_transform(impl: str, softcap: float) -> None:
     """With one token in the vocabulary dlse/dz is the slope itself; near saturation 1 - tanh^2 cancels."""
     logits = torch.linspace(-4 * softcap, 4 * softcap, 4001)[:, None]
@@ -105,16 +127,15 @@ def test_slope_of_the_transform(impl: str, softcap: float) -> None:
     check(logits, torch.zeros(4001, dtype=torch.int64), impl, ("lse",), transform)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 def test_wide_rows(impl: str) -> None:
     """A row longer than the block that one step may touch."""
     check(*make_logits(3, 140_001, ignored=0.0), impl)
 
 
-@pytest.mark.parametrize("v", [65_537, 151_936])
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case(v=[65_537, 151_936])
 def test_digits_at_a_real_vocabulary(impl: str, v: int) -> None:
-    """What sums in blocks leave of the digits: all numbers on the way are of the size of log V, and rounded a dozen times.
+    """Sums in blocks keep the digits: every number on the way is of the size of log V, and rounded a dozen times.
 
     Sums of V / 16 terms in a row, as in torch's log_softmax on a CPU, lose ten times more. Uniform logits, random, and wide.
     """
@@ -127,22 +148,44 @@ def test_digits_at_a_real_vocabulary(impl: str, v: int) -> None:
     assert math.isclose(float(gold.entropy[0]), math.log(v), rel_tol=1e-12)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_more_rows_than_a_grid_axis(impl: str) -> None:
-    check(*make_logits(65_600, 3), impl)
+@each_case(shape=[(65_600, 3)], dtype=[torch.float32], gpu={"shape": [(70_000, 40)], "dtype": [BF16]})
+def test_more_rows_than_a_grid_axis(
+    impl: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
+    check(*make_logits(*shape, dtype, device=device), impl)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case(dtype=DTYPES)
+@pytest.mark.usefixtures("small_tiles")
+def test_the_likeliest_token(impl: str, dtype: torch.dtype) -> None:
+    """max_logprob keeps the rule, and equals logprob to the last bit exactly where the target is the likeliest token."""
+    logits, targets = make_logits(193, 517, dtype, size=8.0)
+    stats = logprob_entropy(logits.clone().requires_grad_(), targets, impl=impl)  # type: ignore[arg-type]
+    highest, logprob = stats.max_logprob, stats.logprob.detach()
+    assert not highest.requires_grad
+    gold = logprob_entropy(logits.double(), targets, impl="reference").max_logprob
+    assert_close("max_logprob", highest, gold, logits_bounds(logits, targets, IDENTITY, {})["max_logprob"])
+    kept = targets != IGNORE_INDEX
+    of_target = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    assert torch.equal((logprob == highest)[kept], (of_target == logits.amax(1))[kept])  # the logits come exactly
+    assert not highest[~kept].any() and bool((logprob <= highest).all())
+    assert 0.1 < float((logprob == highest)[kept].float().mean()) < 0.9
+
+
+@each_case()
 @pytest.mark.usefixtures("small_tiles")
 def test_all_logits_strongly_negative(impl: str) -> None:
     logits, targets = make_logits(40, 205)
     check(logits - 1e4, targets, impl)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+# --- oracles ----------------------------------------------------------------------------------------------------------
+
+
+@each_case()
 @pytest.mark.usefixtures("small_tiles")
 def test_strided_views(impl: str) -> None:
-    """A shifted view of a batch, a transposed one, every second column: no copy is asked of the caller."""
+    """A shifted view of a batch, a transposed one, every second column: the caller need not copy."""
     g = generator(5)
     batch = torch.randn(3, 9, 130, generator=g)
     views = {
@@ -166,8 +209,7 @@ def test_strided_views(impl: str) -> None:
             assert torch.equal(got, want), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case(dtype=DTYPES)
 def test_agrees_with_the_linear_op(impl: str, dtype: torch.dtype) -> None:
     """With the identity for a head, hidden are the logits."""
     logits, targets = make_logits(40, 90, dtype=dtype)
@@ -176,8 +218,7 @@ def test_agrees_with_the_linear_op(impl: str, dtype: torch.dtype) -> None:
     assert_all_close(ours._asdict(), gold._asdict(), logits_bounds(logits, targets, IDENTITY, {}))
 
 
-@pytest.mark.parametrize("name", ["logprob", "entropy"])
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case(name=["logprob", "entropy"])
 def test_gradient_of_a_row_sums_to_zero(impl: str, name: str) -> None:
     logits, targets = make_logits(80, 211, size=8.0, ignored=0.0)
     upstream = make_upstream(80, [name])
@@ -187,16 +228,16 @@ def test_gradient_of_a_row_sums_to_zero(impl: str, name: str) -> None:
     assert_close("sum of dz", got.double().sum(1), torch.zeros(80, dtype=torch.float64), bound)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case(dtype=DTYPES)
 def test_statistics_stay_in_their_range(impl: str, dtype: torch.dtype) -> None:
     for size in (1e-3, 1.0, 8.0, 80.0):
         stats = logprob_entropy(*make_logits(150, 333, dtype, size, 0.0), impl=impl)  # type: ignore[arg-type]
-        assert bool((stats.logprob <= 0).all()) and bool((stats.entropy >= 0).all()), size
+        assert bool((stats.max_logprob <= 0).all()) and bool((stats.entropy >= 0).all()), size
+        assert bool((stats.logprob <= stats.max_logprob).all()), size
         assert bool((stats.entropy <= math.log(333) * (1 + 4 * torch.finfo(torch.float32).eps)).all()), size
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 @pytest.mark.usefixtures("small_tiles")
 def test_minus_infinity_is_a_smaller_vocabulary(impl: str) -> None:
     logits, targets = make_logits(30, 200, ignored=0.0)
@@ -212,23 +253,20 @@ def test_minus_infinity_is_a_smaller_vocabulary(impl: str) -> None:
     assert_all_close(got, gold, logits_bounds(small, targets, IDENTITY, upstream))
 
 
-@pytest.mark.parametrize("names", [("logprob",), ("entropy",), ("lse",), STATS], ids="+".join)
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case(names={"+".join(names): names for names in (("logprob",), ("entropy",), ("lse",), DIFFERENTIABLE)})
 def test_target_of_probability_zero(impl: str, names: tuple[str, ...]) -> None:
     logits, targets = make_logits(20, 60, ignored=0.0)
     logits[3, targets[3]] = -math.inf
     check(logits, targets, impl, names)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 def test_nan_stays_in_its_row(impl: str) -> None:
     logits, targets = make_logits(41, 90)
     ignored = targets == IGNORE_INDEX
     upstream = make_upstream(41)
     clean = run(logits, targets, impl, upstream)
-    dirty = run(logits.masked_fill(ignored[:, None], math.nan), targets, impl, upstream)
-    for name, value in clean.items():
-        assert value is not None and torch.equal(dirty[name], value), name
+    assert_same(run(logits.masked_fill(ignored[:, None], math.nan), targets, impl, upstream), clean)
     kept = int((~ignored).nonzero()[0])
     logits[kept, 5] = math.nan
     shown = run(logits, targets, impl, upstream)
@@ -238,23 +276,24 @@ def test_nan_stays_in_its_row(impl: str) -> None:
         assert torch.equal(value[others], clean[name][others]), name
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 def test_all_ignored(impl: str) -> None:
     logits, targets = make_logits(7, 33, ignored=1.1)
     for name, value in run(logits, targets, impl, make_upstream(7)).items():
         assert value is not None and not value.any(), name
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_same_input_same_bits(impl: str) -> None:
-    logits, targets = make_logits(150, 430, torch.bfloat16)
-    upstream = make_upstream(150)
-    first, second = run(logits, targets, impl, upstream), run(logits, targets, impl, upstream)
-    for name, value in first.items():
-        assert value is not None and torch.equal(value, second[name]), name
+@each_case(shape=[(150, 430)], gpu={"shape": [(70_000, 40)]})
+def test_same_input_same_bits(impl: str, shape: tuple[int, int], device: torch.device) -> None:
+    logits, targets = make_logits(*shape, BF16, device=device)
+    upstream = make_upstream(shape[0], device=device)
+    assert_same(run(logits, targets, impl, upstream), run(logits, targets, impl, upstream))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+# --- gradients, autocast, choice of the implementation ----------------------------------------------------------------
+
+
+@each_case()
 def test_gradient_only_where_wanted(impl: str) -> None:
     logits, targets = make_logits(12, 40)
     plain = logprob_entropy(logits, targets, impl=impl)  # type: ignore[arg-type]
@@ -266,7 +305,7 @@ def test_gradient_only_where_wanted(impl: str) -> None:
         assert all(not s.requires_grad and torch.equal(s, p) for s, p in zip(stats, plain, strict=True))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 def test_autocast_changes_nothing(impl: str) -> None:
     logits, targets = make_logits(12, 40)
     plain = logprob_entropy(logits, targets, impl=impl)  # type: ignore[arg-type]
@@ -288,7 +327,7 @@ def test_reference_gradcheck() -> None:
     targets = torch.tensor([0, 6, IGNORE_INDEX, 2])
     for transform in (IDENTITY, TRANSFORMS["combined"]):
         assert torch.autograd.gradcheck(
-            lambda z, f=transform: tuple(logprob_entropy(z, targets, transform=f, impl="reference")), logits
+            lambda z, f=transform: logprob_entropy(z, targets, transform=f, impl="reference")[:3], logits
         )
 
 
@@ -308,13 +347,16 @@ def test_dispatch() -> None:
 # --- the gradient over the logits -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
+@each_case(impl=FUSED, dtype=DTYPES, shape=[(4, 7, 150)], gpu={"dtype": [BF16], "shape": [(2, 40, 1003)]})
 @pytest.mark.usefixtures("small_tiles")
-def test_inplace_backward_overwrites_the_logits(impl: str, dtype: torch.dtype) -> None:
-    """The same bits as the gradient beside them, in their own memory, also through a view of a padded batch."""
-    full, targets = torch.randn(4, 7, 150).to(dtype), torch.randint(0, 150, (4, 6))
-    targets[1, 2] = -100
+def test_inplace_backward_overwrites_the_logits(
+    impl: str, dtype: torch.dtype, shape: tuple[int, int, int], device: torch.device
+) -> None:
+    """The gradient keeps its bits in the memory of the logits, also through a view of a padded batch."""
+    batch, length, v = shape
+    full, targets = torch.randn(shape).to(device, dtype), torch.randint(0, v, (batch, length - 1)).to(device)
+    targets[1, 2] = IGNORE_INDEX
+    check((2 * full)[:, :-1], targets, impl)
     grads, memory = [], []
     for inplace in (False, True):
         leaf = full.clone().requires_grad_()
@@ -328,6 +370,7 @@ def test_inplace_backward_overwrites_the_logits(impl: str, dtype: torch.dtype) -
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 stats.lse.sum().backward()
     assert torch.equal(*grads)  # type: ignore[arg-type]
+    assert not grads[1][:, -1].any()
     assert memory == [True, False]
 
 
@@ -347,7 +390,7 @@ def test_inplace_backward_refuses_what_it_would_break() -> None:
     with pytest.raises(RuntimeError, match="second-order"):
         torch.autograd.grad(stats.logprob.sum(), logits, create_graph=True)
     kept = 2 * logits
-    square = kept.square()  # saves its input, which is gone when its backward comes
+    square = kept.square()  # saves its input, which is overwritten before its own backward runs
     stats = logprob_entropy(kept, targets, inplace_backward=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (square.sum() + stats.logprob.sum()).backward()

@@ -1,8 +1,8 @@
-"""Peak memory in a fresh interpreter: the point of the library, so it is measured and not argued.
+"""Peak memory of the ops, measured in a fresh interpreter.
 
-The overhead is the peak of the resident set minus what was resident before the call minus the gradients that the caller asked
-for. VmHWM belongs to the process's own address space (ru_maxrss starts at the parent's peak), and it counts the whole run of
-the interpreter, so the overhead can only be overstated.
+The overhead is the peak of the resident set, minus the resident set before the call, minus the gradients that the caller needs.
+VmHWM belongs to the address space of the process (ru_maxrss starts at the parent's peak). It counts the whole run of the
+interpreter, so the overhead can only be overstated.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ ids = torch.randint(0, 128256, (2, 513))
 fused = sys.argv[1] == "fused"
 if fused:
     gem.fuse_lm_head(model)
-model(ids[:, :4])  # what the first forward loads
+model(ids[:, :4])  # the first forward loads libraries
 before = status("VmRSS")
 loss = model(ids, labels=ids, **({"fused_lm_head": True} if fused else {})).loss
 loss.backward()
@@ -82,9 +82,9 @@ print(status("VmHWM") - before)
 
 
 def overhead(path: str, threads: int = 1, script: str = SCRIPT) -> float:
-    """MiB that `script` needs at its peak: of SCRIPT beside inputs and gradients, at 1024 x 512 x 128256 in fp32.
+    """Return the MiB that `script` needs at its peak; SCRIPT: beside inputs and gradients, at 1024 x 512 x 128256 in fp32.
 
-    One thread: in a tile there is little to share, and on a busy machine two threads wait for each other (11 s became 116).
+    One thread: a tile has little work to share, and on a busy machine two threads wait for each other (11 s became 116).
     """
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
@@ -112,12 +112,12 @@ def test_no_logits_in_memory(path: str, limit: float) -> None:
 
 
 def test_what_it_would_cost_otherwise() -> None:
-    """The measurement sees what the plain way needs: the limits above are not met by a blind instrument."""
+    """The measurement sees the logits of plain PyTorch, so the limits above are not met by a blind instrument."""
     assert overhead("eager", threads=2) > 2048
 
 
 def test_a_training_step_of_a_fused_model_needs_a_third_at_most() -> None:
-    """A small body under 128k tokens of vocabulary, 1026 tokens, fp32: everything the step allocates, gradients included."""
+    """Everything the step allocates, gradients included: a small body, 128k tokens of vocabulary, 1026 tokens, fp32."""
     fused, plain = overhead("fused", script=STEP), overhead("plain", threads=2, script=STEP)
     assert plain > 1000  # two sets of logits at least: the instrument sees them
     assert fused <= plain / 3

@@ -1,7 +1,7 @@
-"""The rule of numerics.py: it passes right computations in whatever order they sum, and refuses wrong ones.
+"""The rule of numerics.py: it passes right computations in any order of their sums, and refuses wrong ones.
 
-How far the bound is from what eager PyTorch shows, as max bound / max error and, in brackets, norm of the bound / norm of the
-error (one thread, AVX-512; the ratio of two maxima is luck, that of two norms is not):
+Distance of the bound from the error of eager PyTorch, as max bound / max error and, in brackets, norm of the bound / norm of
+the error (one thread, AVX-512; the ratio of two maxima is luck, that of two norms is not):
 
     case                         logprob   entropy   lse       dhidden   dweight   dbias     da        db
     193 x 70 x 517, fp32         23 (10)   18 (13)   18 (11)   19 (9)    16 (4)    30 (7)    16 (6)    11 (4)
@@ -18,7 +18,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from numerics import STATS, TRANSFORMS, Case, assert_all_close, generator, make_case, make_upstream, run_linear
+from numerics import (
+    DIFFERENTIABLE,
+    STATS,
+    TRANSFORMS,
+    Case,
+    assert_all_close,
+    generator,
+    make_case,
+    make_upstream,
+    run_linear,
+)
 from op_bounds import linear_bounds
 from torch import Tensor
 
@@ -56,7 +66,7 @@ def one_by_one_shuffled(a: Tensor, b: Tensor) -> Tensor:
 
 
 def in_bf16(a: Tensor, b: Tensor) -> Tensor:
-    """The fault: what has been summed so far is kept in bf16."""
+    """Multiply with the fault: partial sums are kept in bf16."""
     total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.bfloat16)
     for x, y in zip(a.split(16, 1), b.split(16), strict=True):
         total = (total.float() + x @ y).bfloat16()
@@ -75,7 +85,7 @@ def compute(
     of_weight: Product = library,
     rounded: torch.dtype = torch.float32,
 ) -> dict[str, Tensor | None]:
-    """MATHS.md in fp32, for a head without softcap; each product as told, dz rounded to the operands' dtype as in a kernel."""
+    """Compute MATHS.md in fp32 with the given products, without softcap. As in kernels, dz has the operands' dtype."""
     h, w = case.hidden.float(), case.weight.float()
     z = of_logits(h, w.T)
     low = case.low_rank
@@ -92,8 +102,8 @@ def compute(
     d = z - maximum
     e = d.exp()
     total, weighted = of_logits(e, ones), of_logits(e * d.clamp(min=-1e30), ones)
-    stats = (d.gather(1, y) - total.log(), total.log() - weighted / total, maximum + total.log())
-    a, b, c = (upstream.get(name, torch.zeros(len(kept))).float()[:, None] * kept[:, None] for name in STATS)
+    stats = (d.gather(1, y) - total.log(), total.log() - weighted / total, maximum + total.log(), -total.log())
+    a, b, c = (upstream.get(name, torch.zeros(len(kept))).float()[:, None] * kept[:, None] for name in DIFFERENTIABLE)
     p = e / total
     dz = p * (c - a - b * (d - weighted / total))
     dz = (gain * dz.scatter_add(1, y, a)).to(case.weight.dtype).float()
@@ -127,7 +137,7 @@ def test_any_order_passes(product: Product, dtype: torch.dtype, peaky: float | N
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_compared_with_itself_passes(dtype: torch.dtype) -> None:
+def test_a_result_compared_with_itself_passes(dtype: torch.dtype) -> None:
     case, upstream = make_case(21, 20, 150, dtype=dtype), make_upstream(21)
     gold = run_linear(case.double(), "reference", upstream)
     leaves = case.tensors()
@@ -141,7 +151,7 @@ def test_what_is_compared_with_itself_passes(dtype: torch.dtype) -> None:
 
 
 def without_a_column(case: Case) -> Case:
-    """The last column of the vocabulary, which is no target, is left out."""
+    """Leave out the last column of the vocabulary, which is no target."""
     assert case.bias is not None
     return replace(case, bias=case.bias.index_fill(0, torch.tensor([case.bias.shape[0] - 1]), -torch.inf))
 
@@ -182,7 +192,7 @@ def test_a_fault_in_one_entry_is_named() -> None:
 
 
 def test_twice_the_rounding_everywhere_is_refused() -> None:
-    """Every entry of a bf16 gradient off by less than its own rounding, and all of them by most of it: the norm tells."""
+    """Every entry of a bf16 gradient is off by nearly its own rounding: the norm shows it."""
     case, upstream = make_case(193, 70, 517, dtype=torch.bfloat16), make_upstream(193)
     got, bounds = run_linear(case, "reference", upstream), linear_bounds(case, upstream)
     gold = run_linear(case.double(), "reference", upstream)
@@ -194,7 +204,7 @@ def test_twice_the_rounding_everywhere_is_refused() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_is_refused(value: float) -> None:
+def test_a_result_that_is_not_finite_is_refused(value: float) -> None:
     case, upstream = make_case(21, 20, 150), make_upstream(21)
     got = run_linear(case, "reference", upstream)
     assert got["dhidden"] is not None
@@ -217,7 +227,7 @@ def test_another_dtype_is_refused() -> None:
 @pytest.mark.parametrize("peaky", [None, 30.0], ids=["flat", "peaky"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_bound_is_near_what_eager_shows(dtype: torch.dtype, peaky: float | None) -> None:
-    """Of tensors, in norm: fp32 within 60 of it, and bf16 results within 3."""
+    """In norm, the bound of an fp32 result is below 60 errors of eager PyTorch, that of a bf16 result below 3."""
     case, upstream = make_case(193, 70, 517, dtype=dtype, peaky=peaky), make_upstream(193)
     gold, bounds = run_linear(case.double(), "reference", upstream), linear_bounds(case, upstream)
     for name, value in run_linear(case, "reference", upstream).items():

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from numerics import IMPLS, assert_all_close, generator
+from devices import each_case
+from numerics import IMPLS, assert_all_close, assert_same, generator
 from op_bounds import score_bounds, topm_bounds
 from torch import Tensor
 
@@ -17,31 +18,52 @@ from gem_kernels.compat import INTERPRETED
 
 pytestmark = pytest.mark.op("topm_mean")
 
+FUSED = [impl for impl in IMPLS if impl != "reference"]
+FP32 = torch.float32
+
 
 def offsets(lengths: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype)
 
 
 def run_topm(values: Tensor, cu_seqlens: Tensor, m: int | float, impl: str) -> dict[str, Tensor | None]:
-    """Means and dvalues for a random upstream gradient."""
+    """Return means and dvalues for a random upstream gradient."""
     leaf = values.detach().clone().requires_grad_()
     means = topm_mean(leaf, cu_seqlens, m, impl=impl)  # type: ignore[arg-type]
-    upstream = torch.randn(means.shape, generator=generator(2), dtype=torch.float64)
+    upstream = torch.randn(means.shape, generator=generator(2), dtype=torch.float64).to(values.device)
     if means.requires_grad:
         (means * upstream.to(means.dtype)).sum().backward()
     return {"means": means.detach(), "dvalues": leaf.grad}
 
 
 def check_topm(values: Tensor, cu_seqlens: Tensor, m: int | float, impl: str) -> None:
-    gold = run_topm(values.double(), cu_seqlens, m, "reference")
-    bounds = topm_bounds(values, cu_seqlens, m, gold["dvalues"])
-    assert_all_close(run_topm(values, cu_seqlens, m, impl), gold, bounds)
+    """Hold topm_mean by `impl` to the rule, and a second run to the same bits."""
+    gold, got = run_topm(values.double(), cu_seqlens, m, "reference"), run_topm(values, cu_seqlens, m, impl)
+    assert_all_close(got, gold, topm_bounds(values, cu_seqlens, m, gold["dvalues"]))
+    assert_same(run_topm(values, cu_seqlens, m, impl), got)
+
+
+def short_sequences(impl: str) -> tuple[Tensor, Tensor]:
+    """Draw values and cu_seqlens of sequences below 60 tokens; fewer for the interpreter, which is slow."""
+    g = generator(0)
+    lengths = torch.randint(0, 60, (12 if impl == "triton" else 70,), generator=g).tolist()
+    return torch.rand(sum(lengths), generator=g), offsets(lengths)
+
+
+def ragged(sequences: int, longest: int) -> tuple[Tensor, Tensor]:
+    """Draw values with many ties, and cu_seqlens: lengths 0, 1, 2 and `longest` are among them."""
+    g = generator(0)
+    lengths = torch.randint(0, 3 * longest // 10 + 2, (sequences,), generator=g)
+    lengths[:4] = torch.tensor([0, 1, 2, longest])
+    values = torch.randn(int(lengths.sum()), generator=g)
+    tied = torch.rand(values.shape, generator=g) < 0.3
+    return values.round().where(tied, values), offsets(lengths.tolist(), torch.int64)
 
 
 # --- topm_mean --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 def test_by_hand(impl: str) -> None:
     values = torch.tensor([1.0, 5.0, 3.0, 2.0, 7.0, -1.0, -3.0])
     cu = offsets([4, 0, 1, 2])
@@ -59,9 +81,9 @@ def test_by_hand(impl: str) -> None:
         torch.testing.assert_close(got, torch.tensor(want), msg=f"m={m}: {got.tolist()}, expected {want}")
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 def test_fraction_counts_are_those_of_exact_arithmetic(impl: str) -> None:
-    """m length is a float: 0.07 * 100 is 7.000000000000001, whose ceil is 8. What was meant is 7."""
+    """m length is a float: 0.07 * 100 is 7.000000000000001, whose ceil is 8. The count must be 7."""
     assert math.ceil(0.07 * 100) == 8
     for percent in (7, 57) if impl == "triton" else range(1, 101):  # the interpreter is slow
         lengths = [1, 3, 10, 20, 25, 30, 70, 75, 100, 300, 1100]
@@ -72,7 +94,7 @@ def test_fraction_counts_are_those_of_exact_arithmetic(impl: str) -> None:
         assert counts.round().int().tolist() == exact, f"m={percent / 100}"
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 @pytest.mark.usefixtures("small_tiles")
 def test_ties_go_by_position(impl: str) -> None:
     """Among equals the earlier token is selected, and gets the gradient."""
@@ -89,8 +111,7 @@ def test_ties_go_by_position(impl: str) -> None:
 SPECIAL = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, -math.nan, 1e-45, -1e-45, 3.4e38, -3.4e38]
 
 
-@pytest.mark.parametrize("m", [1, 2, 7, 0.3])
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case(m=[1, 2, 7, 0.3])
 @pytest.mark.usefixtures("small_tiles")
 def test_selects_what_a_stable_sort_selects(impl: str, m: int | float) -> None:
     """Ties, signs, both zeros, denormals, infinities and NaN; one token, none, and lengths around a block's."""
@@ -116,7 +137,7 @@ def test_selects_what_a_stable_sort_selects(impl: str, m: int | float) -> None:
     assert torch.equal(leaf.grad, dvalues)
 
 
-@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
+@each_case(impl=FUSED)
 def test_the_same_input_gives_the_same_bits(impl: str) -> None:
     values, cu = torch.randn(120), offsets([70, 0, 50])
     branch, answer = spans((0, 100), (40, 60), (0, 100)), spans((50, 120), (100, 110), (3, 4))
@@ -132,18 +153,25 @@ def test_the_same_input_gives_the_same_bits(impl: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("m", [1, 3, 1000, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case(
+    m=[1, 3, 1000, 0.1, 0.5, 1.0],
+    dtype=[FP32, torch.bfloat16, torch.float16],
+    draw={"short": short_sequences},
+    gpu={"m": [1, 7, 0.1, 1.0], "dtype": [FP32], "draw": {"long": lambda impl: ragged(60, 5000)}},
+)
 @pytest.mark.usefixtures("small_tiles")
-def test_matches_gold(impl: str, m: int | float, dtype: torch.dtype) -> None:
-    g = generator(0)
-    lengths = torch.randint(0, 60, (12 if impl == "triton" else 70,), generator=g).tolist()
-    values = torch.rand(sum(lengths), generator=g).to(dtype)
-    check_topm(values, offsets(lengths), m, impl)
+def test_matches_gold(
+    impl: str,
+    m: int | float,
+    dtype: torch.dtype,
+    draw: Callable[[str], tuple[Tensor, Tensor]],
+    device: torch.device,
+) -> None:
+    values, cu = draw(impl)
+    check_topm(values.to(device, dtype), cu.to(device), m, impl)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 def test_thousands_of_short_sequences_and_a_long_one(impl: str) -> None:
     g = generator(0)
     short, long = (150, 5_000) if impl == "triton" else (1500, 100_000)
@@ -152,7 +180,7 @@ def test_thousands_of_short_sequences_and_a_long_one(impl: str) -> None:
 
 
 def test_short_sequences_do_not_wait_for_a_long_one() -> None:
-    """Rows are padded to the longest of their own bucket: one long sequence must not make every short one a bucket."""
+    """Rows are padded to the longest of their bucket: one long sequence must not make every short one a bucket."""
     from gem_kernels.scoring.chunked import plan_buckets
 
     lengths, counts = [20] * 3000 + [29] * 2000 + [100_000], [2] * 3000 + [3] * 2000 + [3]
@@ -166,7 +194,7 @@ def test_short_sequences_do_not_wait_for_a_long_one() -> None:
     assert not list(plan_buckets([], [], block=100))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 @pytest.mark.usefixtures("small_tiles")
 def test_not_a_number_and_infinity_stay_in_their_sequence(impl: str) -> None:
     values = torch.tensor([1.0, math.nan, 3.0, 4.0, 5.0, -math.inf, 6.0, -math.inf, math.inf, 0.0])
@@ -177,13 +205,13 @@ def test_not_a_number_and_infinity_stay_in_their_sequence(impl: str) -> None:
     assert both[1:] == [4.5, -math.inf, -math.inf, math.inf]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 def test_nothing(impl: str) -> None:
     assert topm_mean(torch.zeros(0), offsets([]), 1, impl=impl).shape == (0,)  # type: ignore[arg-type]
     assert topm_mean(torch.zeros(0), offsets([0, 0]), 0.5, impl=impl).tolist() == [0.0, 0.0]  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 def test_values_are_left_alone_and_may_be_strided(impl: str) -> None:
     values = torch.rand(40)
     strided = torch.stack((values, torch.full_like(values, math.nan)), 1)[:, 0]
@@ -199,7 +227,7 @@ def test_reference_gradcheck(m: int | float) -> None:
     assert torch.autograd.gradcheck(lambda v: topm_mean(v, offsets([7, 0, 1, 7]), m, impl="reference"), values)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 def test_gradient_only_where_wanted(impl: str) -> None:
     values = torch.rand(9)
     assert not topm_mean(values, offsets([9]), 2, impl=impl).requires_grad  # type: ignore[arg-type]
@@ -215,8 +243,7 @@ def spans(*pairs: tuple[int, int], dtype: torch.dtype = torch.int32) -> Tensor:
 
 
 @pytest.mark.op("gem_score")
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case(dtype=[torch.int32, torch.int64])
 def test_score_by_hand(impl: str, dtype: torch.dtype) -> None:
     """Two candidates; tokens 4 (the marker), 7 (end of sequence) and 12 are in neither span and count nowhere."""
     entropy = torch.tensor([0.1, 2.0, 0.3, 1.0, 99.0, 0.2, 0.4, 99.0, 3.0, 1.0, 0.5, 0.7, 99.0])
@@ -234,9 +261,9 @@ def test_score_by_hand(impl: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.op("gem_score")
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 def test_empty_spans(impl: str) -> None:
-    """No reasoning is no bonus; no answer is no score. Neither touches the neighbours, wherever the empty span points."""
+    """No reasoning: no bonus. No answer: no score. Neither touches its neighbours, wherever the empty span points."""
     entropy = torch.tensor([1.0, 2.0, 3.0])
     branch, answer = spans((0, 0), (0, 2), (3, 3), (0, 1)), spans((0, 2), (3, 3), (1, 1), (2, 3))
     out = gem_score(entropy, branch, answer, impl=impl)  # type: ignore[arg-type]
@@ -247,20 +274,36 @@ def test_empty_spans(impl: str) -> None:
     assert all(t.shape == (0,) for t in none)
 
 
-@pytest.mark.op("gem_score")
-@pytest.mark.parametrize("m", [0.1, 3])
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.usefixtures("small_tiles")
-def test_score_matches_gold(impl: str, m: int | float) -> None:
-    """Ragged, unordered, overlapping and shared spans, with the gradient through both terms."""
+def overlapping(impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw entropies, branch and answer spans: ragged, unordered, overlapping, one over all tokens, two identical."""
     g = generator(0)
     n, s = (150, 12) if impl == "triton" else (700, 60)
     entropy = torch.rand(n, generator=g) * 5
     branch, answer = (torch.randint(0, n + 1, (s, 2), generator=g).sort(1).values.int() for _ in range(2))
-    branch[:4] = torch.tensor([[0, n], [n // 3, n // 2], [n // 3, n // 2], [0, 1]])  # one over all, two identical
+    branch[:4] = torch.tensor([[0, n], [n // 3, n // 2], [n // 3, n // 2], [0, 1]])
     answer[:, 1] = (answer[:, 1] + 1).clamp(max=n)
     answer[:, 0] = torch.minimum(answer[:, 0], answer[:, 1] - 1)
-    upstream = torch.randn(3, s, generator=g, dtype=torch.float64)
+    return entropy, branch, answer
+
+
+def one_after_another(impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw sequences up to 3000 tokens; the last third of each is its answer. Empty answers, which score NaN, are left out."""
+    values, cu = ragged(200, 3000)
+    third = cu[:-1] + cu.diff() * 2 // 3
+    branch, answer = torch.stack((cu[:-1], third), 1).int(), torch.stack((third, cu[1:]), 1).int()
+    kept = answer[:, 1] > answer[:, 0]
+    return values.abs(), branch[kept], answer[kept]
+
+
+@pytest.mark.op("gem_score")
+@each_case(m=[0.1, 3], draw=[overlapping], gpu={"m": [0.1, 5], "draw": [one_after_another]})
+@pytest.mark.usefixtures("small_tiles")
+def test_score_matches_gold(
+    impl: str, m: int | float, draw: Callable[[str], tuple[Tensor, Tensor, Tensor]], device: torch.device
+) -> None:
+    """The score, both entropies, and the gradient through both terms."""
+    entropy, branch, answer = (t.to(device) for t in draw(impl))
+    upstream = torch.randn(3, branch.shape[0], generator=generator(1), dtype=torch.float64).to(device)
 
     def run(values: Tensor, which: str) -> dict[str, Tensor]:
         leaf = values.clone().requires_grad_()
@@ -274,7 +317,7 @@ def test_score_matches_gold(impl: str, m: int | float) -> None:
 
 
 @pytest.mark.op("gem_score")
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 def test_nan_stays_with_its_candidate(impl: str) -> None:
     entropy = torch.tensor([1.0, 2.0, math.nan, 1.0, 5.0, math.nan])
     branch, answer = spans((0, 1), (2, 3), (3, 4)), spans((1, 2), (3, 4), (4, 5))
@@ -284,7 +327,7 @@ def test_nan_stays_with_its_candidate(impl: str) -> None:
 
 
 @pytest.mark.op("gem_score")
-@pytest.mark.parametrize("impl", IMPLS)
+@each_case()
 def test_score_of_narrow_values_is_computed_in_fp32(impl: str) -> None:
     entropy = (torch.rand(4000) * 5).bfloat16()
     branch, answer = spans((0, 3000)), spans((3000, 4000))
@@ -328,8 +371,7 @@ def topm_and_score(values: Tensor, cu: Tensor, branch: Tensor, answer: Tensor, i
     return (means * means).sum() + (out.score * out.final_entropy).sum() + out.branch_entropy.sum()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
+@each_case(impl=FUSED, dtype=[FP32, torch.bfloat16])
 def test_compiles_to_one_graph_with_the_same_numbers(impl: str, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(topm_and_score, fullgraph=True, backend="aot_eager")
@@ -346,7 +388,7 @@ def test_compiles_to_one_graph_with_the_same_numbers(impl: str, dtype: torch.dty
         assert torch.equal(got, eager) and torch.equal(dgot, deager)
 
 
-@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl != "reference"])
+@each_case(impl=FUSED)
 def test_operators_keep_the_rules_of_torch(impl: str) -> None:
     """Schemas, fake implementations and gradients; a second derivative is refused, not silently zero."""
     values, counts = torch.rand(20, requires_grad=True), torch.tensor([2, 1, 4])

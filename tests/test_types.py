@@ -18,8 +18,8 @@ def test_public_names_exist() -> None:
 
 
 def test_field_order_is_part_of_the_api() -> None:
-    assert TokenStats._fields == ("logprob", "entropy", "lse")
-    assert GroupLoss._fields == ("loss", "stats", "dropped_mass")
+    assert TokenStats._fields == ("logprob", "entropy", "lse", "max_logprob")
+    assert GroupLoss._fields == ("loss", "stats")
     assert Score._fields == ("score", "final_entropy", "branch_entropy")
     assert IGNORE_INDEX == -100 == torch.nn.CrossEntropyLoss().ignore_index
 
@@ -33,7 +33,7 @@ def test_transform_is_a_frozen_value() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("targets", [[0, 1], [-100, 1], [-100, -100]], ids=str)
-def test_one_result_type_whatever_is_asked(dtype: torch.dtype, targets: list[int]) -> None:
+def test_one_result_type_for_every_input(dtype: torch.dtype, targets: list[int]) -> None:
     stats = linear_logprob_entropy(torch.ones(2, 3).to(dtype), torch.ones(4, 3).to(dtype), torch.tensor(targets))
     assert isinstance(stats, TokenStats)
     want = torch.float64 if dtype == torch.float64 else torch.float32

@@ -18,20 +18,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gem_kernels import compat, vocab_parallel
-from gem_kernels.inputs import Kept
-from gem_kernels.streaming import (
-    Gradients,
-    LogitGradient,
-    LogitTiles,
-    OnlineStats,
-    Transform,
-    accumulate_gradients,
-    padded,
-    statistics,
-)
-from gem_kernels.tiles import slab_bytes
-from gem_kernels.types import Operands, TokenStats, Upstream
+from gem_kernels import compat
+from gem_kernels.gradients import Gradients
+from gem_kernels.logit_tiles import LogitTiles
+from gem_kernels.operands import Operands, Upstream
+from gem_kernels.ranks import merge_ranks_
+from gem_kernels.softmax import RowGradient, Transform
+from gem_kernels.tiles import padded, slab_bytes
+from gem_kernels.tokens import Kept
+from gem_kernels.types import TokenStats
 
 
 class Slab(NamedTuple):
@@ -44,7 +39,10 @@ class Slab(NamedTuple):
 
 
 def plan_slabs(row_offsets: Sequence[int], rows: int) -> list[Slab]:
-    """Greedy: as many whole groups as fit into `rows`, at least one. row_offsets (B+1,): the kept tokens' group offsets."""
+    """Fill each slab with as many whole groups as fit into `rows`, at least one.
+
+    row_offsets (B+1,): offsets of the groups into the kept tokens.
+    """
     slabs, first = [], 0
     last_group = len(row_offsets) - 1
     while first < last_group:
@@ -58,13 +56,12 @@ class _Logits:
     """A slab's statistics and, with a cache, its fp32 logits, tile by tile."""
 
     def __init__(self, x: Operands, targets: Tensor, transform: Transform, cache: Tensor | None, ranks: str) -> None:
-        self.tiles, self.cache = LogitTiles(x, transform), cache
-        self.online: OnlineStats = statistics(self.tiles, targets, self.cache)
-        vocab_parallel.merge_(self.online, ranks)
+        self.tiles = LogitTiles(x, transform, cache)
+        self.state = self.tiles.statistics(targets)
+        merge_ranks_(self.state, ranks)
 
     def backward(self, upstream: Upstream, into: Gradients, first_row: int) -> None:
-        gradient = LogitGradient.of(self.online, upstream, self.tiles.transform)
-        accumulate_gradients(self.tiles, gradient, into, first_row, self.cache)
+        into.accumulate(self.tiles, RowGradient.of(self.state, upstream, self.tiles.transform), first_row)
 
 
 def forward_backward(
@@ -79,10 +76,11 @@ def forward_backward(
     ranks: str,
     columns: int,
 ) -> tuple[Tensor, TokenStats, list[Tensor | None]]:
-    """(loss, statistics of all M tokens, gradients of (hidden, weight, bias, a, b)) for x and targets of all M tokens.
+    """Return the loss, the statistics of all M tokens, and the gradients of (hidden, weight, bias, a, b).
 
-    loss_and_upstream: the statistics of one group -> its loss and dloss/dstatistics.
-    columns: what a slab is planned for, the same on all ranks, as they meet once in a slab; cached is what fits each of them.
+    loss_and_upstream: maps the statistics of one group to its loss and dloss/dstatistics.
+    columns: the vocabulary for which slabs are planned. It is the same on all ranks, because they exchange once in a slab; each
+        rank caches the slabs that fit its own rows.
     """
     # Leaving tokens out costs a read-back, and there are none in a captured graph; the groups' offsets were read back anyway.
     static = targets.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -115,7 +113,7 @@ def forward_backward(
             logits: _Logits | Exponentials = Exponentials(part, my_targets[rows], transform, own, ranks)
         else:
             logits = _Logits(part, my_targets[rows], transform, own, ranks)
-        for full, values in zip(stats, logits.online.finish(), strict=True):
+        for full, values in zip(stats, logits.state.finish(), strict=True):
             full[tokens] = in_slab.put(values)
 
         upstreams = []
@@ -131,7 +129,7 @@ def forward_backward(
 
 
 def _concatenate(upstreams: Sequence[Upstream], cu_groups: Sequence[int], first: int) -> Upstream:
-    """The groups' upstream gradients in a row; None for a statistic that no loss of the slab looked at."""
+    """Concatenate the groups' upstream gradients; None for a statistic that no loss of the slab depends on."""
     lengths = [cu_groups[first + i + 1] - cu_groups[first + i] for i in range(len(upstreams))]
     columns = []
     for of_groups in zip(*upstreams, strict=True):

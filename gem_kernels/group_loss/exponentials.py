@@ -1,8 +1,8 @@
-"""The cache of a slab in bf16: e^(z - reference) of every token and vocabulary entry, written while z is still in the cache.
+"""The cache of a slab in bf16: e^(z - reference) of every token and vocabulary entry, written while z is in the level-2 cache.
 
 For a loss of log-probabilities alone (SEGA, DPO, GRPO), dL/dz_n is a number times the cached row, once the target's entry is
 corrected. That number goes into the hidden states of dweight = cache^T (number hidden) and onto the rows of dhidden = number
-(cache W), so that nothing passes over N x V any more: it is read by the two GEMMs and that is all.
+(cache W), so that nothing passes over N x V any more but the two GEMMs that read it.
 
 A loss that differentiates the entropy needs log p, which rounded exponentials give only to 2^-9: where log p + H is small, dz
 would lose its digits. It recomputes the logits in tiles (8NDV), and so does one of lse. With a softcap, whose slope needs z
@@ -16,38 +16,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gem_kernels import compat, vocab_parallel
-from gem_kernels.primitives import FLOOR, LOWEST, online_update, pick_target
-from gem_kernels.row_kernels import Rows
-from gem_kernels.streaming import (
-    Gradients,
-    LogitGradient,
-    LogitTiles,
-    OnlineStats,
-    Transform,
-    accumulate_gradients,
-    matrix,
-    ranges,
-)
-from gem_kernels.types import Operands, Upstream
+from gem_kernels import compat
+from gem_kernels.gradients import Gradients
+from gem_kernels.logit_tiles import LogitTiles
+from gem_kernels.operands import Operands, Upstream
+from gem_kernels.primitives import FLOOR, fresh_state, load_state, store_state, update_state
+from gem_kernels.ranks import merge_ranks_
+from gem_kernels.rows_triton import Rows
+from gem_kernels.softmax import RowGradient, State, Transform
+from gem_kernels.tiles import matrix, ranges
 
 # A row of cached exponentials is rescaled when its maximum has risen this far above the reference: far from the end of
 # bf16's range (e^88), far above what a trained model does.
 _MAX_GAP = tl.constexpr(60.0)
 
 
-@triton.jit(do_not_specialize=["n_rows", "stride_online"])
+@triton.jit(do_not_specialize=["n_rows", "stride_state"])
 def _row_exponentials_kernel(
     z_ptr,  # (N, C) fp32
     bias_ptr,  # (C,)
     targets_ptr,  # (N,)
-    online_ptr,  # (4, N)
+    state_ptr,  # (STATE, N)
     reference_ptr,  # (N,) fp32
     cache_ptr,  # (N, V)
     n_rows,
     n_cols,
     first_col,
-    stride_online,
+    stride_state,
     stride_z_n,
     stride_cache_n,
     gain,
@@ -59,18 +54,12 @@ def _row_exponentials_kernel(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < n_rows
     targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
-    online = online_ptr + rows.to(tl.int64)
+    state_rows = state_ptr + rows.to(tl.int64)
     if FRESH:
-        maximum = tl.full((BLOCK_N,), LOWEST, tl.float32)
-        total = tl.zeros((BLOCK_N,), tl.float32)
-        weighted = tl.zeros((BLOCK_N,), tl.float32)
-        target_logit = tl.full((BLOCK_N,), float("nan"), tl.float32)
-        reference = maximum
+        state = fresh_state(BLOCK_N)
+        reference = state[0]
     else:
-        maximum = tl.load(online, mask=inside, other=0.0)
-        total = tl.load(online + stride_online, mask=inside, other=1.0)
-        weighted = tl.load(online + 2 * stride_online, mask=inside, other=0.0)
-        target_logit = tl.load(online + 3 * stride_online, mask=inside, other=0.0)
+        state = load_state(state_rows, stride_state, inside)
         reference = tl.load(reference_ptr + rows, mask=inside, other=0.0)
     base = z_ptr + rows.to(tl.int64) * stride_z_n
     cache = cache_ptr + rows.to(tl.int64) * stride_cache_n
@@ -82,8 +71,8 @@ def _row_exponentials_kernel(
             z += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
         z = tl.where(mask, z * gain, float("-inf"))
         width = tl.minimum(BLOCK_V, n_cols - start)
-        target_logit = pick_target(target_logit, z, targets, first_col + cols, first_col + start, width)
-        maximum, total, weighted, exps = online_update(maximum, total, weighted, z)
+        state = update_state(state, z, targets, first_col + cols, first_col + start, width)
+        maximum = state[0]
         if FRESH and start == 0:
             reference = maximum
         outgrown = maximum - reference > _MAX_GAP
@@ -98,25 +87,23 @@ def _row_exponentials_kernel(
                 old *= factor[:, None]
                 tl.store(cache[:, None] + old_cols[None, :], old.to(cache_ptr.dtype.element_ty), mask=old_mask)
             tl.debug_barrier()
-        exps *= tl.exp(maximum - reference)[:, None]
+        # The sums contain e^(z - maximum) already, so the compiler computes that factor once.
+        exps = tl.exp(z - maximum[:, None]) * tl.exp(maximum - reference)[:, None]
         tl.store(cache[:, None] + (first_col + cols)[None, :], exps.to(cache_ptr.dtype.element_ty), mask=mask)
-    tl.store(online, maximum, mask=inside)
-    tl.store(online + stride_online, total, mask=inside)
-    tl.store(online + 2 * stride_online, weighted, mask=inside)
-    tl.store(online + 3 * stride_online, target_logit, mask=inside)
+    store_state(state_rows, stride_state, state, inside)
     tl.store(reference_ptr + rows, reference, mask=inside)
 
 
 def cache_exponentials(
     z: Tensor,
     bias: Tensor | None,
-    online: OnlineStats,
+    state: State,
     reference: Tensor,
     cache: Tensor,
     first_col: int,
     transform: Transform,
 ) -> None:
-    """`update_statistics`, and cache[:, first_col:][:, :C] = e^(z - reference) in the same read of z (N, C).
+    """Do rows_triton.update and write e^(z - reference) to cache[:, first_col:][:, :C] in the same read of z (N, C).
 
     reference (N,): near the row's maximum, at most _MAX_GAP below it, and the same for all columns of the cache (N, V) bf16,
     whose range is fp32's: so the cached row times one number is the row's softmax.
@@ -129,14 +116,14 @@ def cache_exponentials(
         rows.grid,
         z,
         bias if bias is not None else z,
-        online.targets,
-        online.values,
+        state.targets,
+        state.values,
         reference,
         cache,
         rows.n_rows,
         rows.n_cols,
         first_col,
-        online.values.stride(0),
+        state.values.stride(0),
         z.stride(0),
         cache.stride(0),
         transform.gain,
@@ -173,13 +160,13 @@ def _follow_maximum_kernel(
         tl.store(reference_ptr + rows, maximum, mask=outgrown)
 
 
-def follow_maximum_(cache: Tensor, reference: Tensor, online: OnlineStats) -> None:
-    """Where the maximum, now that of all ranks, has risen far above the reference: bring cache and reference to it.
+def follow_maximum_(cache: Tensor, reference: Tensor, state: State) -> None:
+    """Rescale cache and reference to the maximum where that, now of all ranks, is far above the reference.
 
-    Else the target's entry, which is of the size of e^(maximum - reference), could leave the range of bf16.
+    Otherwise the target's entry, which is of the size of e^(maximum - reference), could leave the range of bf16.
     """
     rows = Rows(cache)
-    arguments = (cache, online.values[0], reference, rows.n_rows, rows.n_cols, cache.stride(0))
+    arguments = (cache, state.values[0], reference, rows.n_rows, rows.n_cols, cache.stride(0))
     compat.launch(_follow_maximum_kernel, rows.grid, *arguments, **rows.blocks)
 
 
@@ -202,17 +189,17 @@ def _fold_target_kernel(
     tl.store(at, entry.to(cache_ptr.dtype.element_ty), mask=inside & (targets >= 0) & (targets < n_cols))
 
 
-def fold_target_(cache: Tensor, reference: Tensor, online: OnlineStats, gradient: LogitGradient) -> Tensor:
+def fold_target_(cache: Tensor, reference: Tensor, state: State, gradient: RowGradient) -> Tensor:
     """Make dL/dz_n = coefficient_n cache_n for a loss of log-probs alone, without a pass over the cache (N, V).
 
     dz = -a gain (p - 1[y]) = coefficient (e^(z - reference) - 1[y] s e^(m - reference)): the target's entry alone changes, to
     (p_y - 1) s e^(m - reference) = expm1(log p_y) ..., which keeps its digits. Returns the coefficient (N,).
     """
     (n, v), block = cache.shape, 128
-    rescale = (online.values[0] - reference).exp()
-    entry = online.finish().logprob.expm1() * online.values[1] * rescale
+    rescale = (state.values[0] - reference).exp()
+    entry = state.finish().logprob.expm1() * state.values[1] * rescale
     grid = (triton.cdiv(n, block),)
-    compat.launch(_fold_target_kernel, grid, cache, online.targets, entry, n, v, cache.stride(0), BLOCK=block)
+    compat.launch(_fold_target_kernel, grid, cache, state.targets, entry, n, v, cache.stride(0), BLOCK=block)
     return gradient.constant / rescale
 
 
@@ -220,25 +207,25 @@ class Exponentials:
     """A slab's statistics and its cached exponentials (R, V), in a buffer of R padded(V) elements or more."""
 
     def __init__(self, x: Operands, targets: Tensor, transform: Transform, cache: Tensor, ranks: str) -> None:
-        self.tiles, self.online = LogitTiles(x, transform), OnlineStats.start(targets)
+        self.tiles, self.state = LogitTiles(x, transform), State.fresh(targets)
         n, v = x.hidden.shape[0], x.weight.shape[0]
         self.reference = torch.empty(n, dtype=torch.float32, device=targets.device)
         self.cache = matrix(cache, n, v)
         for cols, part in self.tiles.columns():
             for rows in self.tiles.rows():
-                z, online = self.tiles.tile(rows, part), self.online.rows(rows)
-                cache_exponentials(z, part.bias, online, self.reference[rows], self.cache[rows], cols.start, transform)
+                z, state = self.tiles.tile(rows, part), self.state.rows(rows)
+                cache_exponentials(z, part.bias, state, self.reference[rows], self.cache[rows], cols.start, transform)
         if ranks:
-            vocab_parallel.merge_(self.online, ranks)
-            follow_maximum_(self.cache, self.reference, self.online)
+            merge_ranks_(self.state, ranks)
+            follow_maximum_(self.cache, self.reference, self.state)
 
     def backward(self, upstream: Upstream, into: Gradients, first_row: int) -> None:
         tiles = self.tiles
-        gradient = LogitGradient.of(self.online, upstream, tiles.transform)
-        if upstream.entropy is not None or upstream.lse is not None:
-            accumulate_gradients(tiles, gradient, into, first_row)
+        gradient = RowGradient.of(self.state, upstream, tiles.transform)
+        if any(g is not None for g in upstream[1:]):  # of more than log-probabilities
+            into.accumulate(tiles, gradient, first_row)
             return
-        coefficient = fold_target_(self.cache, self.reference, self.online, gradient)[:, None]
+        coefficient = fold_target_(self.cache, self.reference, self.state, gradient)[:, None]
         hidden = (tiles.x.hidden * coefficient).to(tiles.x.hidden.dtype)  # fp32 times bf16, then rounded once
         low_hidden = None if tiles.low_hidden is None else tiles.low_hidden * coefficient
         rows = slice(first_row, first_row + self.cache.shape[0])

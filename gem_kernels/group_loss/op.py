@@ -11,21 +11,22 @@ from torch import Tensor
 
 from gem_kernels.autograd import define_operator, first_order_only
 from gem_kernels.dispatch import choose_impl, implementation
+from gem_kernels.group_loss import reference
 from gem_kernels.inputs import LinearInputs, autocast_off, linear_inputs
-from gem_kernels.linear_logprob.op import N_OPERANDS, OPERATOR_ARGUMENTS, RANKS, linear_logprob_entropy
-from gem_kernels.streaming import Transform, padded
-from gem_kernels.tiles import slab_bytes
-from gem_kernels.types import (
-    IGNORE_INDEX,
-    GroupLoss,
-    Impl,
-    LogitTransform,
-    LowRank,
+from gem_kernels.linear_logprob.reference import linear_logprob_entropy as reference_statistics
+from gem_kernels.operands import (
+    N_OPERANDS,
+    N_STATS,
+    OPERAND_ARGUMENTS,
+    RANKS,
+    STATS_RESULTS,
     Operands,
-    TokenStats,
     Upstream,
-    VocabShard,
+    differentiable,
 )
+from gem_kernels.softmax import Transform
+from gem_kernels.tiles import padded, slab_bytes
+from gem_kernels.types import IGNORE_INDEX, GroupLoss, Impl, LogitTransform, LowRank, TokenStats, VocabShard
 from gem_kernels.validation import check_cache_bytes, check_offsets, check_seq_weight
 
 LossFn = Callable[[TokenStats, int], Tensor]
@@ -56,13 +57,14 @@ def linear_group_loss(
         loss = sum(loss_fn(TokenStats(*(s[cu_groups[g]:cu_groups[g + 1]] for s in stats)), g) for g in range(B))
 
     but a group's logits are still at hand when its gradient is due, so that the logits GEMM is not done twice. The weights
-    inside loss_fn may depend on the entropies of this very pass: detach what is a weight, leave what is a term.
+    inside loss_fn may depend on the entropies of this very pass: detach what is used as a weight, keep what is differentiated.
 
     Args:
         hidden, weight, targets, bias, transform, low_rank, ignore_index: as for `linear_logprob_entropy`.
         cu_groups: (B+1,) int32 or int64, offsets of the groups into the (flattened) tokens, strictly rising from 0.
         loss_fn: (TokenStats of one group, each (tokens of the group,), group index) -> scalar. Called once per group, in
-            order. Its gradient reaches the statistics only: a loss_fn that uses other tensors with a gradient is refused.
+            order. Its gradient reaches logprob, entropy and lse (max_logprob is a constant): a loss_fn that uses other tensors
+            with a gradient is refused.
         cache_bytes: logits kept between forward and backward, in bytes, > 0; a group that needs more is recomputed in
             tiles (8NDV FLOP in place of 6NDV). bf16 on CUDA takes 2 bytes a logit, and is recomputed too where loss_fn
             differentiates entropy or lse; the rest takes 4. Small groups share it, on a CPU up to 256 MiB at a time.
@@ -73,7 +75,7 @@ def linear_group_loss(
             planned for an even share of the vocabulary; a rank that holds more may have to recompute.
 
     Returns:
-        GroupLoss(loss, stats, dropped_mass): scalar loss; statistics of every token, detached; None (exact backward).
+        GroupLoss(loss, stats): scalar loss; statistics of every token, detached.
         The gradients exist when this returns, in the dtype of their inputs (so in fp16 scale the loss inside loss_fn, not
         behind it), and backward hands them over: it can run once.
 
@@ -109,8 +111,6 @@ def _linear_group_loss(
     check_cache_bytes(cache_bytes)
     chosen = choose_impl("linear_group_loss", impl, inputs.operands.hidden)
     if chosen == "reference":
-        from gem_kernels.group_loss import reference
-
         stats = _reference_statistics(inputs, transform)
         loss = reference.linear_group_loss(stats, cu_groups, partial(_scalar_loss, loss_fn))
         return GroupLoss(loss, TokenStats(*inputs.expand(s.detach() for s in stats)))
@@ -162,7 +162,7 @@ def sega_loss(
         is too long for it: always 6NDV FLOP, 4NDV with a frozen head.
 
     Returns:
-        GroupLoss(loss, stats, dropped_mass), as `linear_group_loss`.
+        GroupLoss(loss, stats), as `linear_group_loss`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -194,29 +194,21 @@ def sega_loss(
             ranks=inputs.ranks,
             columns=inputs.columns,
         )
-    return GroupLoss(loss, TokenStats(*inputs.expand(results[:3])))
+    return GroupLoss(loss, TokenStats(*inputs.expand(results[:N_STATS])))
 
 
 def _reference_statistics(inputs: LinearInputs, transform: LogitTransform) -> TokenStats:
-    """Of the flattened tokens and the whole vocabulary, with their graph."""
+    """Return the statistics (M,) of the flattened tokens over the whole vocabulary, with their graph."""
     x, targets, ignore_index, *_ = inputs.whole()
-    return linear_logprob_entropy(
-        x.hidden,
-        x.weight,
-        targets,
-        bias=x.bias,
-        transform=transform,
-        low_rank=x.low_rank,
-        ignore_index=ignore_index,
-        impl="reference",
-    )
+    with autocast_off(x.hidden):
+        return reference_statistics(x.hidden, x.weight, targets, x.bias, transform, x.low_rank, ignore_index)
 
 
 # --- sega_loss as a torch operator, which torch.compile keeps in its graph -----------------------------------------------
 
 
 def _forward(*args: Any, ranks: str = "", columns: int = 0) -> tuple[Tensor, ...]:
-    """-Σ token_weight logprob, the statistics, and the gradients of the loss (empty where not needed)."""
+    """Return -Σ token_weight logprob, the statistics, and the gradients of the loss (empty where not needed)."""
     *operands, targets, gain, limit, softcap, ignore_index, impl, token_weight, cache_bytes, needed = args
     x, total = Operands.unflatten(*operands), targets.shape[0]
     columns = columns or x.weight.shape[0]
@@ -226,7 +218,7 @@ def _forward(*args: Any, ranks: str = "", columns: int = 0) -> tuple[Tensor, ...
 
     def piece_loss(stats: TokenStats, piece: int) -> tuple[Tensor, Upstream]:
         weights = token_weight[pieces[piece] : pieces[piece + 1]]
-        return -(weights * stats.logprob).sum(), Upstream(-weights, None, None)
+        return -(weights * stats.logprob).sum(), Upstream(logprob=-weights)
 
     loss, stats, grads = implementation("group_loss", impl).forward_backward(
         x,
@@ -261,11 +253,13 @@ def _setup_context(
     ctx.needed, ctx.n_inputs = inputs[-1], len(inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.gradients = output[4:]
+    ctx.gradients = output[1 + N_STATS :]
 
 
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():  # create_graph=True: the gradients are constants by now, and would pass for that
+    if (
+        torch.is_grad_enabled()
+    ):  # create_graph=True: they were computed in forward and have no graph, so a second derivative would silently be 0
         raise RuntimeError("sega_loss: second-order gradients are not implemented")
     grads = _hand_over(
         ctx, [g if need else None for g, need in zip(ctx.gradients or (), ctx.needed, strict=False)], grad_loss
@@ -275,9 +269,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Te
 
 weighted_logprob = define_operator(
     "weighted_logprob",
-    f"({OPERATOR_ARGUMENTS}, Tensor token_weight, int cache_bytes, bool[] needed, {RANKS}, int columns=0) -> "
-    "(Tensor loss, Tensor logprob, Tensor entropy, Tensor lse, Tensor hidden, Tensor weight, Tensor bias, Tensor low_a, "
-    "Tensor low_b)",
+    f"({OPERAND_ARGUMENTS}, Tensor token_weight, int cache_bytes, bool[] needed, {RANKS}, int columns=0) -> "
+    f"(Tensor loss, {STATS_RESULTS}, Tensor hidden, Tensor weight, Tensor bias, Tensor low_a, Tensor low_b)",
     _forward,
     _forward_fake,
     _backward,
@@ -286,7 +279,10 @@ weighted_logprob = define_operator(
 
 
 def _hand_over(ctx: Any, gradients: Sequence[Tensor | None], grad_loss: Tensor | None) -> list[Tensor | None]:
-    """The gradients made in forward, times that of the loss. Not copied: that keeps one dweight in memory, so once."""
+    """Return the gradients made in forward, scaled in place by the gradient of the loss.
+
+    In place, so that only one dweight exists; backward can therefore run once.
+    """
     if ctx.gradients is None:
         raise RuntimeError("backward of a group loss ran before; its gradients were handed over, call the op again")
     ctx.gradients = None
@@ -334,18 +330,19 @@ def _scalar_loss(loss_fn: LossFn, stats: TokenStats, group: int) -> Tensor:
 
 
 def _differentiate(loss_fn: LossFn, stats: TokenStats, group: int, need_grad: bool) -> tuple[Tensor, Upstream]:
-    """loss_fn's value and its gradient with respect to the group's statistics."""
+    """Return loss_fn's value and its gradient with respect to the group's statistics."""
     with torch.set_grad_enabled(need_grad):
-        leaves = TokenStats(*(s.detach().requires_grad_(need_grad) for s in stats))
+        leaves = TokenStats(*(s.detach() for s in stats))
+        inputs = [s.requires_grad_(need_grad) for s in differentiable(leaves)]
         loss = _scalar_loss(loss_fn, leaves, group)
         if not loss.requires_grad:
-            return loss, Upstream(None, None, None)
+            return loss, Upstream()
         _refuse_other_leaves(loss, leaves, group)
-        return loss.detach(), Upstream(*torch.autograd.grad(loss, leaves, allow_unused=True))
+        return loss.detach(), Upstream(*torch.autograd.grad(loss, inputs, allow_unused=True))
 
 
 def _refuse_other_leaves(loss: Tensor, leaves: TokenStats, group: int) -> None:
-    """A parameter that loss_fn closes over would get no gradient: say so rather than lose it."""
+    """Raise if loss_fn depends on another tensor that requires a gradient, because that gradient would be lost."""
     stack, seen = [loss.grad_fn], set()
     while stack:
         node = stack.pop()

@@ -12,7 +12,7 @@ from gem_kernels.types import TokenStats
 
 
 def linear_group_loss(stats: TokenStats, cu_groups: Tensor, loss_fn: Callable[[TokenStats, int], Tensor]) -> Tensor:
-    """Statistics (N,) with their graph, offsets (B+1,) -> scalar."""
+    """Return the scalar loss of statistics (N,), which keep their graph, and offsets (B+1,)."""
     offsets = cu_groups.tolist()
     losses = [
         loss_fn(TokenStats(*(s[start:end] for s in stats)), group)

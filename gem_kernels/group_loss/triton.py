@@ -11,10 +11,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gem_kernels.streaming import Transform
-from gem_kernels.types import Operands, TokenStats, Upstream
-
-_ops = torch.ops.gem_kernels  # the torch operators of linear_logprob_entropy
+from gem_kernels import fused
+from gem_kernels.gradients import Gradients
+from gem_kernels.operands import Operands, Upstream
+from gem_kernels.ranks import merge_ranks_
+from gem_kernels.softmax import RowGradient, State, Transform
+from gem_kernels.tokens import Kept, kept_first
+from gem_kernels.types import TokenStats
 
 
 def forward_backward(
@@ -29,21 +32,29 @@ def forward_backward(
     ranks: str,
     columns: int,
 ) -> tuple[Tensor, TokenStats, list[Tensor | None]]:
-    """(loss, statistics of all M tokens, gradients of (hidden, weight, bias, a, b)); cache_bytes and columns are not used."""
-    arguments = (*x.flatten(), targets, *transform, ignore_index, "triton")
-    *values, online = _ops.linear_logprob(*arguments, ranks=ranks)
-    stats, loss = TokenStats(*values), torch.zeros((), dtype=torch.float32, device=targets.device)
-    upstreams = [torch.zeros_like(s) for s in stats]
-    seen = set()
+    """Return the loss, the statistics of all M tokens, and the gradients of (hidden, weight, bias, a, b).
+
+    cache_bytes and columns are not used.
+    """
+    order, count = kept_first(targets, ignore_index)
+    values = fused.launch_forward(x._replace(hidden=x.hidden[order]), targets[order], order, count, transform)
+    state = State(targets, values)
+    merge_ranks_(state, ranks)
+    stats = TokenStats(*(s.masked_fill(targets == ignore_index, 0) for s in state.finish()))
+    loss = torch.zeros((), dtype=torch.float32, device=targets.device)
+    upstreams: dict[str, Tensor] = {}
     for group, (start, end) in enumerate(pairwise(cu_groups)):
         group_loss, upstream = loss_and_upstream(TokenStats(*(s[start:end] for s in stats)), group)
         loss += group_loss
-        for i, of_group in enumerate(upstream):
+        for name, of_group in upstream._asdict().items():
             if of_group is not None:
-                upstreams[i][start:end] = of_group
-                seen.add(i)
+                upstreams.setdefault(name, loss.new_zeros(targets.shape))[start:end] = of_group
     if not any(needed):
         return loss, stats, [None] * len(needed)
-    used = (g if i in seen else None for i, g in enumerate(upstreams))
-    grads = iter(_ops.linear_logprob_backward(*used, online, *arguments, list(needed), ranks=ranks))
-    return loss, stats, [next(grads) if need else None for need in needed]
+    kept = Kept.compacted(targets, ignore_index)
+    mine = x._replace(hidden=kept.take(x.hidden))
+    gradient = RowGradient.of(kept.state(targets, values), kept.upstream(Upstream(**upstreams)), transform)
+    gradients = Gradients(mine, needed, passes=1)
+    gradients.accumulate(fused.FusedTiles(mine, transform), gradient)
+    dhidden, *others = gradients.finish(ranks)
+    return loss, stats, [None if dhidden is None else kept.put(dhidden), *others]

@@ -10,17 +10,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gem_kernels import compat
-from gem_kernels.inputs import Kept
-from gem_kernels.streaming import (
-    Gradients,
-    LogitGradient,
-    LogitTiles,
-    OnlineStats,
-    Transform,
-    accumulate_gradients,
-    statistics,
-)
-from gem_kernels.types import Operands, Upstream
+from gem_kernels.gradients import Gradients
+from gem_kernels.logit_tiles import LogitTiles
+from gem_kernels.operands import Operands, Upstream
+from gem_kernels.softmax import RowGradient, Transform
+from gem_kernels.tokens import Kept
 
 
 def _kept(targets: Tensor, ignore_index: int) -> Kept:
@@ -28,28 +22,28 @@ def _kept(targets: Tensor, ignore_index: int) -> Kept:
 
 
 def forward(x: Operands, targets: Tensor, transform: Transform, ignore_index: int) -> Tensor:
-    """(m, s, t, z_y) of every token (4, M) fp32; what stands at ignored tokens means nothing."""
+    """Return the state of every token (len(STATE), M) fp32; the columns of ignored tokens are undefined."""
     kept = _kept(targets, ignore_index)
     tiles = LogitTiles(x._replace(hidden=kept.take(x.hidden)), transform)
-    online = statistics(tiles, kept.rows(targets)).values
-    return online if kept.at is None else kept.put(online.t()).t().contiguous()
+    state = tiles.statistics(kept.rows(targets)).values
+    return state if kept.at is None else kept.put(state.t()).t().contiguous()
 
 
 def backward(
     x: Operands,
     targets: Tensor,
-    online: Tensor,
+    state: Tensor,
     upstream: Upstream,
     transform: Transform,
     ignore_index: int,
     needed: Sequence[bool],
     ranks: str,
 ) -> list[Tensor | None]:
-    """Gradients (hidden, weight, bias, a, b), None where not needed."""
+    """Return the gradients (hidden, weight, bias, a, b), None where not needed."""
     kept = _kept(targets, ignore_index)
     mine = x._replace(hidden=kept.take(x.hidden))
-    tiles, gradients = LogitTiles(mine, transform), Gradients(mine, needed, passes=1)
-    stats = OnlineStats(kept.rows(targets), kept.rows(online.t()).t().contiguous())
-    accumulate_gradients(tiles, LogitGradient.of(stats, kept.upstream(upstream), tiles.transform), gradients)
+    gradient = RowGradient.of(kept.state(targets, state), kept.upstream(upstream), transform)
+    gradients = Gradients(mine, needed, passes=1)
+    gradients.accumulate(LogitTiles(mine, transform), gradient)
     dhidden, *others = gradients.finish(ranks)
     return [None if dhidden is None else kept.put(dhidden), *others]

@@ -1,4 +1,4 @@
-"""linear_logprob_entropy: hidden, weight -> log-probability, entropy, lse of every token."""
+"""linear_logprob_entropy: log-probability, entropy, lse and largest log-probability of every token from (hidden, weight)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gem_kernels import vocab_parallel
 from gem_kernels.autograd import define_operator
 from gem_kernels.dispatch import choose_impl, implementation
 from gem_kernels.inputs import autocast_off, linear_inputs
-from gem_kernels.streaming import OnlineStats, Transform
-from gem_kernels.types import (
-    IGNORE_INDEX,
-    Impl,
-    LogitTransform,
-    LowRank,
-    MaxTokenStats,
+from gem_kernels.linear_logprob import reference
+from gem_kernels.operands import (
+    N_OPERANDS,
+    N_STATS,
+    N_UPSTREAM,
+    OPERAND_ARGUMENTS,
+    RANKS,
+    STATE,
+    STATS_RESULTS,
+    UPSTREAM_ARGUMENTS,
     Operands,
-    TokenStats,
     Upstream,
-    VocabShard,
+    differentiable,
+    not_differentiable,
 )
+from gem_kernels.ranks import merge_ranks_
+from gem_kernels.softmax import State, Transform
+from gem_kernels.types import IGNORE_INDEX, Impl, LogitTransform, LowRank, TokenStats, VocabShard
 
 _IDENTITY = LogitTransform()
 
@@ -39,13 +44,14 @@ def linear_logprob_entropy(
     impl: Impl = "auto",
     shard: VocabShard | None = None,
 ) -> TokenStats:
-    """Log-probability of the target, entropy and log-sum-exp of every next-token distribution, all differentiable.
+    """Log-probability of the target, entropy, log-sum-exp and largest log-probability of every next-token distribution.
 
     Equivalent to, without the (..., V) tensors::
 
         z = transform(hidden.float() @ weight.float().T + bias)        # one bf16 rounding less than F.linear
         log_p = z.log_softmax(-1)
-        TokenStats(log_p.gather(-1, targets[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1), z.logsumexp(-1))
+        logprob, entropy = log_p.gather(-1, targets[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+        TokenStats(logprob, entropy, z.logsumexp(-1), log_p.amax(-1).detach())
 
     Args:
         hidden: (..., D) bfloat16, float16, float32 (float64: `reference` only); the last hidden states.
@@ -67,8 +73,9 @@ def linear_logprob_entropy(
             low_rank.b alike, targets and low_rank.a as Replicate() or plain; the statistics are plain tensors.
 
     Returns:
-        TokenStats(logprob, entropy, lse), each of the shape of `targets`, fp32 (fp64 for fp64 inputs), nats.
-        Gradients go to hidden, weight, bias, low_rank.a and low_rank.b; what needs none is not computed.
+        TokenStats(logprob, entropy, lse, max_logprob), each of the shape of `targets`, fp32 (fp64 for fp64 inputs), nats.
+        The prediction is right where logprob == max_logprob, which has no gradient. Those of the other three
+        go to hidden, weight, bias, low_rank.a and low_rank.b; what needs none is not computed.
         Second-order gradients raise.
 
     Raises:
@@ -78,49 +85,10 @@ def linear_logprob_entropy(
     Gradient of a row, for upstream a = dL/dlogprob, b = dL/dentropy, c = dL/dlse:
     dz_v = a (1[v = y] - p_v) - b p_v (log p_v + H) + c p_v.
     """
-    *stats, _ = linear_logprob_entropy_max(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        transform=transform,
-        low_rank=low_rank,
-        ignore_index=ignore_index,
-        impl=impl,
-        shard=shard,
-    )
-    return TokenStats(*stats)
-
-
-def linear_logprob_entropy_max(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    transform: LogitTransform = _IDENTITY,
-    low_rank: LowRank | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    impl: Impl = "auto",
-    shard: VocabShard | None = None,
-) -> MaxTokenStats:
-    """linear_logprob_entropy, and from the same pass the log-probability of the likeliest token.
-
-    Equivalent to, with log_p of the docstring of `linear_logprob_entropy`, beside its three statistics::
-
-        max_logprob = log_p.amax(-1).detach()     # the prediction is right where logprob == max_logprob
-
-    Args, Raises: as for `linear_logprob_entropy`.
-
-    Returns:
-        MaxTokenStats(logprob, entropy, lse, max_logprob), each of the shape of `targets`; max_logprob has no gradient.
-    """
     inputs = linear_inputs(hidden, weight, targets, bias, transform, low_rank, ignore_index, shard, impl=impl)
     chosen = choose_impl("linear_logprob_entropy", impl, inputs.operands.hidden)
     with autocast_off(hidden):
         if chosen == "reference":
-            from gem_kernels.linear_logprob import reference
-
             x, targets, ignore_index, *_ = inputs.whole()
             stats = reference.linear_logprob_entropy(
                 x.hidden, x.weight, targets, x.bias, transform, x.low_rank, ignore_index
@@ -128,61 +96,51 @@ def linear_logprob_entropy_max(
         else:
             x, targets, ignore_index, *_ = inputs.local()
             settings = (*Transform.of(transform), ignore_index, chosen)
-            *columns, online = linear_logprob(*x.flatten(), targets, *settings, ranks=inputs.ranks)
-            # max z - lse = -log s: the very number that logprob is where the target has the largest logit.
-            max_logprob = (-online[1].log()).masked_fill(targets == ignore_index, 0)
-            stats = MaxTokenStats(*(*columns, max_logprob))
-        return MaxTokenStats(*inputs.expand(stats))
+            *columns, _ = linear_logprob(*x.flatten(), targets, *settings, ranks=inputs.ranks)
+            stats = TokenStats(*columns)
+        return TokenStats(*inputs.expand(stats))
 
 
 # --- the same as torch operators, which torch.compile keeps in its graph ------------------------------------------------
 
-OPERATOR_ARGUMENTS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_a, Tensor? low_b, float low_scale, "
-    "Tensor targets, float gain, float limit, bool softcap, int ignore_index, str impl"
-)
-N_OPERANDS = 6  # of OPERATOR_ARGUMENTS, before the targets
-RANKS = '*, str ranks=""'  # who holds the vocabulary; each with the targets of inputs.local()
-
 
 def _forward(*args: Any, ranks: str = "") -> tuple[Tensor, ...]:
-    """Statistics (M,) fp32 of every token, and (m, s, t, z_y) (4, M) for the backward."""
+    """Return the statistics (M,) fp32 of every token, and the state (len(STATE), M) for the backward."""
     *operands, targets, gain, limit, softcap, ignore_index, impl = args
     transform = Transform(gain, limit, softcap)
-    online = implementation("linear_logprob", impl).forward(
+    values = implementation("linear_logprob", impl).forward(
         Operands.unflatten(*operands), targets, transform, ignore_index
     )
-    of_rows = OnlineStats(targets, online)
-    vocab_parallel.merge_(of_rows, ranks)
-    stats = of_rows.finish()
-    return (*(s.masked_fill(targets == ignore_index, 0) for s in stats), online)
+    state = State(targets, values)
+    merge_ranks_(state, ranks)
+    return (*(s.masked_fill(targets == ignore_index, 0) for s in state.finish()), values)
 
 
 def _forward_fake(*args: Any, ranks: str = "") -> tuple[Tensor, ...]:
     targets = args[N_OPERANDS]
-    return tuple(targets.new_empty(shape, dtype=torch.float32) for shape in [targets.shape] * 3 + [(4, *targets.shape)])
+    shapes = [targets.shape] * N_STATS + [(len(STATE), *targets.shape)]
+    return tuple(targets.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _gradients(*args: Any, ranks: str = "") -> list[Tensor]:
-    """Those gradients of (hidden, weight, bias, low_a, low_b) that are needed, given those of the statistics."""
-    *upstream, online = args[:4]
-    *operands, targets, gain, limit, softcap, ignore_index, impl, needed = args[4:]
+    """Return those gradients of (hidden, weight, bias, low_a, low_b) that are needed, given those of the statistics."""
+    upstream, state, arguments = Upstream(*args[:N_UPSTREAM]), args[N_UPSTREAM], args[N_UPSTREAM + 1 :]
+    *operands, targets, gain, limit, softcap, ignore_index, impl, needed = arguments
     x, transform = Operands.unflatten(*operands), Transform(gain, limit, softcap)
     backward = implementation("linear_logprob", impl).backward
-    with autocast_off(online):  # backward may run inside autocast when forward did not
-        grads = backward(x, targets, online, Upstream(*upstream), transform, ignore_index, needed, ranks)
+    with autocast_off(state):  # backward may run inside autocast when forward did not
+        grads = backward(x, targets, state, upstream, transform, ignore_index, needed, ranks)
     return [g for g in grads if g is not None]
 
 
 def _gradients_fake(*args: Any, ranks: str = "") -> list[Tensor]:
-    pairs = zip(args[4:], args[-1], strict=False)
+    pairs = zip(args[N_UPSTREAM + 1 :], args[-1], strict=False)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in pairs if need]
 
 
 linear_logprob_backward = define_operator(
     "linear_logprob_backward",
-    f"(Tensor? logprob, Tensor? entropy, Tensor? lse, Tensor online, {OPERATOR_ARGUMENTS}, bool[] needed, {RANKS}) "
-    "-> Tensor[]",
+    f"({UPSTREAM_ARGUMENTS}, Tensor state, {OPERAND_ARGUMENTS}, bool[] needed, {RANKS}) -> Tensor[]",
     _gradients,
     _gradients_fake,
 )
@@ -195,21 +153,21 @@ def _setup_context(
     *operands, ctx.low_scale = inputs[:N_OPERANDS]
     targets, *ctx.rest = inputs[N_OPERANDS:]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[3])
-    ctx.save_for_backward(*operands, targets, output[3])
+    ctx.mark_non_differentiable(*not_differentiable(output))
+    ctx.save_for_backward(*operands, targets, output[-1])
 
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    *operands, targets, online = ctx.saved_tensors
+    *operands, targets, state = ctx.saved_tensors
     needed = list(ctx.needs_input_grad[: len(operands)])
     arguments = (*operands, ctx.low_scale, targets, *ctx.rest, needed)
-    grads = iter(linear_logprob_backward(*upstream[:3], online, *arguments, **ctx.keywords))
+    grads = iter(linear_logprob_backward(*differentiable(upstream), state, *arguments, **ctx.keywords))
     return (*(next(grads) if need else None for need in needed), *(None,) * (2 + len(ctx.rest)))
 
 
 linear_logprob = define_operator(
     "linear_logprob",
-    f"({OPERATOR_ARGUMENTS}, {RANKS}) -> (Tensor logprob, Tensor entropy, Tensor lse, Tensor online)",
+    f"({OPERAND_ARGUMENTS}, {RANKS}) -> ({STATS_RESULTS}, Tensor state)",
     _forward,
     _forward_fake,
     _backward,

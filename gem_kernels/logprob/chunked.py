@@ -6,42 +6,42 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from gem_kernels.inputs import Kept
-from gem_kernels.streaming import LogitGradient, OnlineStats, Transform, ranges
-from gem_kernels.tiles import CHUNKED
-from gem_kernels.types import Upstream
+from gem_kernels import rows_torch
+from gem_kernels.operands import Upstream
+from gem_kernels.softmax import RowGradient, State, Transform
+from gem_kernels.tiles import CHUNKED, ranges
+from gem_kernels.tokens import Kept
 
 
 def _blocks(logits: Tensor, at: Tensor, transform: Transform) -> Iterator[tuple[slice, tuple[Tensor, Tensor], Tensor]]:
-    """Blocks of the kept rows `at` (N,): which of them, where they stand in the batch, their transformed logits in fp32."""
+    """Yield blocks of the kept rows `at` (N,): the rows, their places in the batch, their transformed logits in fp32."""
     per_batch, columns = logits.shape[1:]
     for rows in ranges(at.shape[0], max(1, CHUNKED.block // columns)):
         where = at[rows] // per_batch, at[rows] % per_batch
-        yield rows, where, transform.apply_(logits[where].float())
+        yield rows, where, rows_torch.prepare(logits[where].float(), None, transform)
 
 
 def forward(logits: Tensor, targets: Tensor, transform: Transform, ignore_index: int) -> Tensor:
-    """logits (B, T, V), any strides; targets (B T,) -> (m, s, t, z_y) (4, B T) fp32."""
+    """Return the state (len(STATE), B T) fp32 of logits (B, T, V), any strides, and targets (B T,)."""
     kept = Kept.compacted(targets, ignore_index)
-    online = OnlineStats.start(kept.rows(targets))
+    state = State.fresh(kept.rows(targets))
     for rows, _, z in _blocks(logits, kept.positions(), transform):
-        online.rows(rows).update(z, 0)
-    return kept.put(online.values.t()).t().contiguous()
+        rows_torch.update(z, None, state.rows(rows), 0, transform)
+    return kept.put(state.values.t()).t().contiguous()
 
 
 def backward(
     logits: Tensor,
     targets: Tensor,
-    online: Tensor,
+    state: Tensor,
     upstream: Upstream,
     transform: Transform,
     ignore_index: int,
     out: Tensor,
 ) -> None:
-    """out = dL/dlogits (B, T, V), 0 in ignored rows; `out` may be the logits."""
+    """Write dL/dlogits (B, T, V) to `out`, which may be the logits; 0 in ignored rows."""
     kept = Kept.compacted(targets, ignore_index)
-    stats = OnlineStats(kept.rows(targets), kept.rows(online.t()).t())
-    gradient = LogitGradient.of(stats, kept.upstream(upstream), transform)
+    gradient = RowGradient.of(kept.state(targets, state), kept.upstream(upstream), transform)
     for rows, where, z in _blocks(logits, kept.positions(), transform):
-        out[where] = gradient.rows(rows).apply_(z, 0, transform).to(out.dtype)
+        out[where] = rows_torch.gradient(z, None, gradient.rows(rows), 0, transform, z).to(out.dtype)
     out[kept.ignored.view(out.shape[:2])] = 0

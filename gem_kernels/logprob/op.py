@@ -1,4 +1,4 @@
-"""logprob_entropy: the same statistics for logits that exist already."""
+"""logprob_entropy: the statistics of linear_logprob_entropy for logits that exist already."""
 
 from __future__ import annotations
 
@@ -11,8 +11,19 @@ from torch import Tensor
 from gem_kernels.autograd import define_operator
 from gem_kernels.dispatch import choose_impl, implementation
 from gem_kernels.inputs import autocast_off
-from gem_kernels.streaming import OnlineStats, Transform
-from gem_kernels.types import IGNORE_INDEX, Impl, LogitTransform, TokenStats, Upstream
+from gem_kernels.logprob import reference
+from gem_kernels.operands import (
+    N_STATS,
+    STATE,
+    STATS_RESULTS,
+    TRANSFORM_ARGUMENTS,
+    UPSTREAM_ARGUMENTS,
+    Upstream,
+    differentiable,
+    not_differentiable,
+)
+from gem_kernels.softmax import State, Transform
+from gem_kernels.types import IGNORE_INDEX, Impl, LogitTransform, TokenStats
 from gem_kernels.validation import check_float, check_targets, check_transform
 
 _IDENTITY = LogitTransform()
@@ -27,9 +38,9 @@ def logprob_entropy(
     inplace_backward: bool = False,
     impl: Impl = "auto",
 ) -> TokenStats:
-    """Log-probability of the target, entropy and log-sum-exp of every row of logits, all differentiable.
+    """Log-probability of the target, entropy, log-sum-exp and largest log-probability of every row of logits.
 
-    Equivalent to `log_p = transform(logits.float()).log_softmax(-1)`, then gather, -sum(p log p) and logsumexp, without
+    Equivalent to `log_p = transform(logits.float()).log_softmax(-1)`, then gather, -sum(p log p), logsumexp and amax, without
     fp32 copies of the logits.
 
     Args:
@@ -37,11 +48,12 @@ def logprob_entropy(
             such as logits[:, :-1] is read where it lies.
         targets: (...) int64 or int32 in [0, V), or `ignore_index`; already shifted.
         inplace_backward: the gradient overwrites the logits, so that no second (..., V) tensor exists. For logits that
-            nobody reads any more; backward can run once.
+            are not read again; backward can run once.
         transform, ignore_index, impl: as for `linear_logprob_entropy`.
 
     Returns:
-        TokenStats(logprob, entropy, lse), each of the shape of `targets`, fp32 (fp64 for fp64 logits), nats.
+        TokenStats(logprob, entropy, lse, max_logprob), each of the shape of `targets`, fp32 (fp64 for fp64 logits), nats;
+        all but max_logprob are differentiable.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -57,8 +69,6 @@ def logprob_entropy(
     flat_targets = targets.reshape(-1).contiguous()
     with autocast_off(z):
         if chosen == "reference":
-            from gem_kernels.logprob import reference
-
             rows = z.reshape(-1, z.shape[-1])
             stats = reference.logprob_entropy(rows, flat_targets, transform, ignore_index)
         else:
@@ -66,7 +76,7 @@ def logprob_entropy(
             shape = (*[1] * (3 - z.ndim), *z.shape) if z.ndim < 3 else (math.prod(z.shape[:-2]), *z.shape[-2:])
             batch = z.reshape(shape)
             results = logprob(batch, flat_targets, *Transform.of(transform), ignore_index, inplace_backward, chosen)
-            stats = TokenStats(*results[:3])
+            stats = TokenStats(*results[:N_STATS])
     return TokenStats(*(s.view(targets.shape) for s in stats))
 
 
@@ -90,8 +100,6 @@ def _check_overwritable(logits: Tensor, impl: str) -> None:
 
 # --- the same as torch operators, which torch.compile keeps in its graph ------------------------------------------------
 
-_TRANSFORM = "float gain, float limit, bool softcap, int ignore_index"
-
 
 def _forward(
     logits: Tensor,
@@ -103,24 +111,25 @@ def _forward(
     inplace: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
-    """Statistics (N,) fp32 of logits (B, T, V), N = B T, and (m, s, t, z_y) (4, N) for the backward."""
-    online = implementation("logprob", impl).forward(logits, targets, Transform(gain, limit, softcap), ignore_index)
-    stats = OnlineStats(targets, online).finish()
-    return (*(s.masked_fill(targets == ignore_index, 0) for s in stats), online)
+    """Return the statistics (N,) fp32 of logits (B, T, V), N = B T, and the state (len(STATE), N) for the backward."""
+    state = implementation("logprob", impl).forward(logits, targets, Transform(gain, limit, softcap), ignore_index)
+    stats = State(targets, state).finish()
+    return (*(s.masked_fill(targets == ignore_index, 0) for s in stats), state)
 
 
 def _forward_fake(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(targets.new_empty(shape, dtype=torch.float32) for shape in [targets.shape] * 3 + [(4, *targets.shape)])
+    shapes = [targets.shape] * N_STATS + [(len(STATE), *targets.shape)]
+    return tuple(targets.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _write_gradient(logits: Tensor, args: tuple[Any, ...], out: Tensor) -> None:
-    *upstream, online, targets, gain, limit, softcap, ignore_index, impl = args
+    *upstream, state, targets, gain, limit, softcap, ignore_index, impl = args
     transform = Transform(gain, limit, softcap)
-    implementation("logprob", impl).backward(logits, targets, online, Upstream(*upstream), transform, ignore_index, out)
+    implementation("logprob", impl).backward(logits, targets, state, Upstream(*upstream), transform, ignore_index, out)
 
 
 def _gradient(logits: Tensor, *args: Any) -> Tensor:
-    """dL/dlogits (B, T, V), dense, in the dtype of the logits."""
+    """Return dL/dlogits (B, T, V), dense, in the dtype of the logits."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _write_gradient(logits, args, out)
     return out
@@ -132,7 +141,7 @@ def _gradient_fake(logits: Tensor, *_: Any) -> Tensor:
 
 def _gradient_inplace(logits: Tensor, *args: Any) -> None:
     _write_gradient(logits, args, logits)
-    torch.autograd.graph.increment_version(logits)  # whoever else saved them for a backward is told
+    torch.autograd.graph.increment_version(logits)  # autograd raises if another op saved these logits
 
 
 def _gradient_inplace_fake(*_: Any) -> None:
@@ -140,7 +149,7 @@ def _gradient_inplace_fake(*_: Any) -> None:
 
 
 _GRADIENT_ARGUMENTS = (
-    f"Tensor? logprob, Tensor? entropy, Tensor? lse, Tensor online, Tensor targets, {_TRANSFORM}, str impl"
+    f"{UPSTREAM_ARGUMENTS}, Tensor state, Tensor targets, {TRANSFORM_ARGUMENTS}, int ignore_index, str impl"
 )
 
 logprob_backward = define_operator(
@@ -157,23 +166,23 @@ logprob_backward_ = define_operator(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, targets, *ctx.transform, ctx.inplace, ctx.impl = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[3])
-    ctx.save_for_backward(logits, targets, output[3])
+    ctx.mark_non_differentiable(*not_differentiable(output))
+    ctx.save_for_backward(logits, targets, output[-1])
 
 
 def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    logits, targets, online = ctx.saved_tensors  # raises where the logits have been overwritten
+    logits, targets, state = ctx.saved_tensors  # raises where the logits have been overwritten
     if ctx.inplace and torch.is_grad_enabled():
         raise RuntimeError("logprob_entropy(inplace_backward=True): second-order gradients are not implemented")
     write = logprob_backward_ if ctx.inplace else logprob_backward
-    grad = write(logits, *upstream[:3], online, targets, *ctx.transform, ctx.impl)
+    grad = write(logits, *differentiable(upstream), state, targets, *ctx.transform, ctx.impl)
     return (logits if ctx.inplace else grad, *(None,) * 7)
 
 
 logprob = define_operator(
     "logprob",
-    f"(Tensor logits, Tensor targets, {_TRANSFORM}, bool inplace_backward, str impl) "
-    "-> (Tensor logprob, Tensor entropy, Tensor lse, Tensor online)",
+    f"(Tensor logits, Tensor targets, {TRANSFORM_ARGUMENTS}, int ignore_index, bool inplace_backward, str impl) "
+    f"-> ({STATS_RESULTS}, Tensor state)",
     _forward,
     _forward_fake,
     _backward,

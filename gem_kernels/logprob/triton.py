@@ -5,27 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gem_kernels.row_kernels import logit_gradient, update_statistics
-from gem_kernels.streaming import LogitGradient, OnlineStats, Transform
-from gem_kernels.types import Upstream
+from gem_kernels import rows_triton
+from gem_kernels.operands import STATE, Upstream
+from gem_kernels.softmax import RowGradient, State, Transform
 
 
 def forward(logits: Tensor, targets: Tensor, transform: Transform, ignore_index: int) -> Tensor:
-    """logits (B, T, V), any strides; targets (B T,) -> (m, s, t, z_y) (4, B T) fp32."""
-    online = OnlineStats(targets, torch.empty(4, targets.shape[0], dtype=torch.float32, device=logits.device))
-    update_statistics(logits, None, online, 0, transform, ignore_index)
-    return online.values
+    """Return the state (len(STATE), B T) fp32 of logits (B, T, V), any strides, and targets (B T,)."""
+    values = torch.empty(len(STATE), targets.shape[0], dtype=torch.float32, device=logits.device)
+    rows_triton.update(logits, None, State(targets, values), 0, transform, ignore_index)
+    return values
 
 
 def backward(
     logits: Tensor,
     targets: Tensor,
-    online: Tensor,
+    state: Tensor,
     upstream: Upstream,
     transform: Transform,
     ignore_index: int,
     out: Tensor,
 ) -> None:
-    """out = dL/dlogits (B, T, V), 0 in ignored rows; `out` may be the logits."""
-    gradient = LogitGradient.of(OnlineStats(targets, online), upstream, transform)
-    logit_gradient(logits, None, gradient, 0, transform, out, ignore_index)
+    """Write dL/dlogits (B, T, V) to `out`, which may be the logits; 0 in ignored rows."""
+    gradient = RowGradient.of(State(targets, state), upstream, transform)
+    rows_triton.gradient(logits, None, gradient, 0, transform, out, ignore_index)

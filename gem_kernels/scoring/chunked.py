@@ -1,4 +1,4 @@
-"""topm_mean over ragged spans: spans of which the same number is averaged are the rows of one padded matrix, and one topk.
+"""topm_mean over ragged spans: spans that average the same number of values share one padded matrix and one topk.
 
 selected(t) = key_t > threshold, or key_t == threshold and t <= cut: the key and the token of the last one that a span selects.
 """
@@ -17,15 +17,17 @@ _INFINITY = 0x7F800000
 
 
 def _order_key(values: Tensor) -> Tensor:
-    """int32 that orders fp32 as torch.sort does: -0.0 equals 0.0, and NaN is the largest of all."""
+    """Return an int32 key that orders fp32 as torch.sort does: -0.0 equals 0.0, and NaN is the largest of all."""
     bits = values.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
     return torch.where(bits < 0, -magnitude, magnitude).masked_fill(magnitude > _INFINITY, _INFINITY + 1)
 
 
 def plan_buckets(lengths: Sequence[int], counts: Sequence[int], block: int) -> Iterator[slice]:
-    """Runs of rows of the same count, with rising lengths, that hold at most `block` values when they are padded to the last
-    and longest; at least one row."""
+    """Yield runs of rows with the same count and rising lengths, at least one row each.
+
+    Padded to its last row, which is the longest, a run holds at most `block` values.
+    """
     start = 0
     for end in range(1, len(lengths) + 1):
         if end < len(lengths) and counts[end] == counts[start] and (end + 1 - start) * lengths[end] <= block:
@@ -35,7 +37,7 @@ def plan_buckets(lengths: Sequence[int], counts: Sequence[int], block: int) -> I
 
 
 def _buckets(spans: Tensor, counts: Tensor) -> Iterator[Tensor]:
-    """Every span that is not empty, once: those of a bucket (R,)."""
+    """Yield the spans of each bucket (R,); every non-empty span is in one bucket."""
     lengths = spans[:, 1] - spans[:, 0]
     order = lengths.argsort(stable=True)
     order = order[counts[order].argsort(stable=True)]
@@ -45,7 +47,10 @@ def _buckets(spans: Tensor, counts: Tensor) -> Iterator[Tensor]:
 
 
 def forward(values: Tensor, spans: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """values (N,) fp32, spans (S, 2), counts (S,) int64 -> mean (S,) fp32, threshold (S,) int32 key, cut (S,) int64 token."""
+    """Average the largest counts (S,) int64 of values (N,) fp32 in each span (S, 2).
+
+    Returns mean (S,) fp32, threshold (S,), an int32 key, and cut (S,), an int64 token.
+    """
     mean = values.new_full(counts.shape, float("nan"))
     threshold, cut = counts.new_zeros(counts.shape, dtype=torch.int32), torch.zeros_like(counts)
     for rows in _buckets(spans, counts):
@@ -57,7 +62,8 @@ def forward(values: Tensor, spans: Tensor, counts: Tensor) -> tuple[Tensor, Tens
         key = _order_key(largest)
         threshold[rows], last = key.min(dim=1)
         cut[rows] = spans[rows, 1].long() - 1
-        # Where not all that equal the last are taken, it is the first of them. (NaN equals nothing, -inf the padding: look.)
+        # Where not all values equal to the last one are taken, the first of them are. NaN never compares equal and -inf equals
+        # the padding, so these rows are looked at too.
         equal = (padded == largest.gather(1, last[:, None])).count_nonzero(1)
         kept = (key == threshold[rows, None]).count_nonzero(1)
         tied = (equal != kept).nonzero()[:, 0]
@@ -68,7 +74,7 @@ def forward(values: Tensor, spans: Tensor, counts: Tensor) -> tuple[Tensor, Tens
 
 
 def backward(grad: Tensor, values: Tensor, spans: Tensor, counts: Tensor, threshold: Tensor, cut: Tensor) -> Tensor:
-    """d/dvalues (N,): each selected value gets its span's gradient over the span's count; spans may overlap."""
+    """Return dvalues (N,): each selected value gets its span's gradient over the span's count; spans may overlap."""
     key, share = _order_key(values), grad / counts.clamp(min=1)
     dvalues = torch.zeros_like(values)
     for rows in _buckets(spans, counts):

@@ -50,7 +50,7 @@ def gem_score(
     final_weight: float = 1.0,
     impl: Impl = "auto",
 ) -> Score:
-    """GEM's Eq. 1 (arXiv 2511.13007): certain of the answer, exploring on the way.
+    """Score sequences by GEM's Eq. 1 (arXiv 2511.13007): low entropy in the answer, high entropy in the reasoning.
 
     S = - final_weight * mean of H over the answer + branch_weight * mean of the m largest H of the reasoning.
 
@@ -96,7 +96,7 @@ def _empty_is_zero(mean: Tensor, spans: Tensor) -> Tensor:
 
 
 def _means(op: str, values: Tensor, spans_m: list[tuple[Tensor, int | float]], impl: Impl) -> tuple[Tensor, ...]:
-    """For each (spans (S, 2), m) the means (S,), NaN where a span is empty."""
+    """Return the means (S,) of each (spans (S, 2), m), NaN where a span is empty."""
     chosen = choose_impl(op, impl, values)
     if chosen == "reference":
         from gem_kernels.scoring import reference
@@ -110,7 +110,7 @@ def _means(op: str, values: Tensor, spans_m: list[tuple[Tensor, int | float]], i
 
 
 def _counts(m: int | float, lengths: Tensor) -> Tensor:
-    """How many values of each span are averaged: m at most the length, or max(1, ceil(m * length)); 0 if empty."""
+    """Return how many values of each span are averaged: min(m, length), or max(1, ceil(m * length)); 0 if empty."""
     lengths = lengths.long()
     if isinstance(m, int):
         return lengths.clamp(max=m)

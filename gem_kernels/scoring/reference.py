@@ -14,7 +14,7 @@ def _count(m: int | float, length: int) -> int:
 
 
 def topm_mean(values: Tensor, spans: Tensor, m: int | float) -> Tensor:
-    """values (N,), spans (S, 2) -> mean of the m largest values of each span (S,); NaN for an empty span."""
+    """Return the mean (S,) of the m largest values (N,) of each span (S, 2); NaN for an empty span."""
     means = []
     for start, end in spans.tolist():
         ordered = values[start:end].sort(descending=True, stable=True).values  # stable: ties go by position

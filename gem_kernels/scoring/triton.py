@@ -22,7 +22,7 @@ _INFINITY = tl.constexpr(0x7F800000)
 
 @triton.jit
 def _order_key(value):
-    """int32 that orders as torch.sort does: -0.0 equals 0.0, and NaN is the largest of all."""
+    """Return an int32 key that orders as torch.sort does: -0.0 equals 0.0, and NaN is the largest of all."""
     bits = value.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     key = tl.where(bits < 0, -magnitude, magnitude)
@@ -38,7 +38,7 @@ def _load_keys(values_ptr, at, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def _count_at_least(candidate, head, values_ptr, start, end, BLOCK: tl.constexpr):
-    """How many keys of the span are >= candidate (> _LOWEST). head: the keys of its first block, kept in registers."""
+    """Count the keys of the span that are >= candidate (> _LOWEST). head: the keys of its first block, kept in registers."""
     hits = (head >= candidate).to(tl.int32)
     for at in range(start + BLOCK, end, BLOCK):
         hits += (_load_keys(values_ptr, at, end, BLOCK) >= candidate).to(tl.int32)
@@ -103,7 +103,10 @@ def _span_topm_mean_fwd_kernel(
 
 
 def forward(values: Tensor, spans: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """values (N,) fp32, spans (S, 2), counts (S,) int64 -> mean (S,) fp32, threshold (S,) int32 key, cut (S,) int64 token."""
+    """Average the largest counts (S,) int64 of values (N,) fp32 in each span (S, 2).
+
+    Returns mean (S,) fp32, threshold (S,), an int32 key, and cut (S,), an int64 token.
+    """
     tile = row_tile(SPANS, values)
     n_spans = spans.shape[0]
     mean = values.new_empty(n_spans)
@@ -153,7 +156,7 @@ def _span_topm_mean_bwd_kernel(
 
 
 def backward(grad: Tensor, values: Tensor, spans: Tensor, counts: Tensor, threshold: Tensor, cut: Tensor) -> Tensor:
-    """d/dvalues (N,): every token adds the shares of the spans that selected it, in the order of their starts.
+    """Return dvalues (N,): every token adds the shares of the spans that selected it, in the order of their starts.
 
     Spans may overlap. Sorted by start, those that reach into a block of tokens lie between the first whose end, or that of
     one before it, is beyond the block's start, and the last that starts before the block's end.

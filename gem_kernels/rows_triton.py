@@ -1,7 +1,8 @@
-"""Triton kernels over rows of logits that exist: a tile of `chunked`, or the whole matrix of logprob_entropy.
+"""The row functions of a tile of logits as Triton kernels: prepare, update, gradient (rows_torch.py has them in torch).
 
-Memory-bound, so what counts is bytes: the statistics read each logit once, the gradient reads and writes it once (in place if
-asked). A program owns BLOCK_N rows and walks their columns; fp32 in registers whatever the dtype in memory.
+The rows are a tile of `chunked`, or the whole matrix of logprob_entropy. The kernels are bound by memory: the statistics read
+each logit once, the gradient reads and writes it once (in place where `out` is z). A program owns BLOCK_N rows and walks their
+columns, in fp32 registers whatever the dtype in memory.
 
 Rows of a matrix (N, V), or of a strided batch (B, T, V): row n is at (n // T) stride_b + (n % T) stride_t.
 """
@@ -13,22 +14,30 @@ import triton.language as tl
 from torch import Tensor
 
 from gem_kernels import compat, tiles
-from gem_kernels.primitives import LOWEST, dlogits, online_update, pick_target, transform_logits
-from gem_kernels.streaming import LogitGradient, OnlineStats, Transform
+from gem_kernels.primitives import (
+    dlogits,
+    fresh_state,
+    load_gradient,
+    load_state,
+    store_state,
+    transform_logits,
+    update_state,
+)
+from gem_kernels.softmax import RowGradient, State, Transform
 
 
-# Numbers that change from batch to batch are not specialised: a kernel is compiled once, not once for N = 16 k and once more.
-@triton.jit(do_not_specialize=["n_rows", "first_col", "ignore_index", "stride_online", "rows_per_batch"])
+# Numbers that change from batch to batch are not specialised: else a kernel is compiled again when N is a multiple of 16.
+@triton.jit(do_not_specialize=["n_rows", "first_col", "ignore_index", "stride_state", "rows_per_batch"])
 def _row_statistics_kernel(
     z_ptr,
     bias_ptr,  # (C,)
     targets_ptr,  # (N,)
-    online_ptr,  # (4, N): m, s, t, z_y
+    state_ptr,  # (STATE, N)
     n_rows,
     n_cols,
     first_col,  # of these columns in the vocabulary
     ignore_index,
-    stride_online,
+    stride_state,
     rows_per_batch,
     stride_b,
     stride_t,
@@ -46,17 +55,8 @@ def _row_statistics_kernel(
     inside = rows < n_rows
     targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
     read = inside & (targets != ignore_index) if IGNORES else inside
-    online = online_ptr + rows.to(tl.int64)
-    if FRESH:
-        maximum = tl.full((BLOCK_N,), LOWEST, tl.float32)
-        total = tl.zeros((BLOCK_N,), tl.float32)
-        weighted = tl.zeros((BLOCK_N,), tl.float32)
-        target_logit = tl.full((BLOCK_N,), float("nan"), tl.float32)
-    else:
-        maximum = tl.load(online, mask=inside, other=0.0)
-        total = tl.load(online + stride_online, mask=inside, other=1.0)
-        weighted = tl.load(online + 2 * stride_online, mask=inside, other=0.0)
-        target_logit = tl.load(online + 3 * stride_online, mask=inside, other=0.0)
+    state_rows = state_ptr + rows.to(tl.int64)
+    state = fresh_state(BLOCK_N) if FRESH else load_state(state_rows, stride_state, inside)
     base = z_ptr + (rows // rows_per_batch).to(tl.int64) * stride_b + (rows % rows_per_batch).to(tl.int64) * stride_t
     for start in range(0, n_cols, BLOCK_V):
         cols = start + tl.arange(0, BLOCK_V)
@@ -66,16 +66,12 @@ def _row_statistics_kernel(
             z += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
         z = tl.where(mask, transform_logits(z, gain, limit, SOFTCAP), float("-inf"))
         width = tl.minimum(BLOCK_V, n_cols - start)
-        target_logit = pick_target(target_logit, z, targets, first_col + cols, first_col + start, width)
-        maximum, total, weighted, _ = online_update(maximum, total, weighted, z)
-    tl.store(online, maximum, mask=inside)
-    tl.store(online + stride_online, total, mask=inside)
-    tl.store(online + 2 * stride_online, weighted, mask=inside)
-    tl.store(online + 3 * stride_online, target_logit, mask=inside)
+        state = update_state(state, z, targets, first_col + cols, first_col + start, width)
+    store_state(state_rows, stride_state, state, inside)
 
 
 class Rows:
-    """Addresses of the rows of a matrix (N, V) or a batch (B, T, V), as the kernels take them."""
+    """Tile, grid and addresses of the rows of a matrix (N, V) or a batch (B, T, V), as the kernels take them."""
 
     def __init__(self, z: Tensor) -> None:
         self.n_cols = z.shape[-1]
@@ -91,15 +87,20 @@ class Rows:
         }
 
 
-def update_statistics(
+def prepare(z: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
+    """Leave raw logits as they are: the kernels apply bias and transform to what they read."""
+    return z
+
+
+def update(
     z: Tensor,
     bias: Tensor | None,
-    online: OnlineStats,
+    state: State,
     first_col: int,
     transform: Transform,
     ignore_index: int | None = None,
 ) -> None:
-    """Take raw logits z (N, C) or (B, T, C) of the columns from first_col on into `online`; first_col = 0 starts anew.
+    """Update `state` with raw logits z (N, C) or (B, T, C) of the columns from first_col on; first_col = 0 starts anew.
 
     Rows whose target is ignore_index are not read.
     """
@@ -111,13 +112,13 @@ def update_statistics(
         rows.grid,
         z,
         bias if bias is not None else z,
-        online.targets,
-        online.values,
+        state.targets,
+        state.values,
         rows.n_rows,
         rows.n_cols,
         first_col,
         0 if ignore_index is None else ignore_index,
-        online.values.stride(0),
+        state.values.stride(0),
         *rows.address,
         transform.gain,
         transform.limit,
@@ -129,20 +130,18 @@ def update_statistics(
     )
 
 
-@triton.jit(do_not_specialize=["n_rows", "first_col", "ignore_index", "rows_per_batch"])
+@triton.jit(do_not_specialize=["n_rows", "first_col", "ignore_index", "stride_gradient", "rows_per_batch"])
 def _row_gradient_kernel(
     z_ptr,
     bias_ptr,  # (C,)
-    targets_ptr,  # (N,), and so are the next four
-    maximum_ptr,
-    constant_ptr,
-    slope_ptr,
-    at_target_ptr,
+    targets_ptr,  # (N,)
+    gradient_ptr,  # (3 + DEGREE, N): softmax.RowGradient.values
     out_ptr,  # may be z_ptr: every element is read before its place is written, by the same program
     n_rows,
     n_cols,
     first_col,
     ignore_index,
+    stride_gradient,
     rows_per_batch,
     stride_b,
     stride_t,
@@ -155,7 +154,7 @@ def _row_gradient_kernel(
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     IGNORES: tl.constexpr,
-    ENTROPY: tl.constexpr,
+    DEGREE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -163,10 +162,7 @@ def _row_gradient_kernel(
     inside = rows < n_rows
     targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
     read = inside & (targets != ignore_index) if IGNORES else inside
-    maximum = tl.load(maximum_ptr + rows, mask=read, other=0.0)
-    constant = tl.load(constant_ptr + rows, mask=read, other=0.0)
-    slope = tl.load(slope_ptr + rows, mask=read, other=0.0) if ENTROPY else constant
-    at_target = tl.load(at_target_ptr + rows, mask=read, other=0.0)
+    gradient = load_gradient(gradient_ptr, rows, stride_gradient, read, DEGREE)
     batch = (rows // rows_per_batch).to(tl.int64)
     member = (rows % rows_per_batch).to(tl.int64)
     base = z_ptr + batch * stride_b + member * stride_t
@@ -180,22 +176,22 @@ def _row_gradient_kernel(
             z += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
         z = transform_logits(z, gain, limit, SOFTCAP)
         is_target = (first_col + cols)[None, :] == targets[:, None]
-        dz = dlogits(z, maximum, constant, slope, at_target, is_target, gain, limit, SOFTCAP, ENTROPY)
+        dz = dlogits(z, gradient, is_target, gain, limit, SOFTCAP, DEGREE)
         if IGNORES:
             dz = tl.where(read[:, None], dz, 0.0)
         tl.store(out[:, None] + wide * stride_out_v, dz.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def logit_gradient(
+def gradient(
     z: Tensor,
     bias: Tensor | None,
-    gradient: LogitGradient,
+    gradient: RowGradient,
     first_col: int,
     transform: Transform,
     out: Tensor,
     ignore_index: int | None = None,
 ) -> Tensor:
-    """out = dL/dz for raw logits z (N, C) or (B, T, C) of the columns from first_col on, in the dtype of `out`.
+    """Write dL/dz for raw logits z (N, C) or (B, T, C) of the columns from first_col on to `out`, in its dtype.
 
     `out` may be z. Rows whose target is ignore_index are not read and become 0.
     """
@@ -208,15 +204,13 @@ def logit_gradient(
         z,
         bias if bias is not None else z,
         gradient.targets,
-        gradient.maximum,
-        gradient.constant,
-        gradient.slope if gradient.slope is not None else gradient.constant,
-        gradient.at_target,
+        gradient.values,
         out,
         rows.n_rows,
         rows.n_cols,
         first_col,
         0 if ignore_index is None else ignore_index,
+        gradient.values.stride(0),
         *rows.address,
         *out_rows.address[1:],
         transform.gain,
@@ -224,7 +218,7 @@ def logit_gradient(
         HAS_BIAS=bias is not None,
         SOFTCAP=transform.softcap,
         IGNORES=ignore_index is not None,
-        ENTROPY=gradient.slope is not None,
+        DEGREE=gradient.degree,
         **rows.blocks,
     )
     return out
