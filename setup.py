@@ -1,4 +1,4 @@
-"""The distribution gem-kernels: two packages, gem_kernels (torch alone) and gem (the training layer, extra `train`)."""
+"""The distribution gem-kernels: the packages gem_kernels (needs torch alone) and gem (the training layer, extra `train`)."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ TRAIN = [
     "pyyaml>=6.0",
 ]
 
-GGUF = "gguf>=0.17"  # transformers takes older ones, which do not know NumPy 2
+GGUF = "gguf>=0.17"  # transformers accepts older versions, which fail with NumPy 2
 
 setup(
     name="gem-kernels",
@@ -40,7 +40,7 @@ setup(
         "flash": ["flash-attn"],
         "gguf": [*TRAIN, GGUF],
         "test": [*TRAIN, GGUF, "trl>=1.16", "pytest>=8.0", "choix>=0.4", "scipy>=1.11"],
-        # With what the code imports: mypy then checks against the real signatures.
+        # mypy needs the packages that the code imports to check against their signatures.
         "lint": [*TRAIN, "pytest>=8.0", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-tqdm"],
     },
     entry_points={"console_scripts": ["gem-kernels=gem.cli:main"]},

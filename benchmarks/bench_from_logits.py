@@ -1,22 +1,21 @@
-"""Logits that exist already: two statistics and the gradient, by memory traffic alone."""
+"""Statistics and gradient of logits that already exist: memory traffic and no GEMM."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.contest import Exact, Result, Step, Task, taken
 from benchmarks.gold import Gold
 from benchmarks.measure import DoesNotError
-from benchmarks.peers import EAGER, OURS, available
+from benchmarks.peers import available
+from benchmarks.results import EAGER, OURS
 from benchmarks.shapes import SMALL
 from gem_kernels import logprob_entropy
-
-LIBRARIES = [OURS, EAGER, "torch.compile", "TRL"]
-SHAPES = SMALL
 
 _OfLogits = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 
@@ -44,7 +43,7 @@ def _fn(library: str) -> _OfLogits:
 
 
 def _half(gold: Gold) -> Tensor:
-    """(N / 2, V) in the dtype of the operands: all of them would not fit beside an fp32 log_softmax and its gradient."""
+    """Return logits (N / 2, V); (N, V) would not fit beside an fp32 log_softmax and its gradient."""
     rows = gold.x.hidden.shape[0] // 2
     return gold.x.hidden[:rows] @ gold.x.weight.T
 
@@ -62,10 +61,11 @@ def _from_logits(gold: Gold, library: str) -> Step:
 
 
 def _exact(gold: Gold) -> Exact:
-    log_p = _half(gold).double().log_softmax(-1)  # of the logits as they are rounded: that is what the op is given
+    log_p = _half(gold).double().log_softmax(-1)  # the op reads rounded logits, so the reference does too
     targets = gold.x.targets[: log_p.shape[0], None]
     return Exact(log_p.gather(-1, targets)[:, 0], -(log_p.exp() * log_p).sum(-1))
 
 
+@pytest.mark.over(shapes=SMALL, libraries=[OURS, EAGER, "torch.compile", "TRL"])
 def test_from_logits(bench: Callable[[Task], None]) -> None:
     bench(Task("logits at hand: logprob and entropy, forward + backward", _from_logits, _exact, gemms=0))

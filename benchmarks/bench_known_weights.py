@@ -1,24 +1,23 @@
-"""A policy-gradient step whose weights are known beforehand (GRPO, SEGA on stored scores): the home ground of every library."""
+"""A policy-gradient step whose weights are known beforehand (GRPO, SEGA on stored scores); every library supports it."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.contest import Exact, Step, Task, train_step
 from benchmarks.gold import Gold
-from benchmarks.peers import LIBRARIES as EVERYBODY
-from benchmarks.peers import OURS, available, impl_of, weighted
+from benchmarks.peers import LIBRARIES, available, impl_of, weighted
+from benchmarks.results import OURS
 from benchmarks.shapes import SMALL
 from gem_kernels import sega_loss
 
 LIGER_GRPO = "Liger GRPO"
-LIBRARIES = [*EVERYBODY, LIGER_GRPO]
-SHAPES = SMALL
 
 
 def _known(gold: Gold, library: str) -> Step:
@@ -38,13 +37,16 @@ def _known(gold: Gold, library: str) -> Step:
 
 
 def _liger_grpo(gold: Gold) -> Callable[[Tensor, Tensor], tuple[Tensor, None, None]]:
-    """Padded rows; on policy its ratio is 1 and its gradient -A Σ dlogprob / (B L), so A = weight B L gives ours."""
+    """Call Liger's GRPO loss on padded rows.
+
+    On policy its ratio is 1 and its gradient is -A Σ dlogprob / (B L), so A = weight B L gives the gradient of our loss.
+    """
     available("liger-kernel", gpu_only=False)
     x = gold.x
     lengths = x.cu_seqlens.diff().tolist()
     rows, longest = len(lengths), max(lengths)
     module = importlib.import_module("liger_kernel.chunked_loss")
-    # Compiled where that takes seconds, as it is by default; on a CPU it would take longer than all its rounds.
+    # It compiles by default. On a CPU that would take longer than all its rounds.
     op = module.LigerFusedLinearGRPOLoss(
         beta=0.0,
         compiled=x.hidden.is_cuda,
@@ -67,5 +69,6 @@ def _exact(gold: Gold) -> Exact:
     return Exact(gold.logprob, gold.entropy, *gold.gradients(-gold.x.token_weight()))
 
 
+@pytest.mark.over(shapes=SMALL, libraries=[*LIBRARIES, LIGER_GRPO])
 def test_known_weights(bench: Callable[[Task], None]) -> None:
     bench(Task("SEGA, weights known", _known, _exact, gemms=3))

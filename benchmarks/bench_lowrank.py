@@ -1,23 +1,24 @@
 """LoRA on the lm_head: hidden states and adapter train, the head is frozen.
 
-No peer takes an adapter. What a user writes around one is [h, s h A^T] [W, B]^T: exact, one copy of the weight a step, and the
-gradient of all of [W, B] because no library computes that of some columns alone.
+No peer takes an adapter. A user would wrap one as [h, s h A^T] [W, B]^T. That is exact, but it copies the weight every step and
+computes the gradient of all of [W, B], because no library computes the gradient of some columns alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.contest import Exact, Result, Step, Task, taken
 from benchmarks.gold import Gold, make_gold
-from benchmarks.peers import EAGER, OURS, PEERS, impl_of, per_token, weighted
+from benchmarks.peers import PEERS, impl_of, per_token, weighted
+from benchmarks.results import EAGER, OURS
 from benchmarks.shapes import SMALL
 from gem_kernels import LowRank, sega_loss
 
-SHAPES = SMALL
 SCALE = 2.0
 
 
@@ -70,7 +71,7 @@ def _of(library: str) -> _Fn:
 
 
 def _exact(gold: Gold) -> Exact:
-    """fp64 of the head with the adapter merged into it."""
+    """Return the fp64 results of the head with the adapter merged into it."""
     x = gold.x
     merged = x._replace(weight=x.weight.double() + SCALE * x.low_b.double() @ x.low_a.double())
     of_merged = make_gold(merged)
@@ -78,5 +79,6 @@ def _exact(gold: Gold) -> Exact:
     return Exact(of_merged.logprob, None, dhidden)
 
 
+@pytest.mark.over(shapes=SMALL)
 def test_lowrank(bench: Callable[[Task], None]) -> None:
     bench(Task("SEGA, weights known, LoRA on the frozen head", _lowrank, _exact, gemms=2))

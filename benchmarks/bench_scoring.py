@@ -1,4 +1,4 @@
-"""topm_mean of 5000 ragged sequences of 64 to 2048 tokens, the largest tenth of each: one call, and one launch on a GPU."""
+"""topm_mean over 5000 ragged sequences of 64 to 2048 tokens, m a tenth of each: one call, and one launch on a GPU."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.conftest import record
 from benchmarks.contest import Row
 from benchmarks.measure import in_turns, peak_memory
-from benchmarks.peers import OURS
+from benchmarks.results import OURS
 from benchmarks.shapes import DEVICE
 from gem_kernels import topm_mean
 
 M = 0.1
-LIBRARIES = [OURS, "loop of torch.topk", "padded and sorted"]
 
 
 def _spans(sequences: int) -> tuple[Tensor, Tensor]:
-    """Entropies of a trained model: exponential, most of them small."""
+    """Return values and cu_seqlens. The values are exponential, as the entropies of a trained model: most are small."""
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(64, 2049, (sequences,), generator=g)
     cu_seqlens = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
@@ -52,7 +52,7 @@ def _padded(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return largest.masked_fill(width >= counts[:, None], 0.0).sum(1) / counts
 
 
-_FUNCTIONS = dict(zip(LIBRARIES, (_ours, _loop, _padded), strict=True))
+_FUNCTIONS = {OURS: _ours, "loop of torch.topk": _loop, "padded and sorted": _padded}
 
 
 @lru_cache
@@ -73,6 +73,7 @@ def _rows(sequences: int, timed: bool) -> dict[str, Row]:
     return {name: Row(None, info[name], times.get(name, [])) for name in steps}
 
 
+@pytest.mark.over(libraries=list(_FUNCTIONS))
 def test_topm_mean(benchmark: Any, library: str) -> None:
     sequences = 5000 if benchmark.enabled else 50
     row = _rows(sequences, benchmark.enabled)[library]
@@ -81,7 +82,7 @@ def test_topm_mean(benchmark: Any, library: str) -> None:
 
 
 def test_topm_mean_backward() -> None:
-    """Not timed: a loop of slices has a gradient of the whole length for each of them (20 s for these sequences on a CPU)."""
+    """Check the gradient without timing it: in a loop every slice has a gradient of full length (20 s for 5000 on a CPU)."""
     values, cu_seqlens = _spans(20)
     ours, loop = (values.clone().requires_grad_() for _ in range(2))
     _ours(ours, cu_seqlens).sum().backward()

@@ -1,4 +1,4 @@
-"""One SEGA step of a whole model: forward of a randomly initialised Llama, its head and the loss, backward of all."""
+"""One SEGA step of a whole model: a randomly initialised Llama, its head and the loss, forward + backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks.conftest import record
 from benchmarks.contest import Row, taken
 from benchmarks.measure import DoesNotError, in_turns, peak_memory
-from benchmarks.peers import EAGER, OURS, per_token
+from benchmarks.peers import per_token
+from benchmarks.results import EAGER, OURS
 from benchmarks.sega import batch_weights, group_weights, groups
 from benchmarks.shapes import DEVICE, GROUP, Inputs
 from gem_kernels import TokenStats, linear_group_loss
@@ -79,7 +80,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @lru_cache(maxsize=1)
 def _build(model: Model) -> tuple[Any, Tensor, Inputs]:
-    """The model, its input (S, T + 1), and the offsets of sequences and groups that the loss needs."""
+    """Return the model, its input (S, T + 1), and the offsets of sequences and groups."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     with torch.device(DEVICE):
@@ -87,9 +88,8 @@ def _build(model: Model) -> tuple[Any, Tensor, Inputs]:
             **dict(model.config), dtype=torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
         )
         net = transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    with (
-        torch.no_grad()
-    ):  # logits with a standard deviation of 4, as trained ones have: equal entropies would rank nothing
+    # Logits get a standard deviation of 4, as in a trained model: equal entropies would rank nothing.
+    with torch.no_grad():
         head = net.get_output_embeddings().weight
         head *= 4 / (head.float().std() * head.shape[1] ** 0.5)
     if model.lora:
@@ -141,7 +141,7 @@ def _rows(model: Model, timed: bool) -> dict[str, Row]:
             rows[library] = Row(str(error), {}, [])
             continue
         if DEVICE.type == "cuda":
-            step()  # compiled here, and not in what is measured
+            step()  # compiles outside the measurement
         peak, (loss, *grads) = peak_memory(step, tuple)
         norm = float(torch.stack([g.float().norm() for g in grads]).norm())
         agreed = agreed or norm  # ours comes first
@@ -158,6 +158,7 @@ def _rows(model: Model, timed: bool) -> dict[str, Row]:
     return rows
 
 
+@pytest.mark.over(libraries=LIBRARIES)
 def test_train_step(benchmark: Any, model: Model, library: str) -> None:
     row = _rows(model, benchmark.enabled)[library]
     if row.reason is not None:

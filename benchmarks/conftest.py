@@ -1,7 +1,7 @@
-"""How `pytest benchmarks/` runs: which shapes and libraries, in which order, what is printed, what is written.
+"""How `pytest benchmarks/` runs: shapes, libraries, order, printed table and JSON.
 
-A benchmark module has SHAPES, and may have LIBRARIES; its tests take `shape` and `library` and hand a Task to `bench`. With
-`--benchmark-disable` the shape is tiny and nothing is timed: the same code is checked, and that is all.
+A benchmark takes `shape` and `library` from its marker `over(shapes=..., libraries=...)` and passes a Task to `bench`. With
+`--benchmark-disable` the shape is tiny and nothing is timed, so that the run only checks the code.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 
 from benchmarks import results
 from benchmarks.contest import Row, Task, compete, describe
-from benchmarks.gpu import LOST
 from benchmarks.measure import STOPWATCH
-from benchmarks.peers import LIBRARIES, OURS
+from benchmarks.peers import LIBRARIES
+from benchmarks.results import OURS
 from benchmarks.shapes import DEVICE, MAIN, TINY, Shape
+from tools.device import LOST
 
 _rows: dict[tuple[str, str], dict[str, Row]] = {}
 _does_not: list[dict[str, str]] = []
@@ -54,26 +55,31 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.option.benchmark_quiet = True  # our own table says more
+    config.option.benchmark_quiet = True  # our own table shows more
+    config.addinivalue_line(
+        "markers", "over(shapes, libraries): the parameters of a benchmark; by default every library"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     disabled = metafunc.config.getoption("benchmark_disable", False)
+    marker = metafunc.definition.get_closest_marker("over")
+    over = marker.kwargs if marker else {}
     if "shape" in metafunc.fixturenames:
-        metafunc.parametrize("shape", [TINY] if disabled else metafunc.module.SHAPES, ids=str)
+        metafunc.parametrize("shape", [TINY] if disabled else over["shapes"], ids=str)
     if "library" in metafunc.fixturenames:
-        metafunc.parametrize("library", getattr(metafunc.module, "LIBRARIES", LIBRARIES))
+        metafunc.parametrize("library", over.get("libraries", LIBRARIES))
 
 
 def _compiles_too_long(item: pytest.Item) -> bool:
-    """Without a GPU torch.compile takes half a minute a task, longer than all rounds of all libraries: one task is enough."""
+    """True for torch.compile on a CPU, except in one task: compiling takes half a minute, longer than all rounds together."""
     if DEVICE.type == "cuda" or _param(item, "library") != "torch.compile":
         return False
-    return item.path.stem != "bench_group_loss" or _param(item, "shape") != MAIN[0]
+    return getattr(item, "originalname", None) != "test_group_loss" or _param(item, "shape") != MAIN[0]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """By shape, the main one first: fp64 results are kept while they are needed, and when time is short that one is done."""
+    """Sort by shape: fp64 results are kept for one shape at a time. The main shape is first, in case time runs out."""
     ours = [item for item in items if Path(item.path).parent == Path(__file__).parent]
     dropped = [item for item in ours if _compiles_too_long(item)]
     config.hook.pytest_deselected(items=dropped)
@@ -91,7 +97,7 @@ def _param(item: pytest.Item, name: str) -> Any:
 
 
 def _rivals(request: pytest.FixtureRequest) -> Iterable[str]:
-    """On a CPU all libraries whose test of this task and shape was selected; on a GPU, where times are steady, one alone."""
+    """Return the libraries to time in turns: all that were selected on a CPU, one on a GPU, where times are steady."""
     mine = request.node
     if DEVICE.type == "cuda":
         return [_param(mine, "library")]
@@ -105,7 +111,7 @@ def _rivals(request: pytest.FixtureRequest) -> Iterable[str]:
 
 @pytest.fixture(autouse=True)
 def _device() -> Iterator[None]:
-    """Memory is given back after every row; a lost device ends the process, and `make gpu` starts another."""
+    """Release GPU memory after every row. A lost device ends the process, and `make gpu` starts another."""
     yield
     if DEVICE.type == "cuda":
         gc.collect()
@@ -137,7 +143,7 @@ def bench(request: pytest.FixtureRequest, benchmark: Any, shape: Shape, library:
 
 
 def record(benchmark: Any, key: dict[str, Any], row: Row) -> None:
-    """Hand measured times to pytest-benchmark."""
+    """Pass measured times to pytest-benchmark."""
     benchmark.extra_info.update(key | row.info)
     times = row.times or [0.0]
     benchmark.pedantic(STOPWATCH.play, args=(iter(times),), rounds=len(times))
@@ -150,7 +156,7 @@ def record(benchmark: Any, key: dict[str, Any], row: Row) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info.clear()  # what is there by default has no versions, and the name of the machine
+    machine_info.clear()  # the default has the host's name and no versions
     machine_info.update(results.describe_machine())
 
 

@@ -1,4 +1,4 @@
-"""One task at one shape: every library is held against fp64, its memory measured, and then all are timed in turns."""
+"""One task at one shape: every library is compared with fp64, its memory is measured, then all are timed in turns."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from benchmarks.gold import Gold, gold_of, relative_error
 from benchmarks.measure import DoesNotError, bare_mm, in_turns, peak_memory
-from benchmarks.peers import EAGER, ENTROPY_FIRST, OURS
+from benchmarks.peers import ENTROPY_FIRST
+from benchmarks.results import EAGER, OURS
 from benchmarks.shapes import DEVICE, MAIN, TINY, Shape
 
 
 class Result(NamedTuple):
-    """What a step computed; None: it does not, or was not asked for it. Gradients are not counted as extra memory."""
+    """Results of a step; None where the library computes none. Gradients do not count as extra memory."""
 
     logprob: Tensor | None = None
     entropy: Tensor | None = None
@@ -29,7 +30,7 @@ CLAIMED = (OURS, EAGER, ENTROPY_FIRST, "TRL")
 
 
 class Exact(NamedTuple):
-    """What a result is compared with: statistics of every token, gradients of gold.sample and gold.columns."""
+    """The fp64 values for a result: statistics of every token, gradients of gold.sample and gold.columns."""
 
     logprob: Tensor | None = None
     entropy: Tensor | None = None
@@ -40,28 +41,28 @@ class Exact(NamedTuple):
 class Task(NamedTuple):
     name: str
     make: Callable[[Gold, str], Step]
-    """inputs, library -> a step; raises DoesNotError"""
+    """(inputs, library) -> a step; raises DoesNotError"""
     exact: Callable[[Gold], Exact]
     gemms: int
-    """of 2NDV FLOP that the task cannot do without: its share of the GEMM rate is reckoned from them"""
+    """products of 2NDV FLOP that the task cannot avoid; the share of the GEMM rate counts these"""
 
 
 class Row(NamedTuple):
-    """Of one library: either why there is nothing to tell, or what was found and the times in seconds."""
+    """One library at one task: the reason for having no result, or measurements and times in seconds."""
 
     reason: str | None
     info: dict[str, Any]
     times: list[float]
 
 
-# Ours: fp32 logits, so the order of a GEMM's summation at |z| up to 40, and one rounding of a bf16 gradient. A peer beyond its
-# limit computes something else, and is not timed.
+# Our errors come from the order of a GEMM's fp32 sums at |z| up to 40, and from rounding a gradient once to bf16. A peer beyond
+# its limit computes something else and is not timed.
 _OURS = {"logprob": 1e-3, "entropy": 1e-3, "dhidden": 1e-2, "dweight": 1e-2}
 _PEERS = {"logprob": 1.0, "entropy": 1.0, "dhidden": 0.2, "dweight": 0.2}
 
 
 def errors(result: Result, exact: Exact, gold: Gold) -> dict[str, float]:
-    """Largest errors of the statistics (nats), relative errors of the gradients."""
+    """Return the largest errors of the statistics (nats) and the relative errors of the gradients."""
     pairs = {
         "dhidden": (result.dhidden, exact.dhidden, gold.sample),
         "dweight": (result.dweight, exact.dweight, gold.columns),
@@ -78,11 +79,11 @@ def errors(result: Result, exact: Exact, gold: Gold) -> dict[str, float]:
 
 
 def _enter(task: Task, gold: Gold, exact: Exact, library: str) -> tuple[Step | None, Row]:
-    """Run once: the result is checked, and the memory measured."""
+    """Run once, check the result and measure the memory."""
     try:
         step = task.make(gold, library)
         if DEVICE.type == "cuda" or library == "torch.compile":
-            step()  # compiled here, and not in what is measured
+            step()  # compiles outside the measurement
         peak, result = peak_memory(step, lambda result: (*result[:4], *result.others))
         found = errors(result, exact, gold)
         limits = _OURS if library.startswith(OURS) else _PEERS
@@ -103,7 +104,7 @@ def _enter(task: Task, gold: Gold, exact: Exact, library: str) -> tuple[Step | N
 
 
 def compete(task: Task, shape: Shape, libraries: Iterable[str], timed: bool) -> dict[str, Row]:
-    """A row for every library."""
+    """Return a row for every library."""
     gold = gold_of(shape)
     exact = task.exact(gold)
     steps, rows = {}, {}
@@ -133,7 +134,7 @@ def describe(shape: Shape) -> dict[str, Any]:
 
 
 def taken(*leaves: Tensor) -> list[Tensor | None]:
-    """Their gradients, which they keep no longer: the next step begins with as much memory as this one."""
+    """Return the gradients and drop them from the leaves, so that every step starts with the same memory."""
     gradients = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None
@@ -143,7 +144,7 @@ def taken(*leaves: Tensor) -> list[Tensor | None]:
 def train_step(
     gold: Gold, loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None, Tensor | None]], train_head: bool = True
 ) -> Step:
-    """loss(hidden, weight) -> (scalar, logprob, entropy), and its backward."""
+    """Return a step that runs loss(hidden, weight) -> (scalar, logprob, entropy) and its backward."""
     hidden = gold.x.hidden.detach().requires_grad_()
     weight = gold.x.weight.detach().requires_grad_(train_head)
 

@@ -1,4 +1,4 @@
-"""fp64 on the same inputs: what every library is held against before it is timed."""
+"""fp64 results on the same inputs. Every library is compared with them before it is timed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BLOCK_BYTES = 256 << 20 if DEVICE.type == "cpu" else 4 << 30
 
 
 class Gold(NamedTuple):
-    """Statistics of every token; enough of the probabilities for the gradients of some tokens and vocabulary entries."""
+    """Statistics of every token, and the log-probabilities that the gradients of some tokens and vocabulary entries need."""
 
     x: Inputs
     logprob: Tensor  # (N,) fp64
@@ -23,10 +23,10 @@ class Gold(NamedTuple):
     sample: Tensor  # (K,) tokens whose dhidden is compared
     columns: Tensor  # (C,) vocabulary entries whose dweight is compared
     log_p_columns: Tensor  # (N, C)
-    distribution: dict[str, float]  # of the probabilities: how peaked they are
+    distribution: dict[str, float]  # how peaked the probabilities are
 
     def gradients(self, a: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(dhidden[sample], dweight[columns]) of Σ a_n logprob_n + b_n entropy_n.
+        """Return dhidden[sample] and dweight[columns] of Σ a_n logprob_n + b_n entropy_n.
 
         dz_v = a (1[v = y] - p_v) - b p_v (log p_v + H).
         """
@@ -72,11 +72,11 @@ def make_gold(x: Inputs) -> Gold:
     return Gold(x, logprob, entropy, sample, columns, log_p_columns, distribution)
 
 
-@lru_cache(maxsize=1)  # benchmarks are sorted by shape
+@lru_cache(maxsize=1)  # enough, because benchmarks are sorted by shape
 def gold_of(shape: Shape) -> Gold:
     return make_gold(make_inputs(shape))
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
-    """|got - exact| / |exact|."""
+    """Return |got - exact| / |exact|."""
     return float((got.double() - exact).norm() / exact.norm())

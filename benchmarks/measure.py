@@ -1,4 +1,4 @@
-"""Time, peak memory, and libraries in turns; what pytest-benchmark does not do, it is handed ready."""
+"""Time and peak memory of libraries that take turns; pytest-benchmark gets the finished numbers."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from benchmarks.shapes import DEVICE, Shape
+from tools.device import milliseconds
 
 ROUNDS, SECONDS = (3, 8.0) if DEVICE.type == "cpu" else (25, 0.5)
-"""Runs of a library; fewer, but two, where they would take longer than so many seconds."""
+"""Runs per library. If they would take longer than SECONDS there are fewer, but at least two."""
 CLAIM_ROUNDS = max(5, ROUNDS)
-"""Of the libraries that a claim is about, however long they take."""
+"""Runs of the libraries that a claim is about, however long they take."""
 MANY_ROUNDS, FEW_SECONDS = max(9, ROUNDS), 0.25
-"""So many while they take no longer than that together: what is short is easily disturbed."""
+"""Up to MANY_ROUNDS runs within FEW_SECONDS, because short runs are easily disturbed."""
 MIB = 1 << 20
 
 
 class DoesNotError(Exception):
-    """The library has no such thing, and no composition of it that a user would write; the message says what is missing."""
+    """The library does not support the task, and no user would compose it from its parts; the message names what is missing."""
 
 
 class Stopwatch:
-    """A clock for pytest-benchmark that advances only by times that were measured before: libraries run in turns there."""
+    """A clock for pytest-benchmark that advances by times measured before, because the libraries take turns."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -45,26 +47,21 @@ STOPWATCH = Stopwatch()
 
 
 def seconds(step: Callable[[], object]) -> float:
-    """One run on the device. On a GPU by events, behind a write over the level-2 cache, as in a model."""
+    """Time one run on the device."""
     gc.collect()
-    if DEVICE.type != "cuda":
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
-    flush = torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()
-    began.record()
+    if DEVICE.type == "cuda":
+        return milliseconds(step) / 1e3
+    start = time.perf_counter()
     step()
-    ended.record()
-    ended.synchronize()
-    return float(began.elapsed_time(ended)) / 1e3
+    return time.perf_counter() - start
 
 
 def in_turns(steps: Mapping[str, Callable[[], object]], claimed: Collection[str] = ()) -> dict[str, list[float]]:
-    """Times in seconds of every step, which has run before: A B C A B C ..., so that a busy moment hits them all.
+    """Time every step in turns, A B C A B C ..., so that a busy moment affects all of them; return seconds.
 
-    claimed: those that get CLAIM_ROUNDS.
+    Args:
+        steps: name -> step; each has run before.
+        claimed: names of the steps that get CLAIM_ROUNDS.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for done in range(MANY_ROUNDS):
@@ -79,25 +76,30 @@ def in_turns(steps: Mapping[str, Callable[[], object]], claimed: Collection[str]
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def _resident(field: str) -> int:
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
+def resident(field: str) -> float:
+    """Return VmRSS or VmHWM of this process, MiB."""
+    with open("/proc/self/status", encoding="utf-8") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def _start_peak() -> int | None:
-    """Bytes in use now, from which the peak is counted; None: this system does not tell."""
+def forget_peak() -> float:
+    """Reset VmHWM of this process and return what is resident now, MiB."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    return resident("VmRSS")
+
+
+def _start_peak() -> float | None:
+    """Reset the peak and return what is in use now, MiB; None if this system does not show it."""
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
+        return torch.cuda.memory_allocated() / MIB
     if not sys.platform.startswith("linux"):
         return None
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # so that what was freed is asked for anew, and seen
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak starts again from here
-        return _resident("VmRSS")
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system, so that its next use counts
+        return forget_peak()
     except (OSError, AttributeError):
         return None
 
@@ -106,17 +108,17 @@ _T = TypeVar("_T")
 
 
 def peak_memory(step: Callable[[], _T], tensors: Callable[[_T], Iterable[Tensor | None]]) -> tuple[float | None, _T]:
-    """(MiB that a step needed beyond what was there before and beyond the tensors that it returns, its result)."""
+    """Return the MiB that a step needed beyond what was in use before and beyond the tensors of its result, and the result."""
     before = _start_peak()
     result = step()
     if before is None:
         return None, result
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() / MIB
     else:
-        peak = _resident("VmHWM")
-    return (peak - before - sum(t.nbytes for t in tensors(result) if t is not None)) / MIB, result
+        peak = resident("VmHWM")
+    return peak - before - sum(t.nbytes for t in tensors(result) if t is not None) / MIB, result
 
 
 # --- the unit ---------------------------------------------------------------------------------------------------------
@@ -125,7 +127,7 @@ _units: dict[tuple[int, int, int, torch.dtype], float] = {}
 
 
 def bare_mm(shape: Shape) -> float:
-    """Seconds of one torch.mm of 2NDV FLOP with operands of this dtype, nothing else: 1.0 in every table."""
+    """Return the seconds of one torch.mm of 2NDV FLOP with operands of this dtype: the unit of every table."""
     key = (shape.n, shape.d, shape.v, shape.dtype)
     if key not in _units:
         hidden, weight = (torch.randn(size, shape.d, device=DEVICE).to(shape.dtype) for size in (shape.n, shape.v))

@@ -1,6 +1,6 @@
-"""The other libraries: what each can do, how it is called, and what a user would write around it for the rest.
+"""The other libraries: their features, their calls, and the code that a user would add for a missing feature.
 
-A library that does not do a task raises DoesNotError with the reason, which is its row. It is imported when its turn comes.
+A library that does not support a task raises DoesNotError, and its row shows the reason. Libraries are imported when they run.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import DoesNotError
+from benchmarks.results import EAGER, OURS
 from benchmarks.shapes import DEVICE, Inputs
-from gem_kernels.types import Impl
+from gem_kernels import Impl
 
-OURS = "gem-kernels"
-OURS_TRITON = f"{OURS}, triton"  # beside what "auto" takes on a GPU
-EAGER = "eager"
-ENTROPY_FIRST = f"{EAGER}, entropy without a graph"  # by a careful hand, where entropies are weights
+OURS_TRITON = f"{OURS}, triton"  # next to the choice of "auto" on a GPU
+ENTROPY_FIRST = f"{EAGER}, entropy without a graph"  # careful eager code for entropies that are weights
 
-# (hidden, weight, targets, entropy wanted?) -> log-probability and entropy of every token
+# (hidden, weight, targets, with entropy) -> log-probability and entropy of every token
 PerToken = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 # (hidden, weight, targets) -> the sum of the log-probabilities
 Total = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -40,7 +39,7 @@ class Peer(NamedTuple):
 
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """What is usually written: logits in the operands' dtype, log_softmax in fp32."""
+    """Compute the statistics in common eager style: logits in the operands' dtype, log_softmax in fp32."""
     log_p = (hidden @ weight.T).float().log_softmax(-1)
     logprob = log_p.gather(-1, targets[:, None])[:, 0]
     return logprob, -(log_p.exp() * log_p).sum(-1) if entropy else None
@@ -55,7 +54,7 @@ def _compiled() -> PerToken:
 def _torch_fused() -> PerToken:
     if not hasattr(F, "linear_cross_entropy"):
         raise DoesNotError(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    # On a CPU what it chooses by itself is 2.5 to 9 times as slow as this.
+    # On a CPU its default chunk is 2.5 to 9 times as slow.
     rows = None if DEVICE.type == "cuda" else 256
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)  # type: ignore[attr-defined]
 
@@ -67,9 +66,9 @@ def _torch_fused() -> PerToken:
 
 def _trl() -> PerToken:
     function = importlib.import_module("trl.kernels").ChunkedLogProbFunction
-    chunk = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE  # what its trainers use
+    chunk = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE  # the value of its trainers
     known = {"bias": None, "temperature": 1.0, "chunk_size": chunk, "final_logit_softcapping": None, "logit_scale": 1.0}
-    names = list(inspect.signature(function.forward).parameters)[1:]  # they differ between versions
+    names = list(inspect.signature(function.forward).parameters)[1:]  # the order differs between versions
 
     def per_token(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
         outputs = ("entropy",) if entropy else ()
@@ -81,7 +80,7 @@ def _trl() -> PerToken:
 
 
 def _liger_scaled() -> PerToken:
-    """Its fused op for RL: CuTe on sm_90, elsewhere blocks of 512 tokens in torch."""
+    """Return Liger's fused op for RL: CuTe on sm_90, elsewhere blocks of 512 tokens in torch."""
     module = importlib.import_module("liger_kernel.ops.fused_linear_scaled_cross_entropy")
     function = module.LigerFusedLinearScaledCrossEntropyFunction
 
@@ -185,7 +184,7 @@ def per_token(library: str, *, entropy: bool) -> PerToken:
 
 @torch.no_grad()
 def entropy_by_blocks(hidden: Tensor, weight: Tensor, rows: int = 256) -> Tensor:
-    """What a user adds to a library without entropies, when they are weights and need no gradient."""
+    """Compute entropies without a gradient, for a library that has none: enough where they are weights."""
     parts = []
     for block in hidden.split(rows):
         log_p = (block @ weight.T).float().log_softmax(-1)
@@ -194,8 +193,10 @@ def entropy_by_blocks(hidden: Tensor, weight: Tensor, rows: int = 256) -> Tensor
 
 
 def weighted(library: str) -> Callable[[Inputs, Tensor, Tensor, Tensor], Tensor]:
-    """(x, hidden, weight, token_weight (N,)) -> - Σ token_weight logprob, the same weight for all tokens of a sequence: where a
-    library only sums, one call a sequence."""
+    """Return a loss (x, hidden, weight, token_weight (N,)) -> - Σ token_weight logprob.
+
+    All tokens of a sequence have the same weight, so a library that returns only sums is called once per sequence.
+    """
     fn, peer = load(library), PEERS[library]
 
     def loss(x: Inputs, hidden: Tensor, weight: Tensor, token_weight: Tensor) -> Tensor:

@@ -1,17 +1,16 @@
-"""One training step of a pretrained model, with its own head and with the fused one: peak memory, time and loss, on a CPU.
+"""One training step of a pretrained model with its own head and with ours, on a CPU: peak memory, time and loss.
 
     python -m benchmarks.real_step --out benchmarks/results/real_step-<device>-<date>.json MODEL [MODEL ...]
     python -m benchmarks.real_step --table benchmarks/results/real_step-<device>-<date>.json     the rows of docs/models.md
 
-MODEL: a folder or a GGUF file. fp32, 4 sequences of 256 random tokens, forward, backward and AdamW. Every run is a process of
-its own and the heads take turns; the table shows medians. Peak: the resident set at its highest in the second step less what
-was resident before it. So weights and optimizer states are out, gradients and activations in, for both.
+MODEL is a folder or a GGUF file. The step is forward, backward and AdamW in fp32 on 4 sequences of 256 random tokens. Every run
+is its own process, the heads take turns, and the table shows medians. The peak is the highest resident set in the second step
+minus what was resident before it: without weights and optimizer states, with gradients and activations, for both heads.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import statistics
 import time
@@ -19,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import turns
+from benchmarks.measure import forget_peak, resident
 
 BATCH, LENGTH, ROUNDS = 4, 256, 3
 HEADS = ("own", "gem-kernels")
 
 
 def run(source: str, head: str) -> dict[str, Any]:
-    """One run, in this process."""
+    """Run once, in this process."""
     import torch
 
     from gem.doctor import load
@@ -34,20 +34,20 @@ def run(source: str, head: str) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     model: Any = load(source).float().train()
     vocab, hidden = model.get_output_embeddings().weight.shape
-    asked = {} if head == "own" else {"fused_lm_head": True}
-    if asked:
+    fused = {} if head == "own" else {"fused_lm_head": True}
+    if fused:
         fuse_lm_head(model)
     torch.manual_seed(0)
     ids = torch.randint(0, vocab, (BATCH, LENGTH))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=False)
     losses = []
-    for _ in range(2):  # the first makes the optimizer's states
-        before, start = turns.forget_peak(), time.perf_counter()
-        loss = model(input_ids=ids, labels=ids, use_cache=False, **asked).loss
+    for _ in range(2):  # the first step creates the optimizer's states
+        before, start = forget_peak(), time.perf_counter()
+        loss = model(input_ids=ids, labels=ids, use_cache=False, **fused).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds, peak = time.perf_counter() - start, turns.resident("VmHWM") - before
+        seconds, peak = time.perf_counter() - start, resident("VmHWM") - before
         losses.append(float(loss.detach()))
         del loss
     return {"vocab": vocab, "hidden": hidden, "peak_mib": peak, "seconds": seconds, "losses": losses}
@@ -76,20 +76,7 @@ def table(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="folders or GGUF files")
-    parser.add_argument("--out", type=Path, help="measure, and write this JSON")
-    parser.add_argument("--table", type=Path, help="print the table of a JSON")
-    parser.add_argument("--run", nargs=2, metavar=("MODEL", "HEAD"), help="one run in this process")
-    arguments = parser.parse_args()
-    if arguments.run:
-        print(json.dumps(run(*arguments.run)))
-        return
-    if arguments.out:
-        arguments.out.write_text(json.dumps(measure(arguments.models), indent=1) + "\n", encoding="utf-8")
-    print("\n".join(table(json.loads((arguments.table or arguments.out).read_text(encoding="utf-8")))))
-
-
-if __name__ == "__main__":
-    main()
+    turns.main(parser, run, lambda arguments: measure(arguments.models), table)

@@ -1,9 +1,9 @@
-"""What a run leaves behind: where it goes, how it is printed, and whether a newer one is worse.
+"""Results of a run: their file, their table, and the comparison with newer ones.
 
-    python -m benchmarks.results        prints where today's results of this machine go
+    python -m benchmarks.results        prints the path of today's results on this machine
 
 A file is pytest-benchmark's JSON: `benchmarks`, each with `stats` (seconds) and `extra_info` (task, shape, library, memory,
-errors), `machine_info`, `commit_info`; and `does_not`, the rows without a time and why.
+errors), `machine_info`, `commit_info`; and `does_not`, the rows without a time, each with a reason.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 OURS, EAGER = "gem-kernels", "eager"
 ROWS = "GEM_KERNELS_BENCH_ROWS"
-"""environment: a file to which every row is appended as it comes"""
+"""environment: a file to which every row is appended at once"""
 DEADLINE = "GEM_KERNELS_BENCH_DEADLINE"
-"""environment: a time.time() after which no benchmark is begun"""
+"""environment: the time.time() after which no benchmark starts"""
 SLOWER, LARGER, WORSE = 1.15, 1.15, 2.0
-"""A ratio to eager, in (least) time or memory, may grow by so much before it counts; an error by so much."""
+"""Factors by which a ratio to eager, in (least) time and in memory, and an error may grow before they count as worse."""
 NOISE_MIB = 32
-"""What the allocator of a process had left over from before is not seen in its peak: less than this is no difference."""
+"""Memory that the allocator kept from before does not show in a peak, so a smaller difference does not count."""
 
 
 def said(*command: str) -> str | None:
@@ -65,7 +65,7 @@ def device_name() -> str:
 
 
 def describe_machine() -> Json:
-    """Device, driver, versions."""
+    """Return device, driver and versions."""
     import torch
 
     found: Json = {
@@ -91,14 +91,14 @@ def describe_machine() -> Json:
 
 
 def append(row: Json) -> None:
-    """Where a run may die over a row, as on a GPU: on file at once, for `from_rows`."""
+    """Append a row to the file of `from_rows` at once, because the process may die in the next row on a GPU."""
     if path := os.environ.get(ROWS):
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def from_rows(path: Path) -> Json:
-    """{"benchmarks": ..., "does_not": ...} of the rows that were appended; the last line may be half there."""
+    """Return {"benchmarks": ..., "does_not": ...} of the appended rows, without an incomplete last line."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("}")]
     return {
@@ -120,7 +120,7 @@ def read(path: Path) -> Json:
 
 
 def rows(document: Json) -> list[Json]:
-    """Every row, timed or not, in the order of the run."""
+    """Return every row, timed or not: the timed ones in the order of the run, then the others."""
     timed = []
     for b in document["benchmarks"]:
         stats = b["stats"]
@@ -134,7 +134,7 @@ def rows(document: Json) -> list[Json]:
 
 
 def by_task(found: Iterable[Json]) -> dict[tuple[str, str], list[Json]]:
-    """(task, shape) -> its rows, ours first, then by time, then those that do not."""
+    """Map (task, shape) to its rows: ours first, then by time, rows without a time last."""
     tasks: dict[tuple[str, str], list[Json]] = {}
     for row in found:
         tasks.setdefault((row["task"], row["shape"]), []).append(row)
@@ -148,7 +148,7 @@ def seconds(value: float) -> str:
 
 
 def cells(row: Json, eager: Json | None) -> list[str]:
-    """library, time, x eager, of bare mm, share of GEMM rate, peak extra memory, errors."""
+    """Return the cells of a timed row in the order of HEADER."""
 
     def of(name: str, form: str) -> str:
         return form.format(row[name]) if row.get(name) is not None else ""
@@ -180,14 +180,14 @@ HEADER = [
 
 
 def filled(of_task: Sequence[Json]) -> list[list[str]]:
-    """The timed rows as cells."""
+    """Return the cells of the timed rows."""
     timed = [row for row in of_task if "median s" in row]
     eager = next((row for row in timed if row["library"] == EAGER), None)
     return [cells(row, eager) for row in timed]
 
 
 def reasons(of_task: Sequence[Json]) -> str:
-    """Who has no time, and why; those with the same reason together."""
+    """Return the libraries without a time and the reasons, grouped by reason."""
     why: dict[str, list[str]] = {}
     for row in of_task:
         if "reason" in row:
@@ -202,7 +202,7 @@ def title(row: Mapping[str, Any]) -> str:
 
 
 def table(found: Iterable[Json]) -> str:
-    """For a terminal."""
+    """Return the tables as text for a terminal."""
     lines = []
     for (task, shape), of_task in by_task(found).items():
         lines += ["", f"{task} ({shape}: {title(of_task[0])})"]
@@ -220,7 +220,7 @@ def table(found: Iterable[Json]) -> str:
 
 
 def compare(old: Json, new: Json) -> tuple[str, list[str]]:
-    """(report, what got worse): our rows in both files, by their ratios to eager, so that machines may differ."""
+    """Compare our rows by their ratios to eager, so that machines may differ; return a report and what got worse."""
     tasks = [by_task(rows(document)) for document in (old, new)]
     lines, worse = [], []
     for key in tasks[0]:
@@ -232,7 +232,7 @@ def compare(old: Json, new: Json) -> tuple[str, list[str]]:
             if now is None:
                 worse.append(f"{name}: no longer there")
                 continue
-            # The least time, as the one that least was in the way of.
+            # The least time is the one with the least disturbance.
             for what, allowed, noise in (("least s", SLOWER, 0.0), ("peak extra MiB", LARGER, NOISE_MIB)):
                 before, after = (_of_eager(row, of.get(EAGER), what) for row, of in zip((was, now), pair, strict=True))
                 if before is None or after is None:

@@ -1,4 +1,4 @@
-"""SEGA as a user runs it: the weights of a group's sequences come from the entropies of this very pass."""
+"""SEGA as in training: the weights of a group's sequences come from the entropies of the same pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gem_kernels import gem_score
 
 @torch.no_grad()
 def group_weights(entropy: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """(T,) weights of one group's tokens: centred scores (Eq. 1; the last quarter of a sequence is its answer), of mass 1."""
+    """Return weights (T,) of a group's tokens: centred scores (Eq. 1; the answer is the last quarter of a sequence), mass 1."""
     starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
     answers = ends - ((ends - starts) // 4).clamp(min=1)
     branch, answer = torch.stack((starts, answers), 1), torch.stack((answers, ends), 1)
@@ -23,7 +23,7 @@ def group_weights(entropy: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def groups(x: Inputs) -> list[tuple[slice, Tensor]]:
-    """Tokens of every group, and the offsets of its sequences into them."""
+    """Return the tokens of every group, and the offsets of its sequences into them."""
     cu = x.cu_seqlens.long()
     found = []
     for start, end in pairwise(x.cu_groups.tolist()):
@@ -33,5 +33,5 @@ def groups(x: Inputs) -> list[tuple[slice, Tensor]]:
 
 
 def batch_weights(entropy: Tensor, x: Inputs) -> Tensor:
-    """The same for all groups (N,), for libraries that give the statistics of the whole batch."""
+    """Return weights (N,) of all groups, for libraries that give the statistics of the whole batch."""
     return torch.cat([group_weights(entropy[tokens], cu) for tokens, cu in groups(x)])

@@ -1,8 +1,8 @@
-"""The one table of shapes, and the inputs of every benchmark.
+"""The shapes and inputs of every benchmark.
 
-N tokens, D hidden size, V vocabulary. Inputs are peaked as a trained model's are, and how peaked is measured with every shape:
+N tokens, D hidden size, V vocabulary. Probabilities are as peaked as in a trained model. Three numbers of every shape show it:
 mean entropy, vocabulary entries with a probability above 2^-12, largest |logit|. Uniform or zero inputs would flatter every
-library, in time (sparse gradients, cheap exponentials) and in error (small logits are rounded little).
+library in time (sparse gradients, cheap exponentials) and in error (small logits have small rounding errors).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
     @property
     def gemm(self) -> float:
-        """FLOP of one product of the hidden states with the head."""
+        """Return the FLOP of one product of the hidden states with the head."""
         return 2.0 * self.n * self.d * self.v
 
 
@@ -43,14 +43,14 @@ _MODELS = [
     Shape("llama-3.2-1b", 8192, 2048, 128_256, torch.bfloat16),
 ]
 TINY = Shape("tiny", 96, 16, 250, torch.float32)
-"""What `--benchmark-disable` runs: the same code, to be checked and not to be timed."""
+"""The shape of `--benchmark-disable`, which checks the code and times nothing."""
 
 
 def _tokens(shape: Shape, *counts: int) -> list[Shape]:
     return [shape._replace(name=f"{shape.name}-{n}-tokens", n=n) for n in counts]
 
 
-# The first of each list is what the claims are about; the README's tables are made from it.
+# The claims and the README's tables use the first shape of each list.
 if DEVICE.type == "cuda":
     MAIN = [_REFERENCE, *_MODELS]
     OVER_TOKENS = [*MAIN, *_tokens(_REFERENCE, 1024, 4096, 16_384, 65_536)]
@@ -72,7 +72,7 @@ class Inputs(NamedTuple):
     cu_seqlens: Tensor  # (S+1,) int32
     cu_groups: Tensor  # (B+1,) int32: groups of up to 5 sequences
     seq_weight: Tensor  # (S,) fp32, centred
-    low_a: Tensor  # (RANK, D): an adapter of the head that has been trained a little
+    low_a: Tensor  # (RANK, D): an adapter of the head after a little training
     low_b: Tensor  # (V, RANK)
 
     def token_weight(self) -> Tensor:
@@ -90,9 +90,9 @@ def per_token(of_sequences: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def make_inputs(shape: Shape, device: torch.device = DEVICE) -> Inputs:
-    """Normal logits, and one entry per token raised by 8 to 34: from lost among the others to certain.
+    """Return inputs with normal logits, of which the target's is raised by 8 to 34: from unlikely to certain.
 
-    That entry is the target. Its raise comes from the direction of its own row of the weight, so all of it is in the operands.
+    hidden contains the target's row of the weight as a direction, so the operands alone produce the raise.
     """
     n, d, v = shape.n, shape.d, shape.v
     g = torch.Generator(device).manual_seed(0)
@@ -123,7 +123,7 @@ def make_inputs(shape: Shape, device: torch.device = DEVICE) -> Inputs:
 
 
 def ragged(n: int) -> tuple[Tensor, Tensor]:
-    """Offsets of sequences of 64 to 1024 tokens, shorter where n is small, and of groups of five of them."""
+    """Return offsets of sequences of 64 to 1024 tokens (shorter if n is small), and of groups of five sequences."""
     longest = max(2, min(1024, n // 8))
     shortest = max(1, min(64, longest // 2))
     g = torch.Generator().manual_seed(1)

@@ -1,11 +1,11 @@
-"""Five steps of TRL's trainers with TRL's lm_head and with ours: peak memory, time and losses, on a CPU.
+"""Five steps of TRL's trainers with TRL's lm_head and with ours, on a CPU: peak memory, time and losses.
 
     python -m benchmarks.trl_heads --out benchmarks/results/trl_heads-<device>-<date>.json
     python -m benchmarks.trl_heads --table benchmarks/results/trl_heads-<device>-<date>.json     the rows of docs/models.md
 
-A Llama with a small body under a vocabulary of 128256, fp32. Every run is a process of its own, the heads take turns, and the
-table shows medians. Peak: the resident set at its highest in train() less what was resident before, so weights are out,
-gradients and optimizer states in, for both.
+The model is a small Llama with a vocabulary of 128256, in fp32. Every run is its own process, the heads take turns, and the
+table shows medians. The peak is the highest resident set in train() minus what was resident before: without weights, with
+gradients and optimizer states, for both heads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
 import random
 import statistics
@@ -21,10 +20,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from benchmarks import turns
+from benchmarks.measure import forget_peak, resident
 
 V, D, STEPS, ROUNDS = 128256, 64, 5, 3
 TASKS = {
@@ -93,7 +92,7 @@ def mean_token(completion_ids: list[list[int]], **_: Any) -> list[float]:
 
 @contextlib.contextmanager
 def timed(owner: Any, method: str, total: list[float]) -> Iterator[None]:
-    """Inside, the seconds spent in owner.method add up in total."""
+    """Append the seconds of every call of owner.method to `total` inside the block."""
     inner = getattr(owner, method)
 
     def watched(*args: Any, **kwargs: Any) -> Any:
@@ -108,7 +107,7 @@ def timed(owner: Any, method: str, total: list[float]) -> Iterator[None]:
 
 
 def run(task: str, head: str) -> dict[str, Any]:
-    """One run, in this process."""
+    """Run once, in this process."""
     from gem.integrations.trl import use_gem_head
 
     warnings.filterwarnings("ignore")
@@ -119,10 +118,10 @@ def run(task: str, head: str) -> dict[str, Any]:
             use_gem_head(trainer)
         generation: list[float] = []
         with timed(trainer.model, "generate", generation), contextlib.redirect_stdout(io.StringIO()):
-            before, start = turns.forget_peak(), time.perf_counter()
+            before, start = forget_peak(), time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - start
-        peak = turns.resident("VmHWM") - before
+        peak = resident("VmHWM") - before
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {"peak_mib": peak, "seconds": seconds - sum(generation), "generation": sum(generation), "losses": losses}
 
@@ -149,19 +148,6 @@ def table(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="measure, and write this JSON")
-    parser.add_argument("--table", type=Path, help="print the table of a JSON")
-    parser.add_argument("--run", nargs=2, metavar=("TASK", "HEAD"), help="one run in this process")
-    arguments = parser.parse_args()
-    if arguments.run:
-        print(json.dumps(run(*arguments.run)))
-        return
-    if arguments.out:
-        arguments.out.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
-    print("\n".join(table(json.loads((arguments.table or arguments.out).read_text(encoding="utf-8")))))
-
-
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    turns.main(parser, run, lambda arguments: measure(), table)

@@ -1,20 +1,21 @@
-"""Two heads in turns, every run in a process of its own, for scripts that measure memory and time of whole training steps.
+"""Scripts that compare two heads in whole training steps: the heads take turns, and every run is its own process.
 
-What is freed goes back to the system at once (MALLOC_*): the peak of the resident set is what is used.
+Freed memory goes back to the system at once (MALLOC_*), so that the peak of the resident set is memory in use.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 from benchmarks.results import ROOT, describe_machine, said
+from tools.files import Json, read_json, write_json
 
 _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "1048576",
@@ -25,28 +26,15 @@ _ENVIRONMENT = {
 }
 
 
-def resident(field: str) -> float:
-    """VmRSS or VmHWM of this process, MiB."""
-    with open("/proc/self/status", encoding="utf-8") as lines:
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def forget_peak() -> float:
-    """VmHWM starts again from here; what is resident now, MiB."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    return resident("VmRSS")
-
-
-def measure(
-    module: str, kind: str, cases: Mapping[str, str], heads: Sequence[str], rounds: int, shape: dict[str, Any]
-) -> dict[str, Any]:
-    """All runs, `python -m module --run <argument> <head>`, whose last line is JSON; each row is printed as it comes.
+def measure(module: str, kind: str, cases: Mapping[str, str], heads: Sequence[str], rounds: int, shape: Json) -> Json:
+    """Run `python -m module --run <argument> <head>`, whose last line is JSON, for all cases and heads; print each row.
 
     Args:
-        kind: what a case is called in a row. cases: name -> argument.
-        shape: goes into the document.
+        kind: the key of a case in its row.
+        cases: name -> argument.
+        shape: a part of the document.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Json] = []
     load = os.getloadavg()
     for number in range(rounds):
         for name, argument in cases.items():
@@ -66,3 +54,22 @@ def measure(
         "shape": shape,
         "runs": rows,
     }
+
+
+def main(
+    parser: argparse.ArgumentParser,
+    run: Callable[[str, str], Json],
+    measure: Callable[[argparse.Namespace], Json],
+    table: Callable[[Json], list[str]],
+) -> None:
+    """Run the command line of a script: measure and write (--out), print the table of a file (--table), or one run (--run)."""
+    parser.add_argument("--out", type=Path, help="measure, and write this JSON")
+    parser.add_argument("--table", type=Path, help="print the table of a JSON")
+    parser.add_argument("--run", nargs=2, metavar=("CASE", "HEAD"), help="one run in this process")
+    arguments = parser.parse_args()
+    if arguments.run:
+        print(json.dumps(run(*arguments.run)))
+        return
+    if arguments.out:
+        write_json(arguments.out, measure(arguments))
+    print("\n".join(table(read_json(arguments.table or arguments.out))))
