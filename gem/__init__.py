@@ -1,8 +1,8 @@
-"""gem: GEM (arXiv 2511.13007) on a Hugging Face model; `gem.fuse_lm_head(model)` gives the model the head of gem_kernels."""
+"""gem: GEM (arXiv 2511.13007) on a Hugging Face model; `gem.fuse_lm_head(model)` attaches the head of gem_kernels."""
 
 
 def __getattr__(name: str) -> object:
-    """Imported when asked for: gem.config and gem.report work where torch and transformers are not installed."""
+    """Import gem.head on first use: gem.config and gem.report work without torch and transformers."""
     if name in ("fuse_lm_head", "unfuse"):
         from gem import head
 

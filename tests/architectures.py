@@ -117,18 +117,17 @@ ARCHITECTURES = (*TEXT_MODELS, *MULTIMODAL)
 
 
 def available(name: str) -> bool:
-    """Whether the installed transformers has this architecture (the older ones that we support lack the newest)."""
+    """True if the installed transformers has this architecture; older supported versions lack the newest."""
     return name in MULTIMODAL or hasattr(transformers, f"{TEXT_MODELS[name][0]}Config")
 
 
 def build(name: str, *, seed: int = 0, **changes: Any) -> Any:
-    """A random model, on the CPU, in fp32 and in evaluation mode; the logits have a standard deviation of a few nats."""
+    """Return a random model, on the CPU, in fp32 and in evaluation mode; its logits have a standard deviation of a few nats."""
     torch.manual_seed(seed)
     model: Any = _multimodal(name, changes) if name in MULTIMODAL else _text(name, changes)
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation(
-            "eager"
-        )  # torch's grouped product knows no fp64, in which the gold is computed
+        # torch's grouped product does not support fp64, in which the reference is computed.
+        model.set_experts_implementation("eager")
     with torch.no_grad():
         nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Faults of a size, planted into a model, and the smallest that fuse_lm_head refuses.
+"""Plant faults of a given size into a model, and find the smallest that fuse_lm_head refuses.
 
     python tests/planted_faults.py --model FOLDER --out benchmarks/results/planted_faults-<device>-<date>.json
     python tests/planted_faults.py --table JSON     the table of docs/models.md
@@ -41,7 +41,7 @@ def softcap(z: Tensor, size: float) -> Tensor:
 
 
 def after_the_head(change: Callable[[Tensor, float], Tensor]) -> Plant:
-    """What the model itself does to its logits, and to its loss with them."""
+    """Return a fault in what the model does to its logits, and so to its loss."""
 
     def plant(model: Any, size: float) -> None:
         inner = model.forward
@@ -67,7 +67,7 @@ def in_the_head(change: Callable[[Tensor, float], Tensor]) -> Plant:
 
 
 def one_weight(model: Any, size: float) -> None:
-    """The head multiplies with another weight than it shows: `size` is added to one entry."""
+    """Let the head multiply with another weight than it shows: `size` is added to one entry."""
     inner = model.lm_head.forward
     model.lm_head.forward = lambda hidden: torch.cat(
         [(z := inner(hidden))[..., :-1], z[..., -1:] + size * hidden[..., 1:2]], -1
@@ -75,7 +75,7 @@ def one_weight(model: Any, size: float) -> None:
 
 
 def in_the_loss(change: Callable[[Any, Tensor, float], Tensor]) -> Plant:
-    """change(output, labels, size) -> the loss."""
+    """Return a fault in the loss: change(output, labels, size) -> loss."""
 
     def plant(model: Any, size: float) -> None:
         inner = model.forward
@@ -122,7 +122,7 @@ def planted(model: Any, fault: str, size: float) -> Iterator[Any]:
 
 
 def refusal(model: Any, fault: str, size: float) -> str | None:
-    """The message with which fuse_lm_head refuses the model with this fault; None: it does not. The model stays as it was."""
+    """Return the message with which fuse_lm_head refuses the model with this fault, or None. The model is left unchanged."""
     with planted(model, fault, size):
         try:
             fuse_lm_head(model)
@@ -133,7 +133,7 @@ def refusal(model: Any, fault: str, size: float) -> str | None:
 
 
 def smallest_refused(model: Any, fault: str) -> float | None:
-    """Of SIZES the last before the first that passes; None: 1/2 passes."""
+    """Return the last of SIZES before the first that passes; None if 1/2 passes."""
     if fault == "labels that are not shifted":
         return SIZES[0] if refusal(model, fault, SIZES[0]) else None
     last = None
@@ -159,7 +159,7 @@ def measure(folder: str) -> dict[str, Any]:
 
 
 def table(document: dict[str, Any]) -> list[str]:
-    """Rows: faults; columns: models, fp32 / bf16."""
+    """Return the lines of a table with faults as rows and models as columns, fp32 / bf16."""
     rows = document["rows"]
     models, found = (
         list(dict.fromkeys(r["model"] for r in rows)),

@@ -1,7 +1,7 @@
-"""A second device on a machine that has none, and a script that runs commands of gem on it. It is used by test_device.py.
+"""A second device for machines that have none, and a script that runs commands of gem on it, for test_device.py.
 
-Its tensors say that they are on `second:0` and keep their numbers on the CPU; whatever meets a tensor of the CPU raises, as on
-CUDA. torch knows the device for the rest of the process, so this file runs as one of its own:
+Its tensors report the device `second:0` and keep their numbers on the CPU. Mixing them with tensors of the CPU raises, as on
+CUDA. torch knows the device for the rest of the process, so this file runs in a process of its own:
 
     python tests/second_device.py '[["doctor", "cfg/config.json", "--device", "second"], ...]'
 
@@ -69,13 +69,13 @@ class SecondDevice(TorchDispatchMode):
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     flat, spec = tree_flatten((args, kwargs))
     there = [t for t in flat if isinstance(t, Elsewhere)]
-    asked = kwargs.get("device")
-    place = bool(there) if asked is None else torch.device(asked).type == NAME
+    device = kwargs.get("device")
+    place = bool(there) if device is None else torch.device(device).type == NAME
     if not there and not place:
         return func(*args, **kwargs)
     if there and func not in MOVES:
-        strangers = [t for t in flat if isinstance(t, Tensor) and not isinstance(t, Elsewhere) and t.ndim]
-        if strangers:
+        mixed = [t for t in flat if isinstance(t, Tensor) and not isinstance(t, Elsewhere) and t.ndim]
+        if mixed:
             raise RuntimeError(f"Expected all tensors to be on the same device, {func} got cpu and {NAME}:0")
     if func is torch.ops.aten._fused_sdp_choice.default:
         return 0  # plain attention: fused kernels are chosen by the name of the device
@@ -86,7 +86,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     out = func(*raw_args, **raw_kwargs)
     if func is torch.ops.aten.copy_.default:
         return args[0]
-    known = {id(t.raw): t for t in there}  # what is changed in place stays the tensor that it is
+    known = {id(t.raw): t for t in there}  # a tensor changed in place keeps its identity
 
     def back(result: Any) -> Any:
         if not isinstance(result, Tensor) or not place:
@@ -108,7 +108,7 @@ class _Backend(backend_registration._DummyBackendModule):
 
 
 def register() -> torch.library.Library:
-    """Tell torch of the device. What is returned must be kept."""
+    """Register the device with torch. Keep the returned library alive."""
     torch.__future__.set_swap_module_params_on_conversion(True)  # else `.to` unties the weights of a tensor subclass
     backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())
     library = torch.library.Library("aten", "IMPL")
@@ -131,13 +131,13 @@ def register() -> torch.library.Library:
 
 
 def run_commands(commands: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """Status, devices and output of each."""
-    import gem.adapters
+    """Run the commands; return status, devices and output of each."""
+    import gem.head.adapters
     from gem import cli
     from gem.trainer import GEMTrainer
 
-    # A head whose weight is a subclass of Tensor is refused, as quantised ones are; on a GPU it would be none.
-    gem.adapters.type = lambda t: nn.Parameter if isinstance(t, Elsewhere) else type(t)  # type: ignore[attr-defined]
+    # A head whose weight is a subclass of Tensor is refused as quantised; on a GPU it is no subclass.
+    gem.head.adapters.type = lambda t: nn.Parameter if isinstance(t, Elsewhere) else type(t)  # type: ignore[attr-defined]
     GEMTrainer.save_model = lambda self, *_: None  # type: ignore[assignment, method-assign]  # there is no storage to write
     os.environ["ACCELERATE_TORCH_DEVICE"] = f"{NAME}:0"  # the Trainer's device
     seen: set[str] = set()
@@ -158,7 +158,7 @@ def run_commands(commands: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
 
 
 def mixing_raises() -> bool:
-    """Whether the device is one: what is on it must not meet what is on the CPU."""
+    """True if the device behaves like one: mixing its tensors with those of the CPU raises."""
     with SecondDevice():
         layer = nn.Linear(2, 2).to(NAME)
         assert layer(torch.ones(1, 2, device=NAME)).cpu().shape == (1, 2)

@@ -1,4 +1,4 @@
-"""Adapters of peft on or around the lm_head: losses and gradients are those of peft's own forward, or the head is refused."""
+"""Adapters of peft on or around the lm_head: losses and gradients equal those of peft's own forward, or the head is refused."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from test_fuse_architectures import batch
 from torch import Tensor, nn
 
-from gem.adapters import describe_adapter, head_parts
 from gem.head import fuse_lm_head, fused_head, unfuse
+from gem.head.adapters import describe_adapter, head_parts
+from gem.head.output import STATISTICS, HeadStats
 from gem_kernels import TokenStats
 
 R = 4
@@ -25,7 +26,7 @@ def lora(**changes: Any) -> LoraConfig:
 
 
 def with_adapter(config: Any, name: str = "llama") -> Any:
-    """A peft model whose adapters do something: peft starts B at 0."""
+    """Return a peft model whose adapters change its logits: peft starts B at 0."""
     return stirred(get_peft_model(build(name), config))
 
 
@@ -38,29 +39,30 @@ def stirred(model: Any) -> Any:
     return model.eval()
 
 
-def own_statistics(model: Any, ids: Tensor, labels: Tensor) -> TokenStats:
-    """(B, T - 1) from the logits of the model's own forward; 0 where the label is -100."""
+def own_statistics(model: Any, ids: Tensor, labels: Tensor) -> HeadStats:
+    """Return statistics (B, T - 1) of the logits of the model's own forward; 0 where the label is -100."""
     z = model(input_ids=ids, use_cache=False).logits[:, :-1]
     targets = labels[:, 1:]
     keep = targets != -100
     log_p = z.log_softmax(-1)
     logprob = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-    return TokenStats(*(s * keep for s in (logprob, -(log_p.exp() * log_p).sum(-1), z.logsumexp(-1))))
+    entropy, lse = -(log_p.exp() * log_p).sum(-1), z.logsumexp(-1)
+    return HeadStats(*(s * keep for s in (logprob, entropy, lse)))
 
 
-def statistics(model: Any) -> TokenStats:
+def statistics(model: Any) -> HeadStats:
     out = model(**batch(), fused_lm_head=True)
-    return TokenStats(out.log_probs, out.entropy, out.lse)
+    return HeadStats(*(out[name] for name in STATISTICS))
 
 
-def gradients(model: Any, stats: TokenStats) -> dict[str, Tensor]:
+def gradients(model: Any, stats: HeadStats) -> dict[str, Tensor]:
     model.zero_grad()
     (stats.logprob.sum() + 0.3 * stats.entropy.sum() + 0.1 * stats.lse.sum()).backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def check_against_peft(model: Any) -> None:
-    """Statistics and all gradients against the logits of peft's own forward, fp32 both."""
+    """Compare statistics and all gradients with those of the logits of peft's own forward, both in fp32."""
     inputs = batch()
     own = own_statistics(model, inputs["input_ids"], inputs["labels"])
     expected = gradients(model, own)
@@ -197,7 +199,7 @@ def test_twenty_steps_of_training_are_pefts_own(grouped: bool) -> None:
 
 
 def test_adapters_in_fp32_on_a_model_in_bf16() -> None:
-    """As peft leaves them. The product with the adapter is in fp32: nearer to the exact logits than peft's own."""
+    """peft leaves adapters in fp32. Our product with them is in fp32 too, and nearer to the exact logits than peft's own."""
     model = stirred(get_peft_model(build("llama").bfloat16(), lora()))
     fuse_lm_head(model)
     inputs = batch()
@@ -217,7 +219,7 @@ def test_adapters_in_fp32_on_a_model_in_bf16() -> None:
 
 
 def quantised() -> Any:
-    """A head whose weight is packed as bitsandbytes packs 4 bits: uint8, two entries a byte."""
+    """Return a model whose head is packed as bitsandbytes packs 4 bits: uint8, two entries a byte."""
     model = build("llama")
     model.lm_head.weight = nn.Parameter(torch.zeros(VOCAB * 16, 1, dtype=torch.uint8), requires_grad=False)
     return model
@@ -267,7 +269,7 @@ def test_refused_on_attach(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["dora", "dropout", "ia3"])
 def test_refused_when_the_adapter_comes_later(kind: str) -> None:
-    """TRL and peft wrap a model after the head was attached."""
+    """TRL and peft may wrap a model that is fused already."""
     make, message = REFUSED[kind]
     model = fuse_lm_head(build("llama"))
     config = make().peft_config["default"]
@@ -286,7 +288,7 @@ def test_dropout_in_evaluation_is_attached() -> None:
 
 
 def test_a_wrapper_that_does_not_pass_the_call_on_is_refused() -> None:
-    """It took the model's forward when it was built, before ours was there."""
+    """The wrapper kept the model's forward of the time when it was built, before fuse_lm_head."""
     from peft import AdaptionPromptConfig
 
     config = AdaptionPromptConfig(adapter_layers=1, adapter_len=2, task_type="CAUSAL_LM")

@@ -1,10 +1,9 @@
-"""The fused head on many architectures: statistics and gradients of all parameters are those of the model's own logits.
+"""The fused head on many architectures: statistics and gradients of all parameters equal those of the model's own logits.
 
-How far rounding takes two computations apart on their way through a whole body, nobody can bound tightly. So it is taken
-apart where the lm_head stands. The body is the same code on the same inputs: what it hands to the head is the same to the bit.
-From there, the statistics, the gradient of the head's input and those of the head keep the rule of numerics.py, and so do the
-statistics of the model's own logits. And what the body makes of our gradient of the head's input is, to the bit, what the
-model's own graph makes of it.
+Rounding through a whole body has no tight bound, so the test cuts the computation at the lm_head. The body is the same code on
+the same inputs: it hands the same bits to the head. The statistics, the gradient of the head's input and the gradients of the
+head keep the rule of numerics.py, and so do the statistics of the model's own logits. From our gradient of the head's input,
+the body computes the same bits as the model's own graph does.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from op_bounds import linear_bounds
 from torch import Tensor
 
 from gem.head import fuse_lm_head, fused_head, unfuse
-from gem_kernels import LogitTransform, TokenStats, logprob_entropy
+from gem.head.output import STATISTICS, HeadStats
+from gem_kernels import LogitTransform, logprob_entropy
 
 B, T = 2, 11
 TRANSFORMS = {
@@ -34,7 +34,7 @@ TRANSFORMS = {
     "cohere": LogitTransform(scale=0.25),
     "cohere2": LogitTransform(scale=0.25),
     "falcon-h1": LogitTransform(scale=0.3),
-    # Not minicpm3, which scales its hidden states; nor "gemma3 with vision", whose config names a softcap that is never applied
+    # minicpm3 scales its hidden states, and the softcap in the config of "gemma3 with vision" is never applied: neither is here
 }
 MOE = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "gpt-oss")
 
@@ -50,7 +50,7 @@ def batch(masked: bool = True) -> dict[str, Tensor]:
 
 
 def head_inputs(model: Any) -> list[Tensor]:
-    """What the lm_head is called with from now on, each with its gradient kept."""
+    """Return a list that collects the inputs of the lm_head from now on, each with its gradient kept."""
     seen: list[Tensor] = []
 
     def keep(_: Any, arguments: tuple[Tensor, ...]) -> None:
@@ -62,7 +62,7 @@ def head_inputs(model: Any) -> list[Tensor]:
 
 
 def head_case(model: Any, hidden: Tensor, labels: Tensor, transform: LogitTransform) -> Case:
-    """The problem that the lm_head of a model is given: hidden (B, T, D), labels (B, T)."""
+    """Return the problem that the lm_head of a model solves, for hidden (B, T, D) and labels (B, T)."""
     head = model.get_output_embeddings()
     bias = None if getattr(head, "bias", None) is None else head.bias.detach()
     states, targets = hidden.detach()[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
@@ -99,8 +99,8 @@ def test_statistics_and_gradients_are_the_models_own(name: str) -> None:
 
     assert out.log_probs.shape == out.entropy.shape == out.lse.shape == (B, T - 1)
     assert torch.equal(out.label_mask, labels[:, 1:] != -100)
-    assert all(not s[~out.label_mask].any() for s in (out.log_probs, out.entropy, out.lse))
-    stats = TokenStats(*(s.flatten() for s in (out.log_probs, out.entropy, out.lse)))
+    assert all(not out[name][~out.label_mask].any() for name in STATISTICS)
+    stats = HeadStats(*(out[name].flatten() for name in STATISTICS))
     weighted_sum(stats, upstream).backward()
     of_head = run_linear(case, "auto", upstream)  # the head's gradients alone: a tied weight has more
     assert all(torch.equal(value.detach(), of_head[stat]) for stat, value in stats._asdict().items())  # type: ignore[arg-type]
@@ -144,7 +144,7 @@ def test_the_router_loss_is_kept(name: str) -> None:
 
 
 def test_the_weight_of_the_router_loss_is_the_models_of_this_moment() -> None:
-    """It reads its own attribute, not its config."""
+    """The model reads its own attribute, not its config."""
     model, inputs = fuse_lm_head(build("mixtral", router_aux_loss_coef=0.5)), batch()
     model.router_aux_loss_coef = 0.25
     own, out = (model(**inputs, output_router_logits=True, **f) for f in ({}, {"fused_lm_head": True}))
@@ -153,7 +153,7 @@ def test_the_weight_of_the_router_loss_is_the_models_of_this_moment() -> None:
 
 def test_a_router_loss_of_another_weight_is_refused_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = build("mixtral", router_aux_loss_coef=0.5), batch()
-    monkeypatch.setattr("gem.router_loss.WEIGHTS", ("a_name_that_it_has_not",))
+    monkeypatch.setattr("gem.head.router.WEIGHTS", ("a_name_that_it_has_not",))
     fuse_lm_head(model)
     assert model(**inputs, fused_lm_head=True).aux_loss is None
     with pytest.raises(

@@ -1,6 +1,6 @@
-"""The fused head on several processes (gloo, CPU): DDP, FSDP2, ZeRO-3 and tensor parallel models give one process's gradients.
+"""The fused head on several processes (gloo, CPU): DDP, FSDP2, ZeRO-3 and tensor parallelism give the gradients of one process.
 
-One spawn a world size runs all its cases and leaves the results in files. Rank 1 has rows of its own, or rows without a label.
+One spawn per world size runs all its cases and leaves the results in files. Rank 1 has labelled rows, or rows without a label.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
 def data(silent: bool) -> tuple[Tensor, Tensor]:
-    """input_ids and labels (4, 9), two rows a rank; silent: the second rank's rows have no label."""
+    """Return input_ids and labels (4, 9), two rows a rank; silent: the second rank's rows have no label."""
     ids = torch.randint(10, VOCAB, (ROWS, T), generator=torch.Generator().manual_seed(5))
     labels = ids.clone()
     labels[0, :4] = labels[1, 6:] = -100
@@ -40,7 +40,7 @@ def data(silent: bool) -> tuple[Tensor, Tensor]:
 
 
 def call(model: Any, rows: slice, silent: bool, grouped: bool, share: float = 1.0) -> Tensor:
-    """The loss of some rows, its sum over all rows being that of one process; share undoes the averaging of gradients."""
+    """Return the loss of some rows; summed over all rows it is that of one process. share undoes the averaging of gradients."""
     ids, labels = data(silent)
     counts = (labels[:, 1:] != -100).sum(1)
     inputs = {"input_ids": ids[rows], "labels": labels[rows], "fused_lm_head": True}
@@ -59,7 +59,7 @@ def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
     def whole(t: Any) -> Tensor:
         return t.full_tensor() if hasattr(t, "full_tensor") else t
 
-    # Wrappers put their own words into the names; the order is the model's.
+    # Wrappers change the names of parameters, but not their order.
     return {str(i): whole(p.grad) for i, p in enumerate(p for p in model.parameters() if p.requires_grad)}
 
 
@@ -80,7 +80,7 @@ def ddp(model: Any, world: int, find_unused_parameters: bool = False) -> nn.Modu
 
 
 def fsdp(model: Any, world: int, own_group: bool = False, policy: MixedPrecisionPolicy | None = None) -> nn.Module:
-    """own_group: the lm_head is gathered for its own call and freed behind it, in place of staying with the root."""
+    """own_group: the lm_head is gathered for its own call and freed after it, instead of staying with the root."""
     options: dict[str, Any] = {"mesh": init_device_mesh("cpu", (world,))}
     if policy is not None:
         options["mp_policy"] = policy
@@ -114,7 +114,7 @@ def zero3(model: Any, world: int, partitioned_first: bool = False) -> Any:
     return deepspeed.initialize(model=model, config=config, optimizer=optimizer)[0]
 
 
-# name: (architecture, how it is wrapped, is it fused before, adapters)
+# name: (architecture, wrapper, fused before wrapping, has adapters)
 WRAPPED: dict[str, tuple[str, Callable[[Any, int], nn.Module], bool, bool]] = {
     "ddp": ("llama", ddp, True, False),
     "ddp tied, unused parameters": ("llama tied", lambda m, w: ddp(m, w, True), True, False),
@@ -157,7 +157,7 @@ def case_results(name: str, rank: int, world: int) -> dict[tuple[bool, bool], di
 
 
 def rounding_is_refused(world: int) -> str:
-    """FSDP2 as accelerate sets it up for mixed precision."""
+    """Return the error of FSDP2 as accelerate sets it up for mixed precision."""
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.bfloat16)
     model = fsdp(fuse_lm_head(build("llama")), world, policy=policy)
     try:
@@ -252,7 +252,7 @@ def one_process(architecture: str, adapters: bool, silent: bool, grouped: bool, 
 
 
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Sums of the same terms in another order, through the whole body: a few dozen eps of the largest."""
+    """The same terms are summed in another order, through the whole body: allow a few dozen eps of the largest."""
     assert got.keys() == expected.keys()
     for name, g in expected.items():
         torch.testing.assert_close(got[name], g, atol=32 * 2**-23 * float(g.abs().max()) + 1e-9, rtol=1e-5)
@@ -285,7 +285,7 @@ def test_mixed_precision_keeps_the_output_in_fp32(two: list[dict[str, Any]]) -> 
     out.loss.backward()
     for results in two:
         assert results["mixed"]["dtype"] == torch.float32
-        # FSDP2 rounds what goes into a layer, too: the bodies differ by roundings to bf16.
+        # FSDP2 also rounds the inputs of a layer, so the bodies differ by roundings to bf16.
         torch.testing.assert_close(results["mixed"]["loss"], out.loss.detach(), rtol=2**-8, atol=0)
         for got, p in zip(results["mixed"]["grad"].values(), model.parameters(), strict=True):
             torch.testing.assert_close(got, p.grad.float(), atol=2**-5 * float(p.grad.abs().max()), rtol=0)
@@ -296,7 +296,7 @@ def test_mixed_precision_keeps_the_output_in_fp32(two: list[dict[str, Any]]) -> 
 )
 @pytest.mark.parametrize("name", ["llama", "llama tied"])
 def test_tensor_parallel_models(name: str, silent: bool, grouped: bool, four: list[dict[str, Any]]) -> None:
-    """transformers' own plan: the lm_head is spread over the vocabulary (97 rows: 25, 25, 25 and 22)."""
+    """The plan of transformers splits the lm_head over the vocabulary (97 rows: 25, 25, 25 and 22)."""
     model = fuse_lm_head(build(name, num_key_value_heads=4))
     call(model, slice(ROWS), silent, grouped).backward()
     expected = {n: p.grad for n, p in model.named_parameters()}

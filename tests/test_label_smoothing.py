@@ -1,4 +1,4 @@
-"""Label smoothing: loss and gradients of transformers' LabelSmoother on the model's own logits, without the logits."""
+"""Label smoothing without logits: loss and gradients equal those of transformers' LabelSmoother on the model's logits."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers.trainer_pt_utils import LabelSmoother
 
-from gem import extra_outputs
 from gem.config import LossArguments
-from gem.extra_outputs import mean_logits
 from gem.groups import Group, Member
-from gem.head import fuse_lm_head
+from gem.head import extra, fuse_lm_head
+from gem.head.extra import mean_logits
 from gem_kernels import LogitTransform, LowRank
 
 # plain, tied, scales, softcaps, heads with a bias, a mixture of experts
@@ -72,9 +71,9 @@ def test_temperature_items_and_shifted_labels(name: str) -> None:
     ids, labels = inputs["input_ids"], inputs["labels"]
     z = model(ids, use_cache=False).logits / 0.7
     total = cross_entropy(z.flatten(0, 1), labels.flatten(), label_smoothing=0.3, reduction="sum")
-    asked = {"fused_lm_head": True, "label_smoothing": 0.3, "num_items_in_batch": 7}
-    torch.testing.assert_close(model(ids, shift_labels=labels, **asked).loss, total / 7)
-    assert torch.equal(model(**inputs, **{**asked, "label_smoothing": 0.0}).loss, model(
+    keywords = {"fused_lm_head": True, "label_smoothing": 0.3, "num_items_in_batch": 7}
+    torch.testing.assert_close(model(ids, shift_labels=labels, **keywords).loss, total / 7)
+    assert torch.equal(model(**inputs, **{**keywords, "label_smoothing": 0.0}).loss, model(
         **inputs, fused_lm_head=True, num_items_in_batch=7
     ).loss)  # fmt: skip
 
@@ -110,7 +109,7 @@ def test_a_vocabulary_parallel_head_is_refused() -> None:
 
 
 def operands(n: int, low_rank: bool) -> dict[str, Any]:
-    """Of a head with a bias, in bf16; the adapter in fp32."""
+    """Return the operands of a head with a bias, in bf16, and an adapter in fp32."""
     g = torch.Generator().manual_seed(n)
 
     def normal(*shape: int) -> Tensor:
@@ -127,9 +126,9 @@ def operands(n: int, low_rank: bool) -> dict[str, Any]:
 def test_gradients_add_up_in_fp32(
     softcap: float | None, low_rank: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of bf16 operands are rounded once, however many parts the vocabulary was cut into."""
+    """Gradients of bf16 operands are rounded once, for any number of parts of the vocabulary."""
     n = 150
-    monkeypatch.setattr(extra_outputs, "_TILE_BYTES", 4 * n * 16)  # 19 parts of 16 rows
+    monkeypatch.setattr(extra, "_TILE_BYTES", 4 * n * 16)  # 19 parts of 16 rows
     arguments = {**operands(n, low_rank), "transform": LogitTransform(scale=1.5, softcap=softcap, temperature=0.8)}
     low: Any = arguments["low_rank"]
     leaves = [arguments[k] for k in ("hidden", "weight", "bias")] + ([low.a, low.b] if low_rank else [])
@@ -169,7 +168,7 @@ def groups(with_others: bool) -> list[Group]:
 
 
 def by_label_smoother(model: Any, data: Sequence[Group], smoothing: float) -> Tensor:
-    """One sequence at a time."""
+    """Return the loss of transformers' LabelSmoother, one sequence at a time."""
     total, n = torch.zeros(()), sum(len(g.members[-1].ids) for g in data)
     for group in data:
         ids = torch.tensor([group.prompt_ids + group.members[-1].ids])

@@ -1,4 +1,4 @@
-"""The bounds of gem.rounding: right computations keep them, and what they allow beyond that is small."""
+"""The bounds of gem.head.rounding: right computations keep them, and they are not much wider than the errors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gem.adapters import HeadParts
-from gem.head_check import statistics
-from gem.head_product import local_part
-from gem.rounding import Arithmetic, growth, product_bounds, roundoff, statistics_bounds
+from gem.head.adapters import HeadParts, local_part
+from gem.head.check import statistics
+from gem.head.rounding import Arithmetic, growth, product_bounds, roundoff, statistics_bounds
 from gem_kernels import LowRank
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,24 +34,24 @@ def shares(got: Tensor, exact: Tensor, bound: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_product_keeps_its_bound_and_uses_it(dtype: torch.dtype, seed: int) -> None:
     hidden, parts = cancelling(dtype, seed)
-    due = product_bounds(hidden, parts, Arithmetic.of(hidden, parts.weight), dtype)
-    own = shares(F.linear(hidden, parts.weight), due.exact, due.own)
+    expected = product_bounds(hidden, parts, Arithmetic.of(hidden, parts.weight), dtype)
+    own = shares(F.linear(hidden, parts.weight), expected.exact, expected.own)
     assert float(own.max()) <= 1
     assert float(own.max()) >= (1e-3 if dtype == torch.float32 else 0.5)
-    assert float(shares(F.linear(hidden.float(), parts.weight.float()), due.exact, due.ours).max()) <= 1
+    assert float(shares(F.linear(hidden.float(), parts.weight.float()), expected.exact, expected.ours).max()) <= 1
 
 
 @pytest.mark.parametrize("rising", [False, True], ids=["falling", "rising"])
 def test_a_sum_in_the_worst_order_keeps_its_bound(rising: bool) -> None:
-    """One term after the other, the largest first or last; no library does that."""
+    """The terms are added one by one, the largest first or last; no library does this."""
     hidden, parts = cancelling(torch.float32)
-    due = product_bounds(hidden, parts, Arithmetic.of(hidden, parts.weight), torch.float32)
+    expected = product_bounds(hidden, parts, Arithmetic.of(hidden, parts.weight), torch.float32)
     terms = hidden[0, 0] * parts.weight  # (V, D)
     terms = terms.gather(1, terms.abs().argsort(1, descending=not rising))
     total = torch.zeros(V)
     for column in terms.unbind(1):
         total += column
-    assert float(shares(total, due.exact[0, 0], due.own[0, 0]).max()) <= 1
+    assert float(shares(total, expected.exact[0, 0], expected.own[0, 0]).max()) <= 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -60,11 +59,11 @@ def test_one_power_of_two_is_exact(dtype: torch.dtype) -> None:
     _, parts = cancelling(dtype)
     hidden = torch.zeros(1, 2, D, dtype=dtype)
     hidden[0, 0, 7], hidden[0, 1, 8] = 8.0, 3.0
-    due = product_bounds(hidden, parts, Arithmetic.of(hidden, parts.weight), dtype)
-    assert torch.equal(due.exact[0, 0], 8.0 * parts.weight[:, 7].double())
-    rounded = roundoff(dtype) * due.exact.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    assert torch.equal(due.own[0, 0], rounded[0, 0])
-    assert bool((due.own[0, 1] > rounded[0, 1]).all())  # 3 w is a rounding
+    expected = product_bounds(hidden, parts, Arithmetic.of(hidden, parts.weight), dtype)
+    assert torch.equal(expected.exact[0, 0], 8.0 * parts.weight[:, 7].double())
+    rounded = roundoff(dtype) * expected.exact.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert torch.equal(expected.own[0, 0], rounded[0, 0])
+    assert bool((expected.own[0, 1] > rounded[0, 1]).all())  # 3 w is a rounding
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,11 +72,11 @@ def test_bias_and_adapter_keep_their_bound(dtype: torch.dtype) -> None:
     low = LowRank(0.1 * torch.randn(8, D).to(dtype), torch.randn(V, 8).to(dtype), 2.0)
     bias = torch.randn(V).to(dtype)
     bias[3] = -torch.inf
-    due = product_bounds(hidden, HeadParts(parts.weight, bias, low), Arithmetic.of(hidden, parts.weight), dtype)
+    expected = product_bounds(hidden, HeadParts(parts.weight, bias, low), Arithmetic.of(hidden, parts.weight), dtype)
     got = F.linear(hidden, parts.weight, bias) + low.scale * F.linear(F.linear(hidden, low.a), low.b)
-    assert bool((got[..., 3] == -torch.inf).all() and (due.exact[..., 3] == -torch.inf).all())
+    assert bool((got[..., 3] == -torch.inf).all() and (expected.exact[..., 3] == -torch.inf).all())
     possible = torch.arange(V) != 3
-    share = shares(got[..., possible], due.exact[..., possible], due.own[..., possible])
+    share = shares(got[..., possible], expected.exact[..., possible], expected.own[..., possible])
     assert float(share.max()) <= 1
 
 
@@ -89,24 +88,24 @@ def precision() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("precision")
-@pytest.mark.parametrize(("asked", "operand"), [("highest", 0.0), ("high", 2.0**-10), ("medium", 2.0**-8)])
-def test_what_a_library_does_to_its_operands_counts(asked: str, operand: float) -> None:
-    torch.set_float32_matmul_precision(asked)
+@pytest.mark.parametrize(("setting", "operand"), [("highest", 0.0), ("high", 2.0**-10), ("medium", 2.0**-8)])
+def test_what_a_library_does_to_its_operands_counts(setting: str, operand: float) -> None:
+    torch.set_float32_matmul_precision(setting)
     hidden, parts = cancelling(torch.float32)
     arithmetic = Arithmetic.of(hidden, parts.weight)
     assert arithmetic == (torch.float32, operand, roundoff(torch.float32))
-    due = product_bounds(hidden, parts, arithmetic, torch.float32)
+    expected = product_bounds(hidden, parts, arithmetic, torch.float32)
     cut = hidden, parts.weight
-    if asked == "high":
+    if setting == "high":
         cut = tuple((t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in cut)
-    if asked == "medium":
+    if setting == "medium":
         cut = tuple(t.bfloat16().float() for t in cut)
-    assert float(shares(F.linear(*cut), due.exact, due.own).max()) <= 1
+    assert float(shares(F.linear(*cut), expected.exact, expected.own).max()) <= 1
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="before torch 2.9")
 def test_precision_by_the_newer_setting() -> None:
-    """After it torch refuses to be asked by the older one."""
+    """Once it is set, torch refuses to read the older setting."""
     hidden, parts = cancelling(torch.float32)
     before = torch.backends.mkldnn.matmul.fp32_precision
     try:
@@ -121,8 +120,8 @@ def test_autocast_rounds_the_operands_first() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         arithmetic, got = Arithmetic.of(hidden, parts.weight), F.linear(hidden, parts.weight)
     assert arithmetic.dtype == got.dtype == torch.bfloat16
-    due = product_bounds(hidden, parts, arithmetic, got.dtype)
-    assert 0.5 <= float(shares(got, due.exact, due.own).max()) <= 1
+    expected = product_bounds(hidden, parts, arithmetic, got.dtype)
+    assert 0.5 <= float(shares(got, expected.exact, expected.own).max()) <= 1
 
 
 def test_growth_is_what_a_sum_can_collect() -> None:
@@ -132,7 +131,7 @@ def test_growth_is_what_a_sum_can_collect() -> None:
 @pytest.mark.parametrize("size", [1e-6, 1e-2, 0.3])
 @pytest.mark.parametrize("wide", [1.0, 12.0])
 def test_statistics_keep_their_bound_and_use_it(size: float, wide: float) -> None:
-    """Logits moved by as much as they may be: at random, all one way, and the ways that move one statistic most."""
+    """Logits are moved by their bounds: at random, all one way, and in the directions that move one statistic most."""
     g = torch.Generator().manual_seed(0)
     z = wide * torch.randn(40, 101, generator=g, dtype=torch.float64)
     z[:, 5] = -torch.inf

@@ -1,4 +1,4 @@
-"""The router loss of mixtures of experts: that of the whole step, however its batch is cut into micro-batches and processes."""
+"""The router loss of a mixture of experts does not depend on how a batch is cut into micro-batches and processes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from test_trainer import groups_of, make_trainer
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-import gem.fused_call
+import gem.head.call
 from gem.config import LossArguments
 from gem.groups import Group, Member
 from gem.head import fuse_lm_head, fused_head
-from gem.router_loss import adds_router_loss, find_top_k, routing
+from gem.head.router import adds_router_loss, find_top_k, routing
 from gem.trainer import GEMTrainer
 
 WEIGHT = 0.5
@@ -65,7 +65,7 @@ def step(trainer: GEMTrainer, groups: Sequence[Group], size: int) -> tuple[float
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Of two gradients, as a share of the first."""
+    """Return the distance of two gradients, as a share of the first."""
     assert a.keys() == b.keys()
     norm = sum(float(t.double().square().sum()) for t in a.values())
     return (sum(float((a[n] - b[n]).double().square().sum()) for n in a) / norm) ** 0.5
@@ -120,7 +120,7 @@ def test_adapters_around_a_mixture_of_experts(tmp_path: Path) -> None:
 
 
 def test_without_a_router_loss_nothing_is_looked_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor for one micro-batch, nor for a router loss of weight 0: each costs the forwards that it needs."""
+    """One micro-batch and a router loss of weight 0 need no look-ahead either."""
     calls: list[Any] = []
     monkeypatch.setattr("gem.trainer.router_usage", lambda *a: calls.append(a) or torch.zeros(4))
     groups = unequal_groups()
@@ -151,7 +151,7 @@ def test_the_look_ahead_sees_the_random_numbers_of_the_training(
     model = moe("mixtral", attention_dropout=0.3)
     args = {"max_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     trainer = make_trainer(tmp_path, LossArguments(loss="sft"), model=model, data=groups, args=args)
-    monkeypatch.setattr(gem.fused_call, "routing", spy)
+    monkeypatch.setattr(gem.head.call, "routing", spy)
     trainer.train()
     assert len(seen) == 8  # of two steps: two micro-batches looked up, the same two trained on
     for looked_up, trained in ((0, 2), (1, 3), (4, 6), (5, 7)):
@@ -163,7 +163,7 @@ def test_the_look_ahead_sees_the_random_numbers_of_the_training(
 def test_by_the_shares_alone_it_is_off_by_the_covariance(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Equation (2) of gem/router_loss.py, for a model whose router loss is of another form; 0 where the parts are equal."""
+    """Equation (2) of gem/head/router.py, for a model whose router loss is of another form; 0 where the parts are equal."""
     groups, model = unequal_groups(), moe(name)
     trainer = make_trainer(tmp_path, LossArguments(loss="sft"), model=model, data=groups)
     parts = []
@@ -177,7 +177,7 @@ def test_by_the_shares_alone_it_is_off_by_the_covariance(
     covariance = 4 * float((share[:, None] * (f - share @ f) * (p - share @ p)).sum())
     exact, _ = step(trainer, groups, 1)
 
-    monkeypatch.setattr("gem.head.find_top_k", lambda *a: 0)
+    monkeypatch.setattr("gem.head.check.find_top_k", lambda *a: 0)
     trainer = make_trainer(tmp_path, LossArguments(loss="sft"), model=model, data=groups)
     assert "the router loss of" in caplog.text and "each counts its own by its share of the tokens" in caplog.text
     by_share, _ = step(trainer, groups, 1)
@@ -220,9 +220,9 @@ def test_bad_arguments_are_named() -> None:
     fused_head(model).router_top_k = 0
     with pytest.raises(ValueError, match=r"router_usage must be .* for a router loss of another form"):
         model(**inputs, fused_lm_head=True, router_usage=torch.ones(4))
-    for asked in ({"router_share": 0.5}, {"router_share": torch.tensor(1.0)}, {"router_usage": torch.ones(4)}):
+    for keywords in ({"router_share": 0.5}, {"router_share": torch.tensor(1.0)}, {"router_usage": torch.ones(4)}):
         with pytest.raises(ValueError, match="router_share and router_usage need fused_lm_head=True"):
-            model(**inputs, **asked)
+            model(**inputs, **keywords)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,10 +1,10 @@
-"""TRL's trainers with gem's head in place of theirs, and S of Eq. 1 (arXiv 2511.13007) as a reward of GRPOTrainer.
+"""gem's head in TRL's trainers, and S of Eq. 1 (arXiv 2511.13007) as a reward of GRPOTrainer.
 
     args = GRPOConfig(reward_weights=[0.2, 1.0], beta=0.05, scale_rewards="none", ...)
     trainer = GRPOTrainer(model, [GEMReward(tokenizer), accuracy], args, rollout_func=gem_rollout, ...)
     use_gem_head(trainer).train()
 
-Needs TRL 1.16 or newer, and only what it makes public: the models of a constructed trainer, rollout_func, and reward functions.
+It needs TRL 1.16 or newer, and uses only its public parts: the models of a constructed trainer, rollout_func, reward functions.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from gem.groups import Member
 from gem.head import fuse_lm_head, fused_head
 from gem.score import apply_eq1, token_stats
 from gem.spans import find_spans
+from gem.tokens import cut_at_eos, left_pad
 from gem_kernels import Impl
 
 TrainerT = TypeVar("TrainerT")
@@ -34,11 +35,11 @@ _TRAINERS = (GRPOTrainer, RLOOTrainer, DPOTrainer, KTOTrainer, SFTTrainer)
 def use_gem_head(trainer: TrainerT, *, impl: Impl = "auto") -> TrainerT:
     """Let a TRL trainer compute log-probs, entropies and their gradients with gem_kernels; call it before train().
 
-    Losses, metrics and random numbers stay those of TRL, to rounding. What changes: log-probs and entropies are of fp32 logits,
-    LoRA on the lm_head counts and is trained (TRL's head multiplies with `lm_head.weight` alone), and before this returns the
-    head has been compared with the model's own logits.
+    Losses, metrics and random numbers stay those of TRL, to rounding. Three things change. Log-probs and entropies come from
+    fp32 logits. LoRA on the lm_head counts and is trained (TRL's head multiplies with `lm_head.weight` alone). The head is
+    compared with the model's own logits before this returns.
 
-    TRL refuses a PeftModel with an adapter on the lm_head when it constructs its trainer, so that adapter comes after::
+    TRL's trainers refuse a PeftModel that has an adapter on the lm_head, so add that adapter after construction::
 
         trainer = DPOTrainer(model, peft_config=LoraConfig(target_modules="all-linear"), ...)  # all but the lm_head
         trainer.model.add_adapter("head", LoraConfig(target_modules=["lm_head"]))
@@ -47,7 +48,7 @@ def use_gem_head(trainer: TrainerT, *, impl: Impl = "auto") -> TrainerT:
 
     Args:
         trainer: a GRPOTrainer, RLOOTrainer, DPOTrainer, KTOTrainer or SFTTrainer; its model and, if it holds one, its reference
-            model are fused (gem.head.fuse_lm_head) at its temperature. A second call replaces the first.
+            model are fused (gem.head.fuse_lm_head) at the trainer's temperature. A second call replaces the first.
         impl: as in gem_kernels.
 
     Returns:
@@ -55,28 +56,28 @@ def use_gem_head(trainer: TrainerT, *, impl: Impl = "auto") -> TrainerT:
 
     Raises:
         TypeError: another trainer, or a model without an lm_head.
-        ValueError: from fuse_lm_head; or cast_lm_head_to_fp32 under autocast, which would undo it.
+        ValueError: from fuse_lm_head; or cast_lm_head_to_fp32 is set under autocast, which would undo the cast.
     """
     if not isinstance(trainer, _TRAINERS):
         expected = ", ".join(t.__name__ for t in _TRAINERS)
         raise TypeError(f"trainer must be one of TRL's {expected}, got {type(trainer).__name__}")
-    of_trl: Any = trainer
-    args = of_trl.args
+    trl_trainer: Any = trainer
+    args = trl_trainer.args
     if getattr(args, "cast_lm_head_to_fp32", False) and (args.bf16 or args.fp16):
         raise ValueError(
-            "cast_lm_head_to_fp32 must be False under autocast (bf16 or fp16), got True: gem's head multiplies what autocast "
-            "has rounded, and keeps the logits and all that follows in fp32 without it"
+            "cast_lm_head_to_fp32 must be False under autocast (bf16 or fp16), got True: gem's head multiplies the "
+            "operands that autocast has rounded, and keeps the logits and all that follows in fp32 anyway"
         )
-    temperature = float(getattr(of_trl, "temperature", 1.0))  # of GRPO and RLOO, and of their references too
-    fuse_lm_head(of_trl.model, temperature=temperature, outputs=_outputs(of_trl), impl=impl)
-    reference = getattr(of_trl, "ref_model", None)
+    temperature = float(getattr(trl_trainer, "temperature", 1.0))  # GRPO and RLOO divide by it in policy and reference
+    fuse_lm_head(trl_trainer.model, temperature=temperature, outputs=_outputs(trl_trainer), impl=impl)
+    reference = getattr(trl_trainer, "ref_model", None)
     if reference is not None:
         fuse_lm_head(reference, temperature=temperature, impl=impl)
     return trainer
 
 
 def _outputs(trainer: Any) -> tuple[str, ...]:
-    """The fields beyond log-probs and entropies that a trainer reads: each costs something."""
+    """Return the fields beyond log-probs and entropies that a trainer reads; the others would cost time."""
     match trainer:
         case SFTTrainer():
             return ("is_top1",)  # mean_token_accuracy
@@ -92,21 +93,21 @@ def _outputs(trainer: Any) -> tuple[str, ...]:
 def gem_rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
     """Rollout function of GRPOTrainer: TRL's own generation, and the entropies of the policy that generated.
 
-    Samples what TRL would sample without it: the same settings, chat template, ends of sequence and random numbers. Then one
-    pass without gradients over the completions, whose entropies are untempered, whatever the trainer's temperature.
+    It samples what TRL would sample without it: settings, chat template, ends of sequence and random numbers are the same. Then
+    it makes one pass without gradients over the completions. The entropies are untempered at any temperature of the trainer.
 
     Args:
-        prompts: of this process. TRL 1.16 hands over every prompt num_generations times in a row (its documentation says once):
-            each gets one completion. Columns of the dataset do not come here; TRL hands them to the reward functions itself.
-        trainer: after use_gem_head.
+        prompts: the prompts of this process. TRL 1.16 passes every prompt num_generations times in a row (its documentation
+            says once): each gets one completion. TRL passes the columns of the dataset to the reward functions itself.
+        trainer: a GRPOTrainer after use_gem_head.
 
     Returns:
-        prompt_ids and completion_ids: lists of token ids, in the order of the prompts; logprobs: None, as TRL's own generation
-        with transformers has it (where TRL needs log-probs, it computes them); for GEMReward entropies, nats, one a completion
-        token, and truncated, whether a completion has no end of sequence.
+        prompt_ids and completion_ids: lists of token ids, in the order of the prompts. logprobs: None, as in TRL's own
+        generation with transformers (TRL computes log-probs where it needs them). For GEMReward: entropies, nats, one for each
+        completion token; and truncated, True if a completion has no end of sequence.
 
     Raises:
-        ValueError: no use_gem_head before, or a trainer whose completions are not all sampled here: use_vllm, tools, images.
+        ValueError: use_gem_head was not called, or not all completions are sampled here: use_vllm, tools, images.
     """
     _check_rollout(prompts, trainer)
     processing = trainer.processing_class
@@ -145,6 +146,7 @@ def gem_rollout(prompts: list[Any], trainer: Any) -> dict[str, Any]:
 
 
 def _check_rollout(prompts: list[Any], trainer: Any) -> None:
+    """Raise ValueError for a trainer or prompts that gem_rollout cannot serve."""
     try:
         fused_head(trainer.model)
     except ValueError as error:
@@ -158,19 +160,12 @@ def _check_rollout(prompts: list[Any], trainer: Any) -> None:
 
 @torch.no_grad()
 def _sample(model: nn.Module, prompt_ids: Sequence[list[int]], trainer: Any) -> list[list[int]]:
-    """One completion for each prompt, in one batch as TRL does it, with its end of sequence unless cut off."""
-    width = max(len(ids) for ids in prompt_ids)
-    pad = trainer.generation_config.pad_token_id
-    inputs = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompt_ids])
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids])
-    device = trainer.accelerator.device
-    out = cast(Any, model).generate(
-        input_ids=inputs.to(device), attention_mask=mask.to(device), generation_config=trainer.generation_config
-    )
-    completions: list[list[int]] = out[:, width:].tolist()
+    """Return one completion for each prompt, sampled in one batch as TRL does, with its end of sequence unless cut off."""
+    inputs = left_pad(prompt_ids, trainer.generation_config.pad_token_id, trainer.accelerator.device)
+    out = cast(Any, model).generate(**inputs, generation_config=trainer.generation_config)
+    completions: list[list[int]] = out[:, inputs["input_ids"].shape[1] :].tolist()
     ends = set(trainer.eos_token_ids)
-    lengths = [next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids)) for ids in completions]
-    return [ids[:n] for ids, n in zip(completions, lengths, strict=True)]
+    return [cut_at_eos(ids, ends) for ids in completions]
 
 
 class GEMReward:
@@ -178,27 +173,29 @@ class GEMReward:
 
         S = -w_final * mean of H over the answer + lambda * mean of the m largest H of the reasoning    (nats)
 
-    None, which is no reward, for a completion that was cut off or gives no answer. GRPO centres S within the group of a prompt.
-    Means of the two terms and the share of answers found by a marker are logged as gem/*. Beside other rewards TRL
-    adds None up as 0, a premium where the others' S is below 0 and a penalty where it is above: leave max_completion_length
-    room, or set GRPOConfig.multi_objective_aggregation="normalize_then_sum", for which None is the mean of the group, though
-    it divides by standard deviations.
+    A completion that was cut off or gives no answer gets None, no reward. GRPO centres S within the group of a prompt. The
+    means of the two terms and the share of answers found by a marker are logged as gem/*.
 
-    **S alone is no objective.** It knows nothing of right or wrong: a policy raises it by growing sure of its answers and
-    unsure of its reasoning. On chain addition, divided by the group's standard deviation, it took greedy accuracy from 0.32 to
-    0.92 in 20 steps and to 0.17 by step 60 (one seed); where errors sit on tokens of high entropy it collapses at once. So
-    combine it with a reward that sees the task (GRPOConfig.reward_weights: one weight a function), keep beta > 0 and
-    scale_rewards="none", and watch a held-out accuracy.
+    Beside other rewards TRL adds None up as 0: a premium if the others' S is below 0, a penalty if it is above. Give
+    max_completion_length room, or set GRPOConfig.multi_objective_aggregation="normalize_then_sum". There None counts as the
+    mean of the group, but rewards are divided by standard deviations.
+
+    **S alone is no objective.** It does not see right or wrong: a policy raises it by growing sure of its answers and unsure of
+    its reasoning. On chain addition, divided by the group's standard deviation, it took greedy accuracy from 0.32 to 0.92 in 20
+    steps and to 0.17 by step 60 (one seed). Where errors sit on tokens of high entropy it collapses at once. So combine it with
+    a reward that sees the task (GRPOConfig.reward_weights: one weight a function), keep beta > 0 and scale_rewards="none", and
+    watch a held-out accuracy.
 
     Args:
-        tokenizer: of the policy.
-        arguments: of Eq. 1; default ScoreArguments(). A quantile of entropy_clip is taken over the completions of one call.
+        tokenizer: the policy's tokenizer.
+        arguments: settings of Eq. 1; default ScoreArguments(). A quantile of entropy_clip is taken over the completions of one
+            call.
 
     Raises:
-        ValueError: a setting out of its range, or score_with other than "policy": the rollout's entropies are the policy's.
+        ValueError: a setting is out of its range, or score_with is not "policy": the rollout's entropies are the policy's.
     """
 
-    __name__ = "gem"  # TRL's name of the reward in its logs
+    __name__ = "gem"  # the name of the reward in TRL's logs
 
     def __init__(self, tokenizer: Any, arguments: ScoreArguments | None = None) -> None:
         self.tokenizer, self.arguments = tokenizer, arguments or ScoreArguments()
@@ -215,13 +212,15 @@ class GEMReward:
         log_metric: Callable[[str, float], None] | None = None,
         **_: Any,
     ) -> list[float | None]:
-        """S of every completion, or None.
+        """Return S of every completion, or None where it has none.
 
         Args:
-            completion_ids: token ids, as TRL hands them over; entropies and truncated: from gem_rollout; log_metric: TRL's.
+            completion_ids: token ids, as TRL passes them.
+            entropies, truncated: from gem_rollout.
+            log_metric: TRL's function.
 
         Raises:
-            ValueError: no entropies, or not one a token: the completions are from another rollout.
+            ValueError: there are no entropies, or not one for each token: the completions are from another rollout.
         """
         if entropies is None or truncated is None:
             raise ValueError("GEMReward needs entropies and truncated: give GRPOTrainer rollout_func=gem_rollout")

@@ -1,6 +1,6 @@
-"""What a head multiplies: its own forward must be the product that its parts say, and all of it finite.
+"""The product of a head: its own forward must be the product with its weight, bias and adapter, and all of it finite.
 
-Known hidden states go through it, chosen so that little or nothing rounds, and those of a few tokens.
+The hidden states of a few tokens go through it, and known ones, which are chosen so that little or nothing rounds.
 
 T tokens, D hidden size, V vocabulary.
 """
@@ -8,51 +8,53 @@ T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gem.adapters import HeadParts
-from gem.rounding import Arithmetic, Product, product_bounds
+from gem.head.adapters import HeadParts, local_part
+from gem.head.rounding import Arithmetic, Product, product_bounds
 
-LARGEST = 60.0  # logit of a known hidden state
-COLUMNS = 4  # of the weight that are looked at one by one
+LARGEST = 60.0  # largest logit of a known hidden state
+COLUMNS = 4  # columns of the weight that are checked one by one
 
 
 def check_head(
     model: Any, own_forward: Callable[[Tensor], Tensor], hidden: Tensor, parts: HeadParts
 ) -> tuple[Tensor, Product]:
-    """The head's own logits for hidden states (1, T, D), and how far from the exact product they may be, and ours.
+    """Return the head's own logits for hidden states (1, T, D), and the bounds on their errors and on ours.
 
     Raises:
-        ValueError: they are further, or something is not finite.
+        ValueError: an own logit is beyond its bound, or something is not finite.
     """
     local, name = local_part(hidden), type(model).__name__
     arithmetic = Arithmetic.of(local, parts.weight)
     check_finite(model, local, parts, arithmetic.dtype)
     own = own_forward(hidden)
     if not own.is_floating_point():
-        raise ValueError(f"the lm_head of {name} must answer with floating-point logits, got {own.dtype}")
-    if parts.shard is not None:  # this rank's forward may return its own columns or all of them: the tokens have to do
+        raise ValueError(f"the lm_head of {name} must return floating-point logits, got {own.dtype}")
+    if parts.shard is not None:  # this rank's forward may return its own columns or all of them: no known hidden states
         return own, _whole(product_bounds(local, parts, arithmetic, own.dtype), parts)
     if type(hidden) is not Tensor:  # a DTensor, whole on every rank
         of_tokens = product_bounds(local, parts, arithmetic, own.dtype)
         _check_product(name, local_part(own), of_tokens)
         return own, of_tokens
     probes = known_states(hidden, parts)
-    due = product_bounds(torch.cat([hidden, probes], 1), parts, arithmetic, own.dtype)  # one pass over the weight
-    of_tokens, of_probes = (Product(*t) for t in zip(*(p.tensor_split([hidden.shape[1]], 1) for p in due), strict=True))
+    expected = product_bounds(torch.cat([hidden, probes], 1), parts, arithmetic, own.dtype)  # one pass over the weight
+    of_tokens, of_probes = (
+        Product(*t) for t in zip(*(p.tensor_split([hidden.shape[1]], 1) for p in expected), strict=True)
+    )
     _check_product(name, own, of_tokens)
     _check_product(name, own_forward(probes), of_probes)
     return own, of_tokens
 
 
 def known_states(hidden: Tensor, parts: HeadParts) -> Tensor:
-    """(1, 2 + COLUMNS, D) hidden states in the dtype of `hidden`, each entry 0 or one power of two.
+    """Return (1, 2 + COLUMNS, D) hidden states in the dtype of `hidden`; every entry is 0 or, up to its sign, one power of two.
 
-    Zeros leave the bias, a single entry a column of the weight, both without a rounding; random signs take in the whole
-    weight. The power makes the largest logit about LARGEST.
+    Zeros show the bias and a single entry shows a column of the weight, both without a rounding. Random signs cover the whole
+    weight. The power of two makes the largest logit about LARGEST.
     """
     weight, d, g = parts.weight, hidden.shape[-1], torch.Generator().manual_seed(0)
     columns = torch.linspace(0, d - 1, COLUMNS).long().to(weight.device)
@@ -61,25 +63,25 @@ def known_states(hidden: Tensor, parts: HeadParts) -> Tensor:
     states[-1] = (torch.randint(0, 2, (d,), generator=g) * 2.0 - 1).to(hidden.device)
     largest = states.new_ones(2 + COLUMNS)
     largest[1:-1] = weight[:, columns].abs().amax(0)
-    # A sum with random signs has the length of its row for a standard deviation.
+    # The standard deviation of a sum with random signs is the length of the row.
     wide = torch.promote_types(weight.dtype, torch.float32)
     largest[-1] = 4 * torch.linalg.vector_norm(weight, dim=1, dtype=wide).max()
-    exponent = (LARGEST / largest.clamp(min=2.0**-9)).log2().floor().clamp(-14, 15)  # what fp16 can hold
+    exponent = (LARGEST / largest.clamp(min=2.0**-9)).log2().floor().clamp(-14, 15)  # the range of fp16
     return (states * 2.0 ** exponent[:, None])[None].to(hidden.dtype)
 
 
 def check_finite(model: Any, hidden: Tensor, parts: HeadParts, dtype: torch.dtype) -> None:
-    """Raise ValueError naming what is not finite in `dtype`: a part of the head, or its hidden states (1, T, D).
+    """Raise ValueError naming the part of the head, or the hidden states (1, T, D), that are not finite in `dtype`.
 
-    A bias may be -inf: that token never occurs.
+    A bias may be -inf: its token never occurs.
     """
     name, low = type(model).__name__, parts.low_rank
-    held = {"weight": parts.weight, "bias": parts.bias}
-    held |= {} if low is None else {"adapter's A": low.a, "adapter's B": low.b}
-    for what, t in held.items():
-        allowed = -torch.inf if what == "bias" else None
+    parts_by_name = {"weight": parts.weight, "bias": parts.bias}
+    parts_by_name |= {} if low is None else {"adapter's A": low.a, "adapter's B": low.b}
+    for part, t in parts_by_name.items():
+        allowed = -torch.inf if part == "bias" else None
         if t is not None and (problem := _not_finite(t, dtype, allowed)):
-            raise ValueError(f"the {what} of the lm_head of {name} must be finite, got {problem}")
+            raise ValueError(f"the {part} of the lm_head of {name} must be finite, got {problem}")
     if parts.bias is not None and not parts.bias.isfinite().any():
         raise ValueError(
             f"the bias of the lm_head of {name} must leave a token that can occur, got -inf in every entry"
@@ -97,7 +99,10 @@ def check_finite(model: Any, hidden: Tensor, parts: HeadParts, dtype: torch.dtyp
 
 
 def _not_finite(t: Tensor, dtype: torch.dtype | None = None, allowed: float | None = None) -> str | None:
-    """The first entry that is not finite in dtype, and where; None: there is none. A part at a time: a whole mask is large."""
+    """Return the first entry that is not finite in dtype, and its place; None if there is none.
+
+    It goes by parts: a mask of the whole tensor would be large.
+    """
     start = 0
     for rows in t.detach().split(4096) if t.ndim else [t.detach()[None]]:
         rows = rows if dtype is None else rows.to(dtype)
@@ -111,32 +116,27 @@ def _not_finite(t: Tensor, dtype: torch.dtype | None = None, allowed: float | No
     return None
 
 
-def _check_product(name: str, got: Tensor, due: Product) -> None:
-    """Raise ValueError where the head's answer (1, T, V) is further from the exact product than rounding brings it."""
+def _check_product(name: str, got: Tensor, expected: Product) -> None:
+    """Raise ValueError if the head's output (1, T, V) is further from the exact product than rounding explains."""
     largest = torch.finfo(got.dtype).max
-    beyond = due.exact[(due.exact.abs() > largest) & due.exact.isfinite()]
+    beyond = expected.exact[(expected.exact.abs() > largest) & expected.exact.isfinite()]
     if len(beyond):
         raise ValueError(
             f"the logits of {name} must be finite, got one of {float(beyond[0]):.6g}, beyond {got.dtype} "
             f"(largest {largest:g}): load the model in a wider dtype"
         )
     got = got.double()
-    wrong = ~((got == due.exact) | ((got - due.exact).abs() <= due.own))
+    wrong = ~((got == expected.exact) | ((got - expected.exact).abs() <= expected.own))
     if wrong.any():
-        came, expected, bound = (float(t.expand_as(wrong)[wrong][0]) for t in (got, due.exact, due.own))
+        own, exact, bound = (float(t.expand_as(wrong)[wrong][0]) for t in (got, expected.exact, expected.own))
         raise ValueError(
-            f"the lm_head of {name} is more than the product with its weight: it gives a logit {came:.9g}, the product is "
-            f"{expected:.9g}, and rounding explains {bound:.2g}"
+            f"the lm_head of {name} is more than the product with its weight: it gives a logit {own:.9g}, the product is "
+            f"{exact:.9g}, and rounding explains {bound:.2g}"
         )
 
 
-def local_part(t: Any) -> Tensor:
-    """Of a DTensor this rank's part."""
-    return cast(Tensor, t.to_local() if hasattr(t, "to_local") else t)
-
-
 def _whole(of_rank: Product, parts: HeadParts) -> Product:
-    """The columns of all ranks."""
+    """Return a product with the columns of all ranks."""
     import torch.distributed as dist
 
     shard, wholes = parts.shard, []

@@ -1,6 +1,7 @@
-"""What a head module multiplies with at this moment: its weight and bias, and the adapters that peft has put on it.
+"""The weight and bias of a head module, and the adapters that peft has put on it.
 
-Looked up at every call: FSDP gathers the weight, peft switches adapters, and a wrapper may come later than fuse_lm_head.
+They are looked up in every call: FSDP gathers the weight, peft switches adapters, and a wrapper may come after fuse_lm_head.
+r rank of an adapter, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 class HeadParts(NamedTuple):
     """logits = hidden weight^T + bias + the adapters' part, before the model's own transform."""
 
-    weight: Tensor  # (V, D), of a vocabulary-parallel head this rank's rows
+    weight: Tensor  # (V, D); this rank's rows of a vocabulary-parallel head
     bias: Tensor | None  # (V,)
     low_rank: LowRank | None
-    shard: VocabShard | None = None  # of a vocabulary-parallel head
-    biases: tuple[Tensor, ...] = ()  # what the bias is the sum of, where adapters bring some
+    shard: VocabShard | None = None  # set for a vocabulary-parallel head
+    biases: tuple[Tensor, ...] = ()  # the terms of the bias, where adapters add some
 
     @property
     def vocab(self) -> int:
         return self.weight.shape[0] if self.shard is None else self.shard.total
 
     def local(self) -> HeadParts:
-        """As plain tensors: this rank's rows of a head placed Shard(0), the whole of a replicated one.
+        """Return plain tensors: this rank's rows of a head placed Shard(0), all rows of a replicated one.
 
-        To be called inside the head's own forward: there FSDP has gathered what it sharded, and what is still a DTensor is
-        tensor parallel.
+        Call it inside the head's own forward. There FSDP has gathered what it sharded, and a remaining DTensor is tensor
+        parallel.
         """
         weight: Any = self.weight
         if not _is_dtensor(weight):
@@ -46,10 +47,10 @@ class HeadParts(NamedTuple):
         whole = all(placement.is_replicate() for placement in weight.placements)
         shard = None if whole else VocabShard.of(weight)
         bias: Any = self.bias
-        return HeadParts(weight.to_local(), bias.to_local() if _is_dtensor(bias) else bias, None, shard)
+        return HeadParts(local_part(weight), None if bias is None else local_part(bias), None, shard)
 
     def columns(self, vocab: int) -> HeadParts:
-        """The same for the first `vocab` entries: some models cut off the padding of their vocabulary."""
+        """Return the parts of the first `vocab` entries: some models cut off the padding of their vocabulary."""
         if vocab == self.vocab:
             return self
         start = 0 if self.shard is None else self.shard.start
@@ -63,7 +64,7 @@ class HeadParts(NamedTuple):
 
 
 def serving_module(head: nn.Module) -> nn.Module:
-    """The module whose forward makes the logits: inside peft's modules_to_save the active copy, else the head itself."""
+    """Return the module whose forward makes the logits: the active copy in peft's modules_to_save, else the head itself."""
     if type(head).__name__ != "ModulesToSaveWrapper":
         return head
     wrapper = cast(Any, head)
@@ -77,28 +78,28 @@ def serving_module(head: nn.Module) -> nn.Module:
 
 
 def head_parts(module: nn.Module) -> HeadParts:
-    """Weight, bias and adapters of a module from `serving_module`.
+    """Return weight, bias and adapters of a module from `serving_module`.
 
     Raises:
-        ValueError: a head that would be computed wrongly, each with what to do: a quantised weight, an adapter that is not
-            plain LoRA (DoRA and the like), dropout on the adapter's input, a weight that is not in memory.
+        ValueError: our product would be wrong for this head; the message says what to do. Cases are a quantised weight, an
+            adapter other than plain LoRA (DoRA and the like), dropout on the adapter's input, a weight that is not in memory.
     """
     lora = _lora_layer(module)
     linear = module if lora is None else lora.get_base_layer()
     weight, bias = _dense(linear)
     if lora is None:
         return HeadParts(weight, bias, None)
-    of_adapters, low_rank = _lora_parts(lora)
-    biases = of_adapters if bias is None else [bias, *of_adapters]
+    adapter_biases, low_rank = _lora_parts(lora)
+    biases = adapter_biases if bias is None else [bias, *adapter_biases]
     return HeadParts(weight, sum(biases[1:], biases[0]) if biases else None, low_rank, biases=tuple(biases))
 
 
 def product_of(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, dtype: torch.dtype
 ) -> Tensor:
-    """hidden W^T + scale (hidden a^T) b^T + bias in `dtype`, (..., V), for a few tokens: all their logits are made.
+    """Return hidden W^T + scale (hidden a^T) b^T + bias in `dtype`, (..., V). It makes all logits: use it for a few tokens.
 
-    The weight is converted a part at a time: the whole of it in a wider dtype may be gigabytes.
+    The weight is converted by parts: all of it in a wider dtype may be gigabytes.
     """
     h = hidden.to(dtype)
     z = torch.cat([h @ rows.to(dtype).T for rows in weight.split(4096)], -1)
@@ -108,7 +109,7 @@ def product_of(
 
 
 def describe_adapter(head: nn.Module) -> str:
-    """In words, for a report: "none", "LoRA default (r=8)", "modules_to_save default"."""
+    """Return a name of the adapter for reports: "none", "LoRA default (r=8)", "modules_to_save default"."""
     if serving_module(head) is not head:
         return f"modules_to_save {cast(Any, head).active_adapter}"
     lora = _lora_layer(head)
@@ -119,7 +120,7 @@ def describe_adapter(head: nn.Module) -> str:
 
 
 def _lora_layer(module: nn.Module) -> Any:
-    """`module` as a peft LoraLayer, or None. Without peft there is none, and it need not be installed."""
+    """Return `module` if it is a LoraLayer of peft, else None. peft need not be installed."""
     if "peft" not in sys.modules:
         return None
     from peft.tuners.lora import Linear
@@ -136,21 +137,22 @@ def _lora_layer(module: nn.Module) -> Any:
 
 
 def _dense(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a plain nn.Linear in memory, or raise ValueError."""
     weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
-    what = f"the lm_head must be an nn.Linear with a floating-point weight (V, D), got {type(linear).__name__}"
+    expected = f"the lm_head must be an nn.Linear with a floating-point weight (V, D), got {type(linear).__name__}"
     if not isinstance(linear, nn.Linear) or not isinstance(weight, Tensor):
-        raise ValueError(f"{what} (any adapter on it but LoRA and modules_to_save is refused)")
+        raise ValueError(f"{expected} (any adapter on it but LoRA and modules_to_save is refused)")
     if hasattr(weight, "ds_status") and weight.numel() == 0:
         raise ValueError(
             "the lm_head's weight is partitioned by ZeRO-3 and was not gathered by the head's own hooks (LoRA on the lm_head "
             "hides it from them): use modules_to_save for the lm_head, or ZeRO-2"
         )
     if type(linear).forward is not nn.Linear.forward:
-        raise ValueError(f"{what}, whose forward is its own: what it does beside the product would be left out")
+        raise ValueError(f"{expected}, whose forward is its own: anything it does beside the product would be left out")
     plain = type(weight) in (Tensor, nn.Parameter) or _is_dtensor(weight)
     if not plain or weight.dtype not in _FLOATS or weight.ndim != 2:
         raise ValueError(
-            f"{what} with a {type(weight).__name__} {tuple(weight.shape)} {weight.dtype}: a quantised head is not "
+            f"{expected} with a {type(weight).__name__} {tuple(weight.shape)} {weight.dtype}: a quantised head is not "
             "supported, leave it out of the quantisation (bitsandbytes: llm_int8_skip_modules=['lm_head'])"
         )
     if weight.is_meta:
@@ -159,11 +161,11 @@ def _dense(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def _lora_parts(lora: Any) -> tuple[list[Tensor], LowRank | None]:
-    """Biases and low-rank part: scale_i (h A_i^T) B_i^T over the active adapters i, as peft's own forward adds them."""
+    """Return biases and low-rank part of the active adapters i, as peft's own forward adds scale_i (h A_i^T) B_i^T."""
     biases: list[Tensor] = []
     if lora.disable_adapters:
         if lora.merged:
-            lora.unmerge()  # as peft's forward would
+            lora.unmerge()  # peft's own forward does the same
         return biases, None
     active = [name for name in lora.active_adapters if name in lora.lora_A]
     if lora.merged or not active:
@@ -191,6 +193,11 @@ def _lora_parts(lora: Any) -> tuple[list[Tensor], LowRank | None]:
     return biases, LowRank(torch.cat(scaled), torch.cat([t.to(dtype) for t in b], 1), 1.0)
 
 
+def local_part(t: Any) -> Tensor:
+    """Return this rank's part of a DTensor; a plain tensor as it is."""
+    return cast(Tensor, t.to_local() if hasattr(t, "to_local") else t)
+
+
 def _is_dtensor(t: object) -> bool:
-    """Without the half second that importing the module takes."""
+    """True for a DTensor, without the half second that importing its module takes."""
     return hasattr(t, "device_mesh") and hasattr(t, "placements")

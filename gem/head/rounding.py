@@ -1,6 +1,6 @@
-"""How far apart two right computations of the same logits may be: a bound on rounding for each number that is compared.
+"""Bounds on rounding: how far apart two correct computations of the same logits may be, for each number that is compared.
 
-docs/models.md derives it. A unit roundoff u, half an eps, is the largest share of itself by which a number is rounded.
+docs/models.md derives them. The unit roundoff u, half an eps, is the largest relative error of one rounding.
 
 T tokens, D hidden size, V vocabulary, r rank of an adapter. Bounds are fp64, and >= 0.
 """
@@ -13,24 +13,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gem.adapters import HeadParts
-from gem_kernels import LogitTransform, LowRank, TokenStats
+from gem.head.adapters import HeadParts
+from gem.head.output import HeadStats
+from gem_kernels import LogitTransform, LowRank
 
-# Share of itself by which a GEMM library may change a fp32 operand: it cuts to TF32, and rounds to bf16.
+# Relative error that a GEMM library may make in a fp32 operand: it truncates to TF32, and rounds to bf16.
 _NARROW = {"tf32": 2.0**-10, "bf16": 2.0**-8}
 _STEPS = 8  # elementary operations between a sum and a statistic, each of one or two roundings
 
 
 class Arithmetic(NamedTuple):
-    """In what hidden states and weight are multiplied."""
+    """The arithmetic in which hidden states and weight are multiplied."""
 
-    dtype: torch.dtype  # operands are converted to it first (autocast); else their own
-    operand: float  # share of itself by which the GEMM library then changes one (TF32); 0: not at all
+    dtype: torch.dtype  # the operands' own, or the dtype to which autocast converts them first
+    operand: float  # relative error that the GEMM library then makes in an operand (TF32); 0: none
     total: float  # u of the sums
 
     @staticmethod
     def of(hidden: Tensor, weight: Tensor) -> Arithmetic:
-        """As seen from inside the model's forward, where autocast and the gathered weight show."""
+        """Return the arithmetic of a product. Inside the model's forward autocast and the gathered weight are visible."""
         device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
         if dtype != torch.float64 and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -39,39 +40,40 @@ class Arithmetic(NamedTuple):
 
 
 class Product(NamedTuple):
-    """The logits of a head before the model's transform, each (..., V)."""
+    """The logits of a head before the model's transform and bounds on their errors, each (..., V)."""
 
     exact: Tensor
     own: Tensor
-    """how far the head's own forward may be from them"""
+    """bound on the error of the head's own forward"""
     ours: Tensor
-    """how far those that our statistics are made of may be"""
+    """bound on the error of the logits from which our statistics are computed"""
 
 
 def roundoff(dtype: torch.dtype) -> float:
+    """Return the unit roundoff of a dtype."""
     return float(torch.finfo(dtype).eps) / 2
 
 
 def narrowing(source: torch.dtype, target: torch.dtype) -> float:
-    """u of the conversion from one dtype to the other; 0 where it is exact."""
+    """Return u of the conversion from one dtype to the other; 0 if it is exact."""
     return roundoff(target) if roundoff(target) > roundoff(source) else 0.0
 
 
 def growth(terms: Tensor) -> Tensor:
-    """How many u of its sum of absolute values a sum of so many terms may be off, whatever the order.
+    """Return the error of a sum of n terms in any order, as a multiple of u times the sum of absolute values.
 
-    n always; and 4 sqrt(n) but for a chance of 1e-10, if roundings are independent and uniform.
+    It is at most n. If roundings are independent and uniform, it exceeds 4 sqrt(n) with a probability of 1e-10.
     """
     n = terms.double()
     return torch.minimum(n, 4 * n.sqrt())
 
 
 def product_bounds(hidden: Tensor, parts: HeadParts, arithmetic: Arithmetic, result: torch.dtype) -> Product:
-    """hidden (..., D), finite, times the head: the exact logits, and how far off a head may be that answers in `result`."""
+    """Return the exact logits of hidden (..., D), finite, and the bounds for a head that returns the dtype `result`."""
     h = hidden.to(arithmetic.dtype).double()
     exact, size = _both(h, parts.weight, arithmetic.dtype)
     nonzero = h.count_nonzero(-1)
-    # One power of two times a weight is exact, and so is adding zeros to it.
+    # A power of two times a weight is exact, and so is adding zeros to it.
     mantissa = h.frexp().mantissa.abs()
     single = (nonzero <= 1) & ((mantissa == 0) | (mantissa == 0.5)).all(-1)
     steps = growth(nonzero).masked_fill(single, 0)[..., None]
@@ -82,7 +84,7 @@ def product_bounds(hidden: Tensor, parts: HeadParts, arithmetic: Arithmetic, res
     if parts.bias is not None:
         exact = exact + parts.bias.double()
         for bias in parts.biases or (parts.bias,):
-            # It is rounded to the dtype of the products, and a GEMM may begin its sum with it.
+            # A bias is rounded to the dtype of the products, and a GEMM may start its sum with it.
             amount = bias.double().masked_fill(bias.isinf(), 0).abs()
             sums = sums + narrowing(bias.dtype, arithmetic.dtype) * amount
             size, terms, addends = size + amount, terms + amount, addends + 1
@@ -93,7 +95,7 @@ def product_bounds(hidden: Tensor, parts: HeadParts, arithmetic: Arithmetic, res
 
 
 def _adapter_bounds(h: Tensor, low_rank: LowRank, arithmetic: Arithmetic) -> tuple[Tensor, Tensor, Tensor]:
-    """scale (h a^T) b^T, the same of absolute values, and how far off it may be.
+    """Return scale (h a^T) b^T, the same product of absolute values, and the bound on the error.
 
     Operands, the r products in the middle and the result are rounded to the dtypes of the adapter, or of autocast.
     """
@@ -106,7 +108,7 @@ def _adapter_bounds(h: Tensor, low_rank: LowRank, arithmetic: Arithmetic) -> tup
 
 
 def transform_roundoff(transform: LogitTransform, u: float) -> float:
-    """Share of itself by which a transformed logit may be off.
+    """Return the largest relative error of a transformed logit.
 
     Each product, quotient and tanh is stored in arithmetic of unit roundoff u; constants and the inside of a tanh are fp32.
     """
@@ -116,19 +118,19 @@ def transform_roundoff(transform: LogitTransform, u: float) -> float:
 
 
 def transformed(transform: LogitTransform, bound: Tensor, logits: Tensor, u: float, stored: float = 0.0) -> Tensor:
-    """The bound of logits (..., V) once the transform has made `logits` of them in arithmetic of unit roundoff u.
+    """Return the bound on `logits` (..., V), which the transform has computed in arithmetic of unit roundoff u.
 
-    stored: u of the dtype in which they are then stored; 0: in that of before. A tanh lengthens no distance, and no step has a
-    relative error larger than that of what it is given.
+    bound: of the logits before the transform. stored: u of the dtype in which the result is then stored; 0 if it is not
+    converted. A tanh lengthens no distance, and no step has a relative error larger than that of its input.
     """
     size = logits.masked_fill(logits.isinf(), 0).abs()
     return abs(transform.scale) / transform.temperature * bound + (transform_roundoff(transform, u) + stored) * size
 
 
-def statistics_bounds(z: Tensor, bound: Tensor, targets: Tensor, u: float) -> TokenStats:
-    """Bounds (T,) on log-prob, entropy and lse of logits z (T, V), each of which may be off by `bound` (T, V).
+def statistics_bounds(z: Tensor, bound: Tensor, targets: Tensor, u: float) -> HeadStats:
+    """Return bounds (T,) on the statistics of logits z (T, V), each of which may be off by `bound` (T, V).
 
-    u: of the arithmetic in which the statistics are computed.
+    u: unit roundoff of the arithmetic in which the statistics are computed.
     """
     p, lse = z.softmax(-1), z.logsumexp(-1)
     possible = ~z.isinf()
@@ -136,21 +138,21 @@ def statistics_bounds(z: Tensor, bound: Tensor, targets: Tensor, u: float) -> To
     below = (z.amax(-1, keepdim=True) - z).where(possible, 0)  # the exponents, max - z
     bound = bound.where(possible, 0)
     entropy = -(p * log_p).sum(-1)
-    # lse moves most where all dz have one sign and their full size: by log Σ p e^dz. p_v grows by e^(dz_v + that) at most.
+    # lse moves most if all dz have one sign and their full size: by log Σ p e^dz. p_v then grows by e^(dz_v + dlse) at most.
     moved = (z - lse[:, None] + bound).logsumexp(-1).clamp(min=0)
     most = (log_p + bound + moved[:, None]).exp().where(possible, 0) * bound
-    # dH = -Σ p (log p + H) dz on the way there, on which log p has moved by dz_v + dlse, and H by dH itself.
+    # dH = -Σ p (log p + H) dz along the way, where log p has moved by dz_v + dlse and H by dH itself.
     further = (most * ((log_p + entropy[:, None]).abs() + bound + moved[:, None])).sum(-1)
     share = most.sum(-1)
-    # Whatever happens, it stays between 0 and log V.
+    # The entropy stays between 0 and log V in any case.
     entropy_moved = (further / (1 - share)).where(share < 1, torch.inf).clamp(max=math.log(z.shape[-1]))
-    # The sums over V, and exponentials whose argument was rounded: e^-x errs by u x.
+    # Sums over V, and exponentials of rounded arguments: e^-x has a relative error of u x.
     sums = u * (float(growth(torch.tensor(z.shape[-1]))) + _STEPS)
     depth, depth2 = (p * below).sum(-1), (p * below.square()).sum(-1)
     total = sums + 2 * u * depth
     at = targets[:, None]
     target = bound.gather(-1, at)[:, 0] + 2 * u * log_p.gather(-1, at)[:, 0].abs()
-    return TokenStats(
+    return HeadStats(
         logprob=target + moved + total + u * entropy.abs(),
         entropy=entropy_moved + sums * (1 + 2 * depth) + 2 * u * (depth + depth2),
         lse=moved + total + 2 * u * lse.abs(),
@@ -158,7 +160,7 @@ def statistics_bounds(z: Tensor, bound: Tensor, targets: Tensor, u: float) -> To
 
 
 def _both(h: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """h W^T and |h| |W|^T in fp64, W rounded to dtype first; a part of W at a time, as the whole may be gigabytes."""
+    """Return h W^T and |h| |W|^T in fp64, W rounded to dtype first. It goes by parts of W: all of it may be gigabytes."""
     products = []
     for rows in weight.split(4096):
         w = rows.to(dtype).double()
@@ -168,10 +170,10 @@ def _both(h: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 
 def _narrowed(device: str) -> float:
-    """Share of itself by which torch's settings let a fp32 operand change on this device; 0: not at all."""
+    """Return the relative error that torch's settings allow in a fp32 operand on this device; 0 if none."""
     backend: Any = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     setting = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
     if setting is None:  # before torch 2.9
-        asked = torch.get_float32_matmul_precision()
-        setting = {"highest": "ieee", "high": "tf32", "medium": "tf32" if device == "cuda" else "bf16"}[asked]
+        older = torch.get_float32_matmul_precision()
+        setting = {"highest": "ieee", "high": "tf32", "medium": "tf32" if device == "cuda" else "bf16"}[older]
     return _NARROW.get(setting, 0.0)

@@ -1,6 +1,6 @@
-"""Per-token fields beyond log-probs and entropies that some losses and logs want, each without the logits where that can be.
+"""Per-token fields beyond log-probs and entropies that some losses and logs need, computed without the logits where possible.
 
-N tokens, D hidden size, V vocabulary. Each takes the statistics and the arguments of the call that gave them.
+Each function takes the statistics and the arguments of the op call that returned them. N tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gem.adapters import product_of
-from gem.head_transform import apply
-from gem_kernels import LogitTransform, LowRank, MaxTokenStats, linear_logprob_entropy
+from gem.head.adapters import product_of
+from gem.head.transform import apply
+from gem_kernels import LogitTransform, LowRank, TokenStats, linear_logprob_entropy
 
 _TILE_BYTES = 64 << 20
 
 
-def is_top1(stats: MaxTokenStats, *_: Any) -> Tensor:
-    """Whether no token is likelier than the label; from the pass that made the statistics."""
+def is_top1(stats: TokenStats, *_: Any) -> Tensor:
+    """True where no token is likelier than the label; costs nothing beyond the statistics."""
     return stats.logprob == stats.max_logprob
 
 
-def log_sum_sq_probs(stats: MaxTokenStats, arguments: dict[str, Any]) -> Tensor:
-    """log sum_v p_v^2 = lse(2 z) - 2 lse(z), and 2 z is z at half the temperature: one more forward, 2NDV FLOP."""
+def log_sum_sq_probs(stats: TokenStats, arguments: dict[str, Any]) -> Tensor:
+    """log sum_v p_v^2 = lse(2 z) - 2 lse(z), where 2 z is z at half the temperature: one more forward, 2NDV FLOP."""
     transform: LogitTransform = arguments["transform"]
     sharper = replace(transform, temperature=transform.temperature / 2)
     return linear_logprob_entropy(**{**arguments, "transform": sharper}).lse - 2 * stats.lse
 
 
-def mean_logits(_: MaxTokenStats, arguments: dict[str, Any]) -> Tensor:
+def mean_logits(_: TokenStats, arguments: dict[str, Any]) -> Tensor:
     """Mean of the transformed logits over the vocabulary, with a gradient; fp32 (fp64 for fp64 inputs).
 
     Without a softcap the mean of h W^T is h times the mean row of W: one pass over the weight, none over N x V. A softcap is
-    not linear: then the logits are made, a part of the vocabulary at a time, and made again in the backward.
+    not linear: the logits are then made, one part of the vocabulary at a time, and made again in the backward.
     """
     hidden, weight, bias, low = (arguments[name] for name in ("hidden", "weight", "bias", "low_rank"))
     transform: LogitTransform = arguments["transform"]
@@ -56,14 +56,14 @@ def mean_logits(_: MaxTokenStats, arguments: dict[str, Any]) -> Tensor:
 
 
 def _column_means(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """(V, ...) -> (1, ...) in `dtype`. The gradient of a sum is a view; that of mean() would fill a (V, ...) of `dtype`."""
+    """(V, ...) -> (1, ...) in `dtype`. The gradient of a sum is a view; mean() would fill a (V, ...) of `dtype`."""
     return t.sum(0, keepdim=True, dtype=dtype) / len(t)
 
 
 def _mean_of_capped(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank | None, transform: LogitTransform
 ) -> Tensor:
-    """(..., D) -> (...). By parts of the vocabulary, so that each row of the weight gets its gradient in one product."""
+    """(..., D) -> (...), by parts of the vocabulary: each row of the weight gets its gradient from one product."""
 
     def sum_of(h: Tensor, rows: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None) -> Tensor:
         part = None if low is None else LowRank(cast(Tensor, a), cast(Tensor, b), low.scale)
@@ -74,14 +74,16 @@ def _mean_of_capped(
     rows = weight.split(step)
     biases = [None] * len(rows) if bias is None else bias.split(step)
     bs = [None] * len(rows) if low is None else low.b.split(step)
-    a = None if low is None else low.a.to(hidden.dtype)  # here, so that the parts' gradients add up in it
+    a = (
+        None if low is None else low.a.to(hidden.dtype)
+    )  # converted once: the gradients of the parts add up in this dtype
     total = hidden.new_zeros(hidden.shape[:-1])
     for w, v, b in zip(rows, biases, bs, strict=True):
         total = total + checkpoint(sum_of, hidden, w, v, a, b, use_reentrant=False, preserve_rng_state=False)
     return total / len(weight)
 
 
-EXTRA_OUTPUTS: dict[str, Callable[[MaxTokenStats, dict[str, Any]], Tensor]] = {
+EXTRA_OUTPUTS: dict[str, Callable[[TokenStats, dict[str, Any]], Tensor]] = {
     "is_top1": is_top1,
     "mean_logits": mean_logits,
     "log_sum_sq_probs": log_sum_sq_probs,
