@@ -1,9 +1,9 @@
-"""The reference training script: the whole of GEM (arXiv 2511.13007) on a Hugging Face model, in plain calls.
+"""Reference training script: all of GEM (arXiv 2511.13007) on a Hugging Face model, in plain calls.
 
     python examples/train_gem.py --model Qwen/Qwen2.5-0.5B --data pairs.jsonl --output_dir runs/gem
 
-pairs.jsonl: one {"prompt": ..., "chosen": ..., "rejected": ...} a line, texts or chat messages; the last tenth is held out.
-Steps: supervised warm start -> per step: candidates -> entropies and Eq. 1 -> ranking with the human pair -> Eq. 2.
+pairs.jsonl: one {"prompt": ..., "chosen": ..., "rejected": ...} per line, texts or chat messages; the last tenth is held out.
+First a supervised warm start; then, per step: candidates -> entropies and Eq. 1 -> ranking with the human pair -> Eq. 2.
 """
 
 import argparse
@@ -42,13 +42,13 @@ def main() -> None:
     parser.add_argument("--output_dir", default="runs/gem")
     parser.add_argument("--warm_steps", type=int, default=200, help="supervised steps on the chosen answers")
     parser.add_argument("--steps", type=int, default=200, help="GEM steps")
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts a step")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts per step")
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--max_length", type=int, default=2048)
-    parser.add_argument("--prompt_format", default="auto", help="plain prompts: auto | chat: the user's turn | text")
-    parser.add_argument("--system", default="", help="system message of chats that bring none")
-    parser.add_argument("--cot_prompt", nargs="?", const=COT_PROMPT, help="asks candidates for a chain of thought")
+    parser.add_argument("--prompt_format", default="auto", help="plain prompts: auto | chat (the user's turn) | text")
+    parser.add_argument("--system", default="", help="system message for chats without one")
+    parser.add_argument("--cot_prompt", nargs="?", const=COT_PROMPT, help="ask candidates for a chain of thought")
     parser.add_argument("--dtype", default="float32", help="bfloat16 on a GPU")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
@@ -60,8 +60,8 @@ def main() -> None:
     model = load_model(model_arguments, tokenizer)
     rollout = RolloutArguments(group_size=5, max_new_tokens=a.max_new_tokens, cot_prompt=a.cot_prompt)
     frame = "{prompt}" if tokenizer.chat_template else "{prompt}\n"
-    asked = {"prompt_format": a.prompt_format, "prompt_template": frame, "system": a.system}
-    data, ends = DataArguments(a.data, max_length=a.max_length, **asked), model_ends(model, tokenizer)
+    prompting = {"prompt_format": a.prompt_format, "prompt_template": frame, "system": a.system}
+    data, ends = DataArguments(a.data, max_length=a.max_length, **prompting), model_ends(model, tokenizer)
     examples = read_examples(data, tokenizer, need=("chosen", "rejected"), rollout=rollout, ends=ends)
     held_out = examples[-max(1, len(examples) // 10) :]
     examples = examples[: len(examples) - len(held_out)]
@@ -79,7 +79,7 @@ def main() -> None:
             **more,
         )
 
-    # Warm start: -log pi(chosen), a mean over tokens. A group here is the chosen answer alone.
+    # Warm start: -log pi(chosen), a mean over tokens. Each group holds the chosen answer alone.
     chosen_only = [pair_group(example) for example in examples]
     for group in chosen_only:
         group.members = group.members[:1]
@@ -92,7 +92,7 @@ def main() -> None:
         processing_class=tokenizer,
     ).train()
 
-    # GEM. Each step samples k candidates a prompt, scores them with Eq. 1, ranks them together with the human pair
+    # GEM. Each step samples k candidates per prompt, scores them with Eq. 1, ranks them together with the human pair
     # (Bradley-Terry posterior) and turns the ranks into the weights of Eq. 2. The frozen warm start is the reference.
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     make_groups = GroupMaker(model, tokenizer, rollout, ScoreArguments(), RankArguments(), reference)
@@ -101,7 +101,7 @@ def main() -> None:
         model,
         arguments("gem", a.steps, eval_strategy="steps", eval_steps=max(1, a.steps // 10), eval_on_start=True),
         loss=LossArguments(),  # SEGA + 0.05 KL to the reference + 0.1 supervised
-        guard=GuardArguments(),  # warns when the score is uninformative, stops when held-out numbers fall
+        guard=GuardArguments(),  # warn if the score is uninformative, stop if held-out numbers fall
         train_dataset=examples,
         processing_class=tokenizer,
         make_groups=make_groups,

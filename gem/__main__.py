@@ -1,4 +1,4 @@
-"""`python -m gem` is `gem-kernels`: the bare name `gem` belongs to RubyGems."""
+"""Run `gem-kernels` as `python -m gem`; a command named `gem` would clash with RubyGems."""
 
 import sys
 

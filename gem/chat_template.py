@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer: what it makes of a conversation, what it marks, and how it ends a turn."""
+"""A tokenizer's chat template: rendering, the characters it marks for training, and the text with which it ends a turn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     Raises:
-        BadRecord: the tokenizer has none.
+        BadRecord: the tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -27,18 +27,18 @@ class ChatTemplate:
         self.tokenizer = tokenizer
 
     def render(self, messages: Sequence[Message], generate: bool, options: dict[str, Any]) -> str:
-        """The text of a conversation, on request with the generation prompt behind it.
+        """Return the text of a conversation, with the generation prompt behind it if `generate`.
 
         Raises:
             BadRecord: the template refuses the conversation.
         """
         try:
             return self._rendered(messages, generate, options)
-        # A template raises what it likes: its own words, jinja's errors, TypeError, KeyError.
+        # Templates raise errors of any type: their own messages, jinja's errors, TypeError, KeyError.
         except Exception as error:
             as_text = [_with_text_arguments(message) for message in messages]
             if as_text != list(messages):
-                try:  # of a template that puts the arguments of a call behind its name as they are
+                try:  # some templates print a call's arguments verbatim, and so need text
                     return self._rendered(as_text, generate, options)
                 except Exception:
                     pass
@@ -51,8 +51,8 @@ class ChatTemplate:
         )
         return cast(str, text)
 
-    def said_spans(self, messages: Sequence[Message], options: dict[str, Any]) -> list[tuple[int, int]] | None:
-        """[start, end) of what the template marks by {% generation %}, in characters; None: it marks nothing."""
+    def generation_spans(self, messages: Sequence[Message], options: dict[str, Any]) -> list[tuple[int, int]] | None:
+        """Return [start, end) in characters of each {% generation %} block; None if the template has no such block."""
         template = self.tokenizer.get_chat_template(tools=options.get("tools"))
         if re.search(r"\{%-?\s*generation\s*-?%\}", re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)) is None:
             return None
@@ -62,17 +62,17 @@ class ChatTemplate:
 
     @cached_property
     def request(self) -> str:
-        """What the template puts behind a user's words to ask for an answer, without blanks; empty where that is not told."""
+        """The text that the template puts behind a user's turn to prompt for an answer, blanks removed; empty if unknown."""
         mark = marker([])
         try:
-            asked = self.render([{"role": "user", "content": mark}], True, {})
+            text = self.render([{"role": "user", "content": mark}], True, {})
         except BadRecord:
             return ""
-        return squeezed(asked.partition(mark)[2])
+        return squeezed(text.partition(mark)[2])
 
     @cached_property
     def _end_of_last_turn(self) -> str:
-        """What the template puts behind the last content of a conversation, without blanks at its end."""
+        """The text that the template puts behind the last content of a conversation, trailing blanks removed."""
         mark = marker([])
         try:
             text = self.render([{"role": "user", "content": "hi"}, {"role": "assistant", "content": mark}], False, {})
@@ -82,26 +82,26 @@ class ChatTemplate:
 
     @cached_property
     def _tokens(self) -> re.Pattern[str]:
-        """What reads as a token of its own: special ones and others that were added."""
+        """A pattern that matches any special or added token of the tokenizer."""
         added = map(str, self.tokenizer.added_tokens_decoder.values())
         return any_of({*added, *self.tokenizer.all_special_tokens})
 
     def to_token(self, text: str) -> str:
-        """The text up to and with the first such token; empty where there is none."""
+        """Return the text up to and including its first special or added token; empty if it has none."""
         found = self._tokens.search(text)
         return text[: found.end()] if found else ""
 
     def whole_tokens(self, text: str, start: int, end: int) -> int:
-        """`end`, or where the token begins that it would cut."""
+        """Return `end`, or the start of the special or added token that text[start:end] would cut."""
         return next((f.start() for f in self._tokens.finditer(text, start) if f.start() < end < f.end()), end)
 
     def end_of_turn(self, between: str, own: str, last: bool) -> str:
-        """What of the template's text behind a content ends the turn: the model says it, and stops there.
+        """Return the part of the template's text behind a content that ends the turn: the model generates it and stops.
 
         Args:
-            between: what stands there in the conversation, to the next content.
-            own: what stands there where the turn is the last one.
-            last: whether it is.
+            between: the text behind the content in this conversation, up to the next content.
+            own: the text behind the content when its turn is the last one.
+            last: True if the turn is the last one.
         """
         if last:
             return self.to_token(between) or between.rstrip()
@@ -109,20 +109,20 @@ class ChatTemplate:
         usual = self.to_token(own) or own.rstrip()
         if usual and same.startswith(usual):
             return usual
-        # The template ends a turn before another in another way. One that ends no turn begins the next one's header here: then
-        # it is no end that another token follows, but a text.
+        # The template ends an inner turn differently from the last one. If it has no end for inner turns, `between` starts with
+        # the next turn's header. A token is therefore an end only if it is the end of sequence or if another token follows it.
         end = self.to_token(between)
         rest = between[len(end) :].lstrip()
         return end if end.endswith(self.tokenizer.eos_token) or (end and self._tokens.match(rest)) else ""
 
     def without_end(self, content: str) -> str:
-        """A content that brings the end of its turn with it: the template writes that."""
+        """Return the content without an end of turn of its own, which the template writes itself."""
         token, text = self._end_of_last_turn.strip(), content.rstrip()
         return text.removesuffix(token) if self._tokens.fullmatch(token) and text.endswith(token) else content
 
 
 def _with_text_arguments(message: Message) -> Message:
-    """The message with the arguments of its calls as JSON text."""
+    """Return the message with the arguments of its tool calls as JSON text."""
     calls = []
     for call in message.get("tool_calls") or []:
         function = call.get("function")
@@ -136,20 +136,20 @@ def _with_text_arguments(message: Message) -> Message:
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """What finds the longest of some texts; nothing where there are none."""
+    """Return a pattern that matches the longest of several texts, and never matches if there are none."""
     return re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True)) or r"(?!)")
 
 
 def marker(messages: Sequence[Message]) -> str:
-    """A word that no message has in it, and no template changes."""
-    mark, said = "gemturn", repr(messages)
-    while mark in said:
+    """Return a word that occurs in no message and that no template changes."""
+    mark, text = "gemturn", repr(messages)
+    while mark in text:
         mark += "n"
     return mark
 
 
 def common(a: str, b: str) -> int:
-    """Length of what both begin with."""
+    """Return the length of the longest common prefix of two texts."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

@@ -1,4 +1,4 @@
-"""gem-kernels sft | score | train | eval | report | doctor | demo: one command a phase, files between them.
+"""gem-kernels sft | score | train | eval | report | doctor | demo: one command per phase, with files between them.
 
 Settings come from dataclasses (gem.config, transformers.TrainingArguments): preset < --config file.yaml < flags.
 """
@@ -10,7 +10,6 @@ import copy
 import json
 import logging
 import math
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -31,28 +30,23 @@ from gem.config import (
     ScoreArguments,
 )
 from gem.explain import explain
-from gem.files import read_text, write_lines
-from gem.runs import (
-    METRICS_FILE,
-    check_file,
-    check_output,
-    check_writable,
-    claimed,
-    find_checkpoint,
-    newest_checkpoint,
-    prepare_output,
-    steps_of,
-)
+from gem.files import write_lines
+from gem.runs import check_file, check_writable, claimed, resume_from, train_to_end
 from gem.settings import DEBUG_HELP, SUMMARIES, parse, raise_error
 
-__all__ = ["SUMMARIES", "main", "newest_checkpoint", "parse", "prepare_output"]
+__all__ = ["SUMMARIES", "main", "parse"]
 
-DEBUG_VALUES = ("underflow_overflow", "tpu_metrics_debug")  # after which --debug is TrainingArguments' own
+DEBUG_VALUES = (
+    "underflow_overflow",
+    "tpu_metrics_debug",
+)  # with one of these, --debug is TrainingArguments' own setting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Whatever goes wrong ends with one line on stderr and status 2, after the traceback with --debug; status 130
-    is an interruption from the keyboard."""
+    """Run a command and return its exit status: 0, 2 after an error, 130 after an interruption from the keyboard.
+
+    An error is one line on stderr, which --debug precedes with the traceback.
+    """
     argv, debug = _without_debug(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     for chatty in ("httpx", "datasets", "transformers"):
@@ -80,94 +74,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _close_bars() -> None:
-    """A progress bar that nobody closes is drawn once more when it is collected, behind the line that is to be the last."""
+    """Close open progress bars: a bar redraws itself when it is collected, behind the line that must come last."""
     tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
 
 
 def _without_debug(argv: Sequence[str]) -> tuple[list[str], bool]:
-    """(argv without our --debug, whether it was there)."""
+    """Return (argv without our --debug, True if it was there)."""
     ours = [i for i, word in enumerate(argv) if word == "--debug" and not set(argv[i + 1 : i + 2]) & set(DEBUG_VALUES)]
     return [word for i, word in enumerate(argv) if i not in ours], bool(ours)
 
 
 def _ends(model: ModelArguments, tokenizer: Any, stop: Sequence[str] = ()) -> Any:
-    """What ends a completion of the model, before its weights are read; a chat template that ends none is told."""
+    """Return the ends of the model's completions before its weights load; warn of a chat template without an end."""
     from gem.ends import warn_if_turns_do_not_end
     from gem.models import source_ends
 
     ends = source_ends(model, tokenizer, stop)
     warn_if_turns_do_not_end(tokenizer, ends)
     return ends
-
-
-def _resume_from(training: Any, command: str, settings: dict[str, Any]) -> tuple[str | None, bool]:
-    """(checkpoint to go on from, whether the run is finished and was shown). What is wrong is told before a model is loaded."""
-    folder, asked = Path(training.output_dir), settings.get("resume_from_checkpoint")
-    begun = check_output(folder, command, settings)
-    metrics = folder / METRICS_FILE  # the last file to be written
-    if begun and metrics.is_file():
-        if asked and asked.lower() != "true":
-            raise ValueError(
-                f"output_dir must be another one with resume_from_checkpoint={asked}, got {folder}: this run is finished"
-            )
-        print(f"{folder} holds this run, finished:\n{read_text(metrics).rstrip()}")
-        return None, True
-    return find_checkpoint(folder, asked), False
-
-
-def _run_training(trainer: Any, evaluation: Any, resume: str | None) -> None:
-    """Train, save the model, the trainer's state and the final metrics."""
-    folder = Path(trainer.args.output_dir)
-    if resume is not None:
-        _check_steps_left(trainer, resume)
-    terminated: list[int] = []
-    if trainer.args.enable_jit_checkpoint:
-        save = signal.getsignal(signal.SIGTERM)  # Trainer's: it saves a checkpoint some seconds later and stops
-        signal.signal(signal.SIGTERM, lambda number, frame: (terminated.append(number), save(number, frame)))  # type: ignore
-    trainer.train(resume_from_checkpoint=resume)
-    if terminated and trainer.state.global_step < trainer.state.max_steps:
-        print(f"terminated after step {trainer.state.global_step}; the same command goes on from there")
-        return
-    trainer.save_model()
-    trainer.save_state()
-    metrics = {"train_steps": float(trainer.state.global_step)}
-    if evaluation is not None:
-        metrics |= {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
-    if not trainer.is_world_process_zero():
-        return
-    if evaluation is not None:
-        write_lines(folder / "completions.jsonl", [json.dumps(c, ensure_ascii=False) for c in evaluation.completions])
-        trainer.save_state()
-    write_lines(folder / METRICS_FILE, [json.dumps(metrics, indent=1)])
-    print(json.dumps(metrics, indent=1))
-
-
-def _check_groups(groups: Sequence[Any], model: Any, file: str) -> None:
-    """Refuse groups with nothing to learn, and those of another tokenizer: a GPU ends there in an assertion without a name."""
-    if not any(member.weight or member.role == "chosen" for group in groups for member in group.members):
-        raise ValueError(f"groups must hold a weight or a chosen answer to learn from, got neither in {file}")
-    largest = max(max([*g.prompt_ids, *g.sampling_prompt_ids, *(i for m in g.members for i in m.ids)]) for g in groups)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if largest >= rows:
-        raise ValueError(
-            f"groups must be of this model's tokenizer, got token {largest} in {file}; the model has {rows}"
-        )
-
-
-def _check_steps_left(trainer: Any, resume: str) -> None:
-    """transformers would take a step more than asked for from a checkpoint of the last step, and none from a later one."""
-    args, steps = trainer.args, trainer.args.max_steps
-    if steps <= 0:
-        batches = len(trainer.train_dataset) / (args.train_batch_size * args.world_size)
-        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-        steps = math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
-    taken, _ = steps_of(Path(resume))
-    if taken >= steps:
-        raise ValueError(
-            f"resume_from_checkpoint must be of a step before the last, {steps}, got {resume} of step {taken}"
-        )
 
 
 def _sft(argv: Sequence[str]) -> None:
@@ -182,19 +108,19 @@ def _sft(argv: Sequence[str]) -> None:
     from gem.trainer import GEMTrainer
 
     loss.loss = "sft"
-    resume, finished = _resume_from(training, "sft", settings)
+    resume, finished = resume_from(Path(training.output_dir), "sft", settings)
     if finished:
         return
     tokenizer = load_tokenizer(model_args)
     ends = _ends(model_args, tokenizer)
     groups = [pair_group(example) for example in read_examples(data, tokenizer, need=("chosen",), ends=ends)]
     for group in groups:
-        group.members = group.members[:1]  # the chosen one
+        group.members = group.members[:1]  # the chosen answer
     set_seed(training.seed)
     model = load_model(model_args, tokenizer, training.device)
     with claimed(training, "sft", settings):
         trainer = GEMTrainer(model, training, loss=loss, guard=guard, train_dataset=groups, processing_class=tokenizer)
-        _run_training(trainer, None, resume)
+        train_to_end(trainer, None, resume)
 
 
 def _score(argv: Sequence[str]) -> None:
@@ -209,10 +135,10 @@ def _score(argv: Sequence[str]) -> None:
     from gem.data import read_examples
     from gem.evaluate import pair_auroc
     from gem.groups import candidates_line, save_groups
+    from gem.guard import warn_below_gate
     from gem.models import load_model, load_tokenizer, pick_device
     from gem.pipeline import GroupMaker, sampling_prompts
     from gem.rollout import check_room
-    from gem.trainer import gate_message
 
     path, device = Path(output.output or "groups.jsonl"), pick_device(output.device)
     if path.exists():
@@ -237,9 +163,8 @@ def _score(argv: Sequence[str]) -> None:
     pairs = "" if math.isnan(share) else f"; S orders {share:.2f} of the human pairs rightly"
     print(f"{len(groups)} groups, {kept} kept, in {path}{pairs}")
     if not kept:
-        logging.warning("no group is kept: training on this file has no weights to go by, but for the chosen answers")
-    if share < guard.auroc_gate:
-        logging.warning("AUROC gate: %s", gate_message(share, guard))
+        logging.warning("no group is kept: training on this file learns from the chosen answers alone")
+    warn_below_gate(share, guard)
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -251,17 +176,18 @@ def _train(argv: Sequence[str]) -> None:
     )  # fmt: skip
     from gem.data import read_examples
     from gem.evaluate import Evaluation, pair_auroc
-    from gem.groups import load_groups
+    from gem.groups import check_learnable, load_groups
+    from gem.guard import warn_below_gate
     from gem.models import load_model, load_tokenizer
     from gem.pipeline import GroupMaker, sampling_prompts
     from gem.rollout import check_room
-    from gem.trainer import GEMTrainer, gate_message
+    from gem.trainer import GEMTrainer
 
     if bool(groups_args.groups) == bool(data.data):
         raise ValueError(
             f"expected either groups (a file) or data (online), got groups={groups_args.groups!r}, data={data.data!r}"
         )
-    resume, finished = _resume_from(training, "train", settings)
+    resume, finished = resume_from(Path(training.output_dir), "train", settings)
     if finished:
         return
     tokenizer = load_tokenizer(model_args)
@@ -269,18 +195,18 @@ def _train(argv: Sequence[str]) -> None:
     read = partial(read_examples, data, tokenizer, rollout=rollout, ends=ends)
     evaluated: Any = {"source": eval_args.eval_data, "split": eval_args.eval_split}
     held_out = read(need=("chosen",), **evaluated) if eval_args.eval_data else []
-    items: list[Any] = load_groups(Path(groups_args.groups)) if groups_args.groups else []
-    if not items:
-        items = read(need=("chosen", "rejected") if rank.human_weight else ())
-    elif (share := pair_auroc(items)) < guard.auroc_gate:
-        logging.warning("AUROC gate: %s", gate_message(share, guard))
-    set_seed(training.seed)
-    model = load_model(model_args, tokenizer, training.device)
+    pair = ("chosen", "rejected") if rank.human_weight else ()
+    groups = load_groups(Path(groups_args.groups)) if groups_args.groups else []
+    examples = [] if groups_args.groups else read(need=pair)
     if groups_args.groups:
-        _check_groups(items, model, groups_args.groups)
+        warn_below_gate(pair_auroc(groups), guard)
+    set_seed(training.seed)
+    model: Any = load_model(model_args, tokenizer, training.device)
     make_groups = None
-    if data.data:
-        check_room(model, sampling_prompts(items), rollout)
+    if groups_args.groups:
+        check_learnable(groups, model.get_input_embeddings().weight.shape[0], groups_args.groups)
+    else:
+        check_room(model, sampling_prompts(examples), rollout)
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         make_groups = GroupMaker(model, tokenizer, rollout, score, rank, reference)
     evaluation = Evaluation(model, tokenizer, held_out, rollout, score, eval_args) if held_out else None
@@ -290,12 +216,12 @@ def _train(argv: Sequence[str]) -> None:
             training,
             loss=loss,
             guard=guard,
-            train_dataset=items,
+            train_dataset=groups or examples,
             processing_class=tokenizer,
             make_groups=make_groups,
             evaluation=evaluation,
         )
-        _run_training(trainer, evaluation, resume)
+        train_to_end(trainer, evaluation, resume)
 
 
 def _eval(argv: Sequence[str]) -> None:
@@ -318,24 +244,30 @@ def _eval(argv: Sequence[str]) -> None:
     model = load_model(model_args, tokenizer, device)
     evaluation = Evaluation(model, tokenizer, examples, rollout, score, eval_args)
     metrics = evaluation(model)
-    metrics.pop("preference_reference", None)  # the model is its own reference here: it would say nothing
+    metrics.pop("preference_reference", None)  # the model is its own reference here: all ties
     print(json.dumps(metrics, indent=1))
     if output.output:
         write_lines(Path(output.output), [json.dumps(metrics, indent=1)])
 
 
+def _small_parser(command: str) -> argparse.ArgumentParser:
+    """Return the parser of a command that has a few flags of its own and reads no config file."""
+    parser = argparse.ArgumentParser(prog=f"gem-kernels {command}", description=SUMMARIES[command])
+    parser.error = raise_error  # type: ignore[method-assign]
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)  # for --help: main() removes it from argv
+    return parser
+
+
 def _report(argv: Sequence[str]) -> None:
     from gem.report import plain, results_table, write_report
-    from gem.runs import load_run
+    from gem.results import load_run
 
-    parser = argparse.ArgumentParser(prog="gem-kernels report", description=SUMMARIES["report"])
-    parser.error = raise_error  # type: ignore[method-assign]
+    parser = _small_parser("report")
     parser.add_argument(
         "runs", nargs="+", help="output folders of sft or train; folders of one name are seeds of a method"
     )
     parser.add_argument("--output", default="report.html", help="the html page")
     parser.add_argument("--title", default="GEM runs", help="its title")
-    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)  # main() has taken it
     arguments = parser.parse_args(list(argv))
     check_file(Path(arguments.output), "output")
     runs = [load_run(Path(folder)) for folder in arguments.runs]
@@ -345,13 +277,11 @@ def _report(argv: Sequence[str]) -> None:
 
 
 def _doctor(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="gem-kernels doctor", description=SUMMARIES["doctor"])
-    parser.error = raise_error  # type: ignore[method-assign]
+    parser = _small_parser("doctor")
     parser.add_argument("model", help="folder, hub name, GGUF file; of adapters too; or a config .json")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences of a training step")
     parser.add_argument("--seq_len", type=int, default=2048, help="tokens of a sequence")
-    parser.add_argument("--device", help="where it runs: cpu, cuda, cuda:1, ...; default: CUDA when there is one")
-    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)  # main() has taken it
+    parser.add_argument("--device", help="where it runs: cpu, cuda, cuda:1, ...; default: CUDA if available")
     arguments = parser.parse_args(list(argv))
     from gem.doctor import diagnose, load
 
@@ -362,11 +292,9 @@ def _doctor(argv: Sequence[str]) -> None:
 def _demo(argv: Sequence[str]) -> None:
     from gem.demo import run_demo
 
-    parser = argparse.ArgumentParser(prog="gem-kernels demo", description=SUMMARIES["demo"])
-    parser.error = raise_error  # type: ignore[method-assign]
+    parser = _small_parser("demo")
     parser.add_argument("--output_dir", default="runs/demo", help="where report.html and the runs go")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions; the table then has intervals")
-    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)  # main() has taken it
     arguments = parser.parse_args(list(argv))
     if arguments.seeds < 1:
         raise ValueError(f"seeds must be >= 1, got {arguments.seeds}")

@@ -1,4 +1,4 @@
-"""Every setting of gem with its default, its meaning and the paper's symbol. One fact in one place; no torch here."""
+"""Every setting of gem with its default, its meaning and the paper's symbol. No torch is imported here."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MARKERS = ("####", "Final Answer:", "\\boxed{", "</think>")
-COT_PROMPT = (  # asks for steps, and for a marker that find_spans knows
+COT_PROMPT = (  # requests steps, and a marker that find_spans knows
     "Reason step by step and be brief. Finish with a last line: #### and the final answer, and nothing after it."
 )
-LAST_TOKENS = 8  # length of the answer where neither a marker nor a last line tells
+LAST_TOKENS = 8  # length of the answer without a marker or a last line, in tokens
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:
-    """A dataclass field whose help is shown by --help; `more` goes to its flag as it is (nargs, const)."""
+    """Return a dataclass field with help text for --help; `more` is passed on to its flag (nargs, const)."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **more})
     return field(default=default, metadata={"help": help, **more})
@@ -21,7 +21,9 @@ def setting(default: Any, help: str, **more: Any) -> Any:
 
 @dataclass
 class ModelArguments:
-    model: str = setting("", "folder, hub name or GGUF file of a language model; or a config .json: then from scratch")
+    model: str = setting(
+        "", "folder, hub name or GGUF file of a language model; or a config .json, to train from scratch"
+    )
     tokenizer: str | None = setting(None, "folder, hub name, GGUF file or tokenizer.json; default: the model's own")
     eos_token: str | None = setting(None, "end of sequence, for a tokenizer.json that does not name its own")
     dtype: str = setting("float32", "float32 | bfloat16 | float16: dtype of the weights")
@@ -34,37 +36,43 @@ class DataArguments:
     data: str = setting(
         "", "jsonl file, saved datasets folder or hub dataset: prompt + chosen + rejected, or completion"
     )
-    data_format: str = setting("auto", "name of a format in docs/data.md, where the columns do not tell it rightly")
-    split: str | None = setting(None, "of a folder or hub dataset with several: train_prefs, say; default: train")
+    data_format: str = setting("auto", "name of a format in docs/data.md, if the columns are recognised wrongly")
+    split: str | None = setting(
+        None, "split of a folder or hub dataset with several, such as train_prefs; default: train"
+    )
     prompt_format: str = setting(
         "auto",
-        "what a plain-text prompt is: chat: the user's turn in the chat template | text: as it is | auto: chat where the "
-        "tokenizer has a template and the prompt is not rendered yet",
+        "how a plain-text prompt is read: chat: as the user's turn in the chat template | text: as it is | auto: chat if "
+        "the tokenizer has a template and the prompt is not rendered yet",
     )
     prompt_template: str = setting("{prompt}", "text around a plain-text prompt")
-    system: str = setting("", "system message of chats that bring none")
-    max_length: int = setting(2048, "prompt + completion, in tokens")
+    system: str = setting("", "system message for chats without one")
+    max_length: int = setting(2048, "limit on prompt + completion, in tokens")
     on_bad_row: str = setting(
         "auto",
-        "records that cannot be used: skip: left out, counted by reason | stop: the run ends with all reasons | "
-        "auto: stop at wrong ones, leave out those too long and ties, keep duplicates",
+        "what to do with unusable records: skip: leave out, count by reason | stop: end the run, list all reasons | "
+        "auto: stop at invalid ones, leave out those too long and ties, keep duplicates",
     )
-    limit: int = setting(0, "use only the first records; 0: all")
+    limit: int = setting(0, "number of records to use, from the first; 0: all")
 
 
 @dataclass
 class RolloutArguments:
     group_size: int = setting(
-        5, "k: candidates sampled per prompt; a record that brings `candidates` uses those; 0: the human pair alone"
+        5, "k: candidates sampled per prompt; a record with `candidates` uses its own; 0: the human pair alone"
     )
-    max_new_tokens: int = setting(256, "a candidate that has not ended by then counts as cut off")
-    temperature: float = setting(1.0, "of the sampler only; entropies are of the untempered distribution")
-    top_p: float = setting(1.0, "of the sampler; below 1 the log-probs are not those of the sampling distribution")
+    max_new_tokens: int = setting(
+        256, "limit on a candidate's tokens; one that has not ended by then counts as cut off"
+    )
+    temperature: float = setting(1.0, "temperature of the sampler only; entropies are of the untempered distribution")
+    top_p: float = setting(
+        1.0, "top-p of the sampler; below 1 the log-probs are not those of the sampling distribution"
+    )
     rollout_batch_size: int = setting(64, "candidates generated at once")
-    stop: list[str] = setting([], "texts that end a candidate, beside the end of sequence")
+    stop: list[str] = setting([], "texts that also end a candidate, beside the end of sequence")
     cot_prompt: str | None = setting(
         None,
-        "text behind the user's words that asks for a chain of thought, in the prompt of candidates; alone: a text of ours",
+        "request for a chain of thought, appended to the user's words in the prompt of candidates; without a value: our text",
         nargs="?",
         const=COT_PROMPT,
     )
@@ -81,9 +89,9 @@ class ScoreArguments:
     entropy_clip: float = setting(1.0, "entropies above this quantile of the batch are clipped to it; 1: none")
     markers: list[str] = setting(list(MARKERS), "texts that announce the final answer")
     score_with: str = setting(
-        "policy", "policy | reference: whose entropies score (a frozen scorer cannot flatter itself)"
+        "policy", "policy | reference: the model whose entropies score (a frozen scorer cannot game its own score)"
     )
-    score_tokens: int = setting(8192, "tokens of one scoring batch")
+    score_tokens: int = setting(8192, "number of tokens in one scoring batch")
 
 
 @dataclass
@@ -92,8 +100,8 @@ class RankArguments:
 
     tau: float = setting(0.5, "tau: nats of score difference that count as one unit of log-odds")
     prior_sd: float = setting(1.0, "s: standard deviation of the prior on theta")
-    human_weight: float = setting(4.0, "n_h: how many comparisons the human pair counts for; 0: candidates only")
-    reward: str = setting("bt", "f: identity | softmax | rank | bt; what turns S into the reward r of Eq. 2")
+    human_weight: float = setting(4.0, "n_h: number of comparisons that the human pair counts as; 0: candidates only")
+    reward: str = setting("bt", "f: identity | softmax | rank | bt: the function from S to the reward r of Eq. 2")
     weight_norm: str = setting("mass", "mass: w = A / max(1, sum|A|/2) | none: w = A | std: A / std(A)")
     min_spread: float = setting(1e-4, "groups whose scores differ by less than this (nats) are dropped")
     filter_groups: bool = setting(True, "drop groups that agree, trim low outliers, remove duplicates")
@@ -108,7 +116,7 @@ class LossArguments:
     beta: float = setting(0.1, "beta: inverse temperature of dpo, ipo and listwise_dpo")
     kl_weight: float = setting(0.05, "weight of the k3 estimate of KL(policy || reference) on the candidates")
     taper: bool = setting(
-        True, "off-policy members with w < 0 count min(1, pi / pi_ref) times: pushing down has an end"
+        True, "scale off-policy members with w < 0 by min(1, pi / pi_ref), which bounds how far they are pushed down"
     )
     sft_weight: float = setting(0.1, "weight of the mean negative log-likelihood of the human chosen answer")
     cache_mib: int = setting(1024, "logits kept between forward and backward, MiB")
@@ -116,18 +124,18 @@ class LossArguments:
 
 @dataclass
 class GuardArguments:
-    auroc_gate: float = setting(0.55, "warn when S orders fewer than this share of pairs rightly")
+    auroc_gate: float = setting(0.55, "warn if S orders fewer than this share of pairs correctly")
     stop_patience: int = setting(
-        3, "stop when accuracy or AUROC stays below its best for so many evaluations; 0: never"
+        3, "stop if accuracy or AUROC stays below its best for this many evaluations; 0: never"
     )
-    stop_margin: float = setting(0.05, "how far below its best counts as a fall")
+    stop_margin: float = setting(0.05, "distance below the best value that counts as a fall")
 
 
 @dataclass
 class EvalArguments:
-    eval_data: str | None = setting(None, "preference records held out; default for `eval`: --data")
-    eval_split: str | None = setting(None, "of eval_data; default: --split where eval_data is --data, else train")
-    eval_limit: int = setting(200, "held-out records used; 0: all")
+    eval_data: str | None = setting(None, "held-out preference records; default for `eval`: --data")
+    eval_split: str | None = setting(None, "split of eval_data; default: --split if eval_data is --data, else train")
+    eval_limit: int = setting(200, "number of held-out records to use; 0: all")
     eval_samples: int = setting(1, "sampled completions per prompt for sampled accuracy and AUROC of S; 0: neither")
 
 
@@ -139,8 +147,8 @@ class GroupsArguments:
 @dataclass
 class OutputArguments:
     output: str | None = setting(None, "file to write")
-    seed: int = setting(0, "of the sampler")
-    device: str | None = setting(None, "where the model runs: cpu, cuda, cuda:1, ...; default: CUDA when there is one")
+    seed: int = setting(0, "seed of the sampler")
+    device: str | None = setting(None, "where the model runs: cpu, cuda, cuda:1, ...; default: CUDA if available")
 
 
 # `preset: paper` is Eq. 1 and 2 as printed: no human pair, no guard rails. Explicit settings win over a preset.
@@ -198,7 +206,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def check(arguments: Any) -> None:
-    """Raise ValueError for a field outside CHOICES or RANGES, naming it, what was expected and what came."""
+    """Raise ValueError for a field outside CHOICES or RANGES; the message names it, the valid values and the value."""
     for name, value in vars(arguments).items():
         if name in CHOICES and value not in CHOICES[name]:
             raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}")
@@ -214,7 +222,7 @@ def check(arguments: Any) -> None:
                 raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
 
 
-# Where transformers' own defaults do not suit: every step logged (the curves are the point), two checkpoints kept.
+# Our defaults where they differ from transformers': log every step (the curves are the point), keep two checkpoints.
 TRAINING_DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/gem",
     "per_device_train_batch_size": 8,
@@ -225,5 +233,5 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_steps": 50,
     "save_total_limit": 2,
     "report_to": "none",
-    "remove_unused_columns": False,  # groups have none
+    "remove_unused_columns": False,  # groups have no columns
 }

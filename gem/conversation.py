@@ -1,10 +1,10 @@
-"""A conversation as its chat template writes it, taken apart: what the model is given, and what it says itself.
+"""Split a rendered conversation into the prompt, the text that the model is trained on, and the text around it.
 
-A template may trim a content, drop what stands before `</think>`, or put a block in front of it. So it renders a marker in the
-place of each content of the assistant, and the record's own words go where the marker came out: nothing is lost or moved.
+A template may trim a content, drop the text before `</think>`, or put a block in front of a content. Each content of the
+assistant is therefore rendered as a marker and then replaced by the record's own words: nothing is lost or moved.
 
     ...<|im_start|>user / hi<|im_end|> / <|im_start|>assistant /  MARKER  <|im_end|>   /
-    ^ given, to the end of the generation prompt                  ^ learnt             ^ nobody's
+    ^ read, to the end of the generation prompt                   ^ trained on         ^ left out
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gem.chat_template import ChatTemplate, common, marker, squeezed
 from gem.messages import REASONING, Message
 from gem.problems import BadRecord, shown
 
-# A tag that opens a block of reasoning at the end of a generation prompt, as DeepSeek-R1's does; and what closes one.
+# A tag at the end of a generation prompt that opens a block of reasoning, as DeepSeek-R1's does, and the tag that closes one.
 _OPENING = re.compile(r"(<\w+>|\[[A-Z_]+\]|◁\w+▷)\s*$")
 _CLOSING = re.compile(r"</\w+>|\[/[A-Z_]+\]|◁/\w+▷")
 
@@ -31,18 +31,18 @@ class Part(NamedTuple):
 
     text: str
     learnt: bool
-    """whether the assistant says it; else others do, or the template"""
+    """True if the assistant writes it; False for text of other roles and of the template"""
 
 
 class Rendered(NamedTuple):
-    """A prompt and the parts of each completion: prompt + parts is a whole text."""
+    """A prompt and the parts of each completion; the prompt and one completion's parts concatenate to a whole text."""
 
     prompt: str
     completions: list[list[Part]]
 
 
 class Turn(NamedTuple):
-    """A turn of the assistant in a rendered conversation: text[start:at] + content + text[after:end] is what it says."""
+    """A turn of the assistant in a rendered conversation; it writes text[start:at] + content + text[after:end]."""
 
     start: int
     at: int
@@ -50,46 +50,46 @@ class Turn(NamedTuple):
     end: int
     content: str
     opened: str
-    """the tag that its generation prompt ends with, and the blanks behind it"""
+    """the opening tag at the end of the turn's generation prompt, with the blanks behind it"""
     header: int
-    """length of the text with its generation prompt; more than `start` where the conversation has no such tag there"""
+    """length of the text with the turn's generation prompt; above `start` if the conversation lacks the tag there"""
 
 
 def take_apart(
     chat: ChatTemplate, prompt: Sequence[Message], completions: Sequence[Sequence[Message]], options: dict[str, Any]
 ) -> Rendered:
-    """The texts of one record.
+    """Render one record and split it into the prompt and the parts of each completion.
 
     Args:
-        prompt: ends with a turn of the user or of a tool; or with one of the assistant, which the completions go on with.
-        completions: the messages that follow the prompt, for each.
+        prompt: ends with a turn of the user or of a tool, or with one of the assistant that the completions continue.
+        completions: for each completion, the messages that follow the prompt.
         options: `tools` and further variables of the template.
 
     Raises:
-        BadRecord: the template refuses the conversation, leaves some of it out, or begins a turn of the assistant otherwise
-            than with its generation prompt; or a completion has no turn of the assistant.
+        BadRecord: the template refuses the conversation, omits part of it, or starts a turn of the assistant with anything
+            but its generation prompt; or a completion has no turn of the assistant.
     """
     if prompt[-1]["role"] == "assistant" and all(c[0]["role"] == "assistant" for c in completions):
         return _continued(chat, prompt, completions, options)
-    answered = all(c[0]["role"] == "assistant" for c in completions)
-    header = chat.render(prompt, answered, options)
+    assistant_first = all(c[0]["role"] == "assistant" for c in completions)
+    header = chat.render(prompt, assistant_first, options)
     skeletons = [Skeleton(chat, prompt, c, options) for c in completions]
     begun = _beginning(header, skeletons)
-    return Rendered(begun, [s.parts(begun, answered) for s in skeletons])
+    return Rendered(begun, [s.parts(begun, assistant_first) for s in skeletons])
 
 
 def _continued(
     chat: ChatTemplate, prompt: Sequence[Message], completions: Sequence[Sequence[Message]], options: dict[str, Any]
 ) -> Rendered:
-    """One message in two pieces: the prompt's last turn, and what the completions begin with."""
+    """Split a record whose prompt ends with a message that the completions continue."""
     last = prompt[-1]
     if len(prompt) == 1 or last.get("tool_calls"):
         what = "calls of tools" if last.get("tool_calls") else "nothing before it"
         raise BadRecord("a last turn of the prompt to go on with must be text behind another turn", what)
-    # Where the one ends and the other begins.
+    # Marks the boundary between the prompt's half of the message and the completion's.
     edge = marker([*prompt, *(m for c in completions for m in c)]) + "edge"
-    said = [[{**last, **c[0], "content": last["content"] + edge + c[0]["content"]}, *c[1:]] for c in completions]
-    rendered = take_apart(chat, prompt[:-1], said or [[{**last, "content": last["content"] + edge}]], options)
+    whole = [[{**last, **c[0], "content": last["content"] + edge + c[0]["content"]}, *c[1:]] for c in completions]
+    rendered = take_apart(chat, prompt[:-1], whole or [[{**last, "content": last["content"] + edge}]], options)
     heads = [parts[0].text.partition(edge) for parts in rendered.completions]
     if len({head for head, _, _ in heads}) != 1 or not all(found for _, found, _ in heads):
         raise BadRecord("the last turn of the prompt must begin all completions alike", shown(last["content"]))
@@ -98,39 +98,44 @@ def _continued(
 
 
 class Skeleton:
-    """A conversation rendered with a marker for each content of the assistant in its completion."""
+    """A conversation rendered with a marker in place of each assistant content of its completion."""
 
     def __init__(
         self, chat: ChatTemplate, prompt: Sequence[Message], completion: Sequence[Message], options: dict[str, Any]
     ) -> None:
         self.chat, self.options = chat, options
         self.messages = [*prompt, *completion]
-        said = [k for k in range(len(prompt), len(self.messages)) if self.messages[k]["role"] == "assistant"]
-        if not said:
+        answers = [k for k in range(len(prompt), len(self.messages)) if self.messages[k]["role"] == "assistant"]
+        if not answers:
             raise BadRecord("a completion must hold a turn of the assistant", shown([m["role"] for m in completion]))
-        del self.messages[said[-1] + 1 :]  # nothing is learnt of what follows
+        del self.messages[answers[-1] + 1 :]  # later messages are not trained on
         mark = marker(self.messages)
         marks = [{**m, "content": f"{mark}{k}x"} if m["content"] else m for k, m in enumerate(self.messages)]
-        self.marked = [marks[k] if k in said else m for k, m in enumerate(self.messages)]
+        self.marked = [marks[k] if k in answers else m for k, m in enumerate(self.messages)]
         self.all_marked = [*self.messages[: len(prompt)], *marks[len(prompt) :]]
-        chat.render(self.messages, False, options)  # a template may refuse what is said
+        chat.render(self.messages, False, options)  # a template may refuse the contents themselves
         self.text = chat.render(self.marked, False, options)
-        self.turns = [self._turn(k) for k in said]
-        self._check_nothing_left_out(said)
+        self.turns = [self._turn(k) for k in answers]
+        self._check_nothing_left_out(answers)
 
-    def parts(self, begun: str, answered: bool) -> list[Part]:
-        """What follows `begun`, to the end of the last turn. answered: whether the completion begins with the assistant's."""
+    def parts(self, begun: str, assistant_first: bool) -> list[Part]:
+        """Return the parts behind `begun`, up to the end of the last assistant turn.
+
+        Args:
+            begun: the text of the prompt.
+            assistant_first: True if the completion starts with a turn of the assistant.
+        """
         parts: list[Part] = []
-        # Less than `begun` where that ends with a tag which the conversation leaves out.
+        # The turn starts before len(begun) if `begun` ends with a tag that the conversation omits.
         done = min(len(begun), self.turns[0].start)
-        spans = self.chat.said_spans(self.marked, self.options)
+        spans = self.chat.generation_spans(self.marked, self.options)
         for turn in self.turns:
-            first = turn is self.turns[0] and answered
+            first = turn is self.turns[0] and assistant_first
             start = done if first else turn.start
             lead, content = self.text[start : turn.at], turn.content
             if set(_CLOSING.findall(lead)) & set(_CLOSING.findall(content)):
-                start, lead = turn.at, ""  # the template puts in a block of reasoning, and the record brings its own
-            if not lead and (len(begun) if first else turn.start) >= turn.header:  # one tag, the prompt's
+                start, lead = turn.at, ""  # the template adds a block of reasoning, but the record has its own
+            if not lead and (len(begun) if first else turn.start) >= turn.header:  # the prompt has the opening tag
                 tag = turn.opened.rstrip()
                 content = content.removeprefix(tag).removeprefix(turn.opened[len(tag) :])
             if turn.start > done and not first:
@@ -151,9 +156,9 @@ class Skeleton:
         message, mark = self.messages[k], self.marked[k]["content"]
         header = self.chat.render(self.marked[:k], True, self.options)
         start = common(header, self.text)
-        # Of the generation prompt alone: a user's text may end with a tag, too.
-        asked = common(header, self.chat.render(self.marked[:k], False, self.options)) if k else 0
-        opened = _opened(header[asked:])
+        # Look for a tag in the generation prompt only: a user's text may also end with one.
+        before = common(header, self.chat.render(self.marked[:k], False, self.options)) if k else 0
+        opened = _opened(header[before:])
         behind = len(header) - len(opened)
         if header[start:behind].strip():
             raise BadRecord(
@@ -166,19 +171,19 @@ class Skeleton:
         at = self.text.index(mark) if mark else start
         after = at + len(mark)
         end = self._end(k, after)
-        said = squeezed(self.text[start:end])
+        written = squeezed(self.text[start:end])
         for name in REASONING:
             words = message.get(name)
-            if isinstance(words, str) and squeezed(words) not in said:
+            if isinstance(words, str) and squeezed(words) not in written:
                 raise BadRecord(f"the chat template must write the {name!r} of a turn", shown(words))
-        _check_calls(message, said)
+        _check_calls(message, written)
         return Turn(start, at, after, end, self.chat.without_end(message["content"]), opened, len(header))
 
     def _end(self, k: int, after: int) -> int:
-        """Where turn k ends, whose content ends at `after`."""
+        """Return the position in the text where turn k ends; its content ends at `after`."""
         last = k == len(self.messages) - 1
         alone = self.text if last else self.chat.render(self.marked[: k + 1], False, self.options)
-        if self.messages[k].get("tool_calls"):  # they stand behind the content, with whatever ends them
+        if self.messages[k].get("tool_calls"):  # calls are written behind the content, followed by their own end
             limit = self.chat.whole_tokens(self.text, after, common(alone, self.text))
             return after + len(self.text[after:limit].rstrip())
         limit = len(self.text) if last else self._next_content(k, after)
@@ -186,30 +191,30 @@ class Skeleton:
 
     @cached_property
     def _bare(self) -> str:
-        """The conversation without anybody's words in its completion: what stands between them is the template's."""
+        """The conversation with every content of the completion marked: the text between two markers is the template's."""
         try:
             return self.chat.render(self.all_marked, False, self.options)
-        except BadRecord:  # some read what a tool says as JSON
+        except BadRecord:  # some templates parse a tool's content as JSON
             return self.text
 
     def _next_content(self, k: int, after: int) -> int:
-        """Where what is said behind turn k, whose content ends at `after`, begins."""
+        """Return the position of the next content behind turn k, whose content ends at `after`."""
         words = next((m["content"] for m in self.all_marked[k + 1 :] if m["content"]), "")
         own = self.marked[k]["content"]
         between = self._bare.partition(own)[2].partition(words)[0] if own and words else ""
         return after + len(between) if self.text.startswith(between, after) else after
 
-    def _check_nothing_left_out(self, said: Sequence[int]) -> None:
-        """The words of the others are in the text. Of earlier answers a template may drop the reasoning, as in a real chat."""
+    def _check_nothing_left_out(self, answers: Sequence[int]) -> None:
+        """Raise BadRecord unless the text contains all other messages; earlier answers may lack their reasoning."""
         text = squeezed(self.text)
         for k, message in enumerate(self.messages):
             words = message["content"]
             if message["role"] == "assistant":
                 words = _CLOSING.split(words)[-1]
-            as_json = json.dumps(words, ensure_ascii=False)[1:-1]  # as many write what a tool gave
-            if k not in said and squeezed(words) not in text and squeezed(as_json) not in text:
+            as_json = json.dumps(words, ensure_ascii=False)[1:-1]  # many templates write a tool's output as JSON
+            if k not in answers and squeezed(words) not in text and squeezed(as_json) not in text:
                 raise BadRecord(f"the chat template must write the turns of the {message['role']}", shown(words))
-            if k not in said:
+            if k not in answers:
                 _check_calls(message, text)
         for tool in self.options.get("tools") or []:
             name = _name(tool)
@@ -218,14 +223,14 @@ class Skeleton:
 
 
 def _name(tool: dict[str, Any]) -> str:
-    """Of a tool, or of a call of one; empty where there is none."""
+    """Return the name of a tool or of a tool call; empty if it has none."""
     function = tool.get("function")
     name = (function if isinstance(function, dict) else tool).get("name")
     return name if isinstance(name, str) else ""
 
 
 def _check_calls(message: Message, text: str) -> None:
-    """Whether the calls of tools in a message are in a text without blanks, each of them."""
+    """Raise BadRecord unless a text without blanks contains the name of every tool call of a message."""
     names = Counter(name for call in message.get("tool_calls") or [] if (name := _name(call)))
     for name, n in names.items():
         if text.count(squeezed(name)) < n:
@@ -233,18 +238,18 @@ def _check_calls(message: Message, text: str) -> None:
 
 
 def _split(text: str, start: int, end: int, spans: Sequence[tuple[int, int]]) -> list[Part]:
-    """text[start:end] in parts, of which those inside of a span are learnt."""
+    """Return text[start:end] in parts; parts within one of the spans are trained on."""
     edges = sorted({start, end, *(edge for span in spans for edge in span if start < edge < end)})
     return [Part(text[a:b], any(c <= a and b <= d for c, d in spans)) for a, b in pairwise(edges)]
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:
-    """The parts with neighbours of a kind as one."""
+    """Return the parts with neighbours of the same kind merged."""
     return [Part("".join(p.text for p in run), learnt) for learnt, run in groupby(parts, key=lambda part: part.learnt)]
 
 
 def _beginning(header: str, skeletons: Sequence[Skeleton]) -> str:
-    """What comes before all completions of a record: the generation prompt, but for what not all of them go on from."""
+    """Return the text before all completions of a record: the header, less an opening tag that not all completions continue."""
     first = [(s.turns[0], s.text) for s in skeletons]
     tag = first[0][0].opened.rstrip() if first and first[0][0].header == len(header) else ""
     if all(text.startswith(header) or (tag and _goes_on(tag, turn.content)) for turn, text in first):
@@ -256,12 +261,12 @@ def _beginning(header: str, skeletons: Sequence[Skeleton]) -> str:
 
 
 def _opened(header: str) -> str:
-    """The tag that a generation prompt ends with, and the blanks behind it."""
+    """Return the opening tag at the end of a generation prompt with the blanks behind it; empty if there is none."""
     found = _OPENING.search(header)
     return header[found.start() :] if found else ""
 
 
 def _goes_on(tag: str, content: str) -> bool:
-    """Whether a content begins inside the block that a tag opens, or repeats the tag."""
+    """True if a content repeats an opening tag, or starts inside the block that the tag opens."""
     closing = tag[0] + "/" + tag[1:]
     return content.startswith(tag) or (closing in content and tag not in content)

@@ -1,8 +1,8 @@
-"""From one row of a public format to the fields of a record: which answer is chosen, and which is rejected.
+"""Convert one row of a public format to the fields of a record: which answer is chosen, and which is rejected.
 
     by_index("prompt", "response_0", "response_1", "better_response_id")(row) -> {"prompt": ..., "chosen": ..., "rejected": ...}
 
-A converter takes a row without its absent fields. gem.formats says which format has which.
+A converter takes a row without its absent fields. gem.formats lists the converter of each format.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 
 
 def tie(detail: str) -> BadRecord:
-    """The error of a row that prefers neither answer."""
+    """Return the error for a row that prefers neither answer."""
     return Minor("a tie: neither answer is the better one", detail)
 
 
@@ -37,23 +37,23 @@ def _field(row: Row, name: str) -> Any:
 
 
 def number(row: Row, name: str) -> float:
-    """A column as a number, text of one included.
+    """Return a column as a number; it may hold the number as text.
 
     Raises:
-        BadRecord: it is absent, or something else.
+        BadRecord: the column is absent or holds anything else.
     """
     value = _field(row, name)
     try:
         found = float(value)
     except (TypeError, ValueError, OverflowError):
         found = math.nan
-    if math.isnan(found):  # which no comparison would notice
+    if math.isnan(found):  # every comparison with NaN is silently false
         raise BadRecord(f"{name!r} must be a number", shown(value))
     return found
 
 
 def rated_alike(row: Row, one: str, other: str) -> bool:
-    """Whether two columns are there and hold the same number; what is no number rates nothing."""
+    """True if both columns hold the same number; a missing column or a value that is no number gives False."""
     try:
         return float(row[one]) == float(row[other])
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -61,7 +61,7 @@ def rated_alike(row: Row, one: str, other: str) -> bool:
 
 
 def _pair(prompt: Any, first: Any, second: Any, lead: float, why: str) -> Row:
-    """lead: by how much the first answer is better; 0 is a tie."""
+    """Return the record of a pair; the first answer is better by `lead`, and a lead of 0 is a tie."""
     if not lead:
         raise tie(why)
     chosen, rejected = (first, second) if lead > 0 else (second, first)
@@ -69,7 +69,7 @@ def _pair(prompt: Any, first: Any, second: Any, lead: float, why: str) -> Row:
 
 
 def by_index(prompt: str, first: str, second: str, by: str, *, first_is: int = 0) -> Convert:
-    """A column that holds the number of the better answer: first_is, or the other of 0 and 1."""
+    """Return a converter for a column with the number of the better answer: first_is, or the other of 0 and 1."""
 
     def convert(row: Row) -> Row:
         better = number(row, by)
@@ -82,7 +82,7 @@ def by_index(prompt: str, first: str, second: str, by: str, *, first_is: int = 0
 
 
 def by_strength(prompt: str, first: str, second: str, by: str) -> Convert:
-    """A column that is below 0 where the first answer is better, and above it where the second is."""
+    """Return a converter for a column that is negative if the first answer is better and positive if the second is."""
 
     def convert(row: Row) -> Row:
         strength = number(row, by)
@@ -92,7 +92,7 @@ def by_strength(prompt: str, first: str, second: str, by: str) -> Convert:
 
 
 def _ranked(prompt: Any, answers: Sequence[tuple[float, Any]], why: str) -> Row:
-    """The best and the worst of (score, answer)."""
+    """Return the record of the best and the worst of (score, answer)."""
     if len(answers) < 2:
         raise BadRecord("expected at least two answers", str(len(answers)))
     ordered = sorted(answers, key=lambda item: -item[0])
@@ -101,7 +101,7 @@ def _ranked(prompt: Any, answers: Sequence[tuple[float, Any]], why: str) -> Row:
 
 
 def _items(row: Row, name: str) -> list[Row]:
-    """A column of objects: a list of them, a table, or JSON text of either."""
+    """Return a column of objects; it may be a list, a table, or JSON text of either."""
     value = from_json(_field(row, name), name)
     value = rows_of(value) if isinstance(value, dict) else value
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
@@ -110,7 +110,7 @@ def _items(row: Row, name: str) -> list[Row]:
 
 
 def _values(row: Row, name: str) -> list[Any]:
-    """A column of values: a list, JSON text of one, or a single value."""
+    """Return a column of values; it may be a list, JSON text of one, or a single value."""
     value = _field(row, name)
     parsed = from_json(value, name) if isinstance(value, str) and value.lstrip().startswith("[") else value
     return parsed if isinstance(parsed, list) else [value]
@@ -120,7 +120,7 @@ def _values(row: Row, name: str) -> list[Any]:
 
 
 def renamed(**names: str) -> Convert:
-    """Ours = theirs; of "a|b" the first that is there."""
+    """Return a converter that renames columns, ours = theirs; for "a|b" it takes the first that is present."""
 
     def convert(row: Row) -> Row:
         return {ours: next((row[t] for t in theirs.split("|") if t in row), None) for ours, theirs in names.items()}
@@ -129,7 +129,7 @@ def renamed(**names: str) -> Convert:
 
 
 def standard(row: Row) -> Row:
-    """Our own names, which are TRL's; `completion` is chosen."""
+    """Keep our own names, which are TRL's; `completion` becomes chosen."""
     raw: Row = {name: row[name] for name in ("prompt", "chosen", "rejected", "candidates") if name in row}
     if "chosen" not in raw and "completion" in row:
         raw["chosen"] = row["completion"]
@@ -137,7 +137,7 @@ def standard(row: Row) -> Row:
 
 
 def labelled(by: str, convert: Convert) -> Convert:
-    """Single answers with a verdict: only those that are right can be learnt."""
+    """Return a converter for single answers with a verdict; only the good ones can be trained on."""
 
     def labelled(row: Row) -> Row:
         if _field(row, by) not in (True, "True", "true", "1"):
@@ -148,7 +148,7 @@ def labelled(by: str, convert: Convert) -> Convert:
 
 
 def implicit(row: Row) -> Row:
-    """TRL's implicit prompt; that of conversations is found by gem.shapes."""
+    """Split the common prefix of two texts off as the prompt, as TRL does; gem.shapes does so for conversations."""
     raw = standard(row)
     chosen, rejected = (conversation(raw[name], name) if name in raw else None for name in ("chosen", "rejected"))
     if "prompt" in raw or not isinstance(chosen, str) or not isinstance(rejected, str):
@@ -164,7 +164,7 @@ def implicit(row: Row) -> Row:
 
 
 def beside_conversation(row: Row) -> Row:
-    """chosen and rejected answer the conversation beside them, unless that is only a copy of chosen."""
+    """Take the conversation column as the prompt, unless it already ends with an answer and so is a copy of chosen."""
     name = next((n for n in ("conversations", "trajectory", "messages") if n in row), "conversations")
     turns = from_json(_field(row, name), name)
     last = turns[-1] if isinstance(turns, list) and turns and isinstance(turns[-1], dict) else {}
@@ -174,18 +174,21 @@ def beside_conversation(row: Row) -> Row:
 
 
 def _is_message(value: object) -> bool:
-    """Whether a text looks like JSON of a message alone, as this format has them and tables hold them."""
+    """True if a text looks like the JSON of a single message; text tables of this format hold messages that way."""
     return isinstance(value, str) and re.match(r'\s*\{\s*"(from|role|value|content)":', value) is not None
 
 
 def alpaca(chosen: str, rejected: str = "") -> Convert:
-    """instruction and input are the prompt, after the turns of history; chosen and rejected name the columns of answers."""
+    """Return a converter whose prompt is the turns of history, then instruction and input.
+
+    chosen and rejected name the columns of the answers.
+    """
 
     def convert(row: Row) -> Row:
-        asked = [_field(row, "instruction"), next((row[n] for n in ("input", "context") if n in row), "")]
-        if not all(isinstance(text, str) for text in asked):
-            raise BadRecord("'instruction' and 'input' must be text", shown(asked))
-        prompt: Any = "\n".join(text for text in asked if text.strip())
+        texts = [_field(row, "instruction"), next((row[n] for n in ("input", "context") if n in row), "")]
+        if not all(isinstance(text, str) for text in texts):
+            raise BadRecord("'instruction' and 'input' must be text", shown(texts))
+        prompt: Any = "\n".join(text for text in texts if text.strip())
         answer = next((row[name] for name in chosen.split("|") if name in row), None)
         both = {"chosen": answer, "rejected": row[rejected]} if rejected in row else {"chosen": answer}
         if isinstance(answer, list) and len(answer) == 2 and all(isinstance(a, str) for a in answer):
@@ -204,17 +207,17 @@ def _turn(number: int, text: Any) -> Row:
 
 
 def openai(row: Row) -> Row:
-    """The request as the prompt, the preferred output as chosen."""
-    asked = from_json(_field(row, "input"), "input")
-    if not isinstance(asked, dict):
-        raise BadRecord("'input' must be an object with messages", shown(asked))
-    tools = {"tools": asked["tools"]} if asked.get("tools") else {}
-    return {"prompt": asked.get("messages"), "chosen": row.get("preferred_output"),
+    """Take the request as the prompt and the preferred output as chosen."""
+    request = from_json(_field(row, "input"), "input")
+    if not isinstance(request, dict):
+        raise BadRecord("'input' must be an object with messages", shown(request))
+    tools = {"tools": request["tools"]} if request.get("tools") else {}
+    return {"prompt": request.get("messages"), "chosen": row.get("preferred_output"),
             "rejected": row.get("non_preferred_output"), **tools}  # fmt: skip
 
 
 def webgpt(row: Row) -> Row:
-    """Two answers with scores that sum to 0."""
+    """Compare two answers by their scores, which sum to 0."""
     question = _field(row, "question")
     if isinstance(question, str) and question.startswith('{"'):
         question = from_json(question, "question")
@@ -227,7 +230,7 @@ def webgpt(row: Row) -> Row:
 
 
 def arena(row: Row) -> Row:
-    """Two conversations and the name of the winner."""
+    """Compare two conversations by the name of the winner."""
     winner = str(_field(row, "winner"))
     lead = {"model_a": 1, "model_b": -1}.get(winner, 0)
     if not lead and "tie" not in winner:
@@ -237,20 +240,20 @@ def arena(row: Row) -> Row:
 
 
 def arena_columns(row: Row) -> Row:
-    """Turns as lists of texts, the winner as three columns."""
-    asked = _values(row, "prompt")
+    """Build conversations from lists of texts; three columns name the winner."""
+    prompts = _values(row, "prompt")
     lead = number(row, "winner_model_a") - number(row, "winner_model_b")
     pair = _pair(None, _values(row, "response_a"), _values(row, "response_b"), lead, "winner_tie")
-    if len(asked) == 1:
-        return {"prompt": asked[0], **{name: pair[name][0] for name in ("chosen", "rejected") if pair[name]}}
+    if len(prompts) == 1:
+        return {"prompt": prompts[0], **{name: pair[name][0] for name in ("chosen", "rejected") if pair[name]}}
     return {
-        name: [_turn(i, text) for turn in zip(asked, pair[name], strict=False) for i, text in enumerate(turn)]
+        name: [_turn(i, text) for turn in zip(prompts, pair[name], strict=False) for i, text in enumerate(turn)]
         for name in ("chosen", "rejected")
     }
 
 
 def nectar(row: Row) -> Row:
-    """Answers with ranks, 1 the best, to a transcript."""
+    """Rank the answers by their rank, 1 the best; the prompt may be a transcript."""
     answers = [(-number(item, "rank"), item.get("answer")) for item in _items(row, "answers")]
     prompt = _field(row, "prompt")
     prompt = _open(prompt) if is_transcript(prompt) else prompt
@@ -258,13 +261,13 @@ def nectar(row: Row) -> Row:
 
 
 def ultrafeedback(row: Row) -> Row:
-    """Completions with an overall score each."""
+    """Rank the completions by their overall score."""
     answers = [(number(item, "overall_score"), item.get("response")) for item in _items(row, "completions")]
     return _ranked(_field(row, "instruction"), answers, "all of the same overall_score")
 
 
 def rated(row: Row) -> Row:
-    """Generations, and as many ratings."""
+    """Rank the generations by the ratings, one for each."""
     answers, ratings = _values(row, "generations"), _values(row, "ratings")
     if len(answers) != len(ratings):
         raise BadRecord("'generations' and 'ratings' must be as many", f"{len(answers)} and {len(ratings)}")
@@ -273,7 +276,7 @@ def rated(row: Row) -> Row:
 
 
 def orca(row: Row) -> Row:
-    """A question with two answers; some sets say that a pair is a tie."""
+    """Read a question with two answers; some sets mark ties in `status`."""
     if row.get("status") == "tie":
         raise tie("status = tie")
     return renamed(prompt="question|input|query", chosen="chosen", rejected="rejected")(row)
@@ -283,12 +286,12 @@ def orca(row: Row) -> Row:
 
 
 def is_transcript(value: object) -> bool:
-    """Whether a value is text of Human and Assistant in turns."""
+    """True if a value is text with alternating Human and Assistant turns."""
     return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
 
 
 def transcripts(row: Row) -> Row:
-    """chosen and rejected as messages, and the prompt where there is one; an answer that stands alone stays text."""
+    """Parse chosen, rejected and the prompt, if present, into messages; a single answer stays text."""
     raw: Row = {}
     for name in ("prompt", "chosen", "rejected"):
         if is_transcript(row.get(name)):
@@ -302,12 +305,12 @@ def _transcript(text: str) -> list[Row]:
     pieces = _SPEAKER.split("\n\n" + text.lstrip())[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
     return [
-        {"role": roles[speaker], "content": said.strip()}
-        for speaker, said in zip(pieces[::2], pieces[1::2], strict=True)
+        {"role": roles[speaker], "content": text.strip()}
+        for speaker, text in zip(pieces[::2], pieces[1::2], strict=True)
     ]
 
 
 def _open(text: str) -> list[Row]:
-    """The turns of a prompt, without the assistant's that only begins."""
+    """Return the turns of a prompt, without a trailing assistant turn that is still empty."""
     turns = _transcript(text)
     return turns if turns[-1]["content"] else turns[:-1]

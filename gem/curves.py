@@ -1,4 +1,4 @@
-"""The curves of runs over their training steps: which ones, what to look for in them, and how they are drawn."""
+"""The curves of runs over their training steps: the panels, how to read them, and how they are drawn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from gem.runs import Run, by_method
+from gem.results import Run, by_method
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Okabe-Ito without its yellow, which vanishes on white; 7 colours and 4 line styles give 28 distinct pairs
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":")
-# a fixed end of the y axis by unit, so that a small change does not look large, nor a low value like zero
+# fixed limits of the y axis by unit: a small change must not look large, nor a low value like zero
 LIMITS: dict[str, tuple[float | None, float | None]] = {
     "share": (-0.02, 1.02),
     "nats per token": (0, None),
@@ -32,61 +32,138 @@ class Panel:
     key: str
     title: str
     unit: str
-    look_for: str  # the sentence on the page
-    chance: float | None = None  # what guessing reaches: a dotted line
+    look_for: str  # how to read the panel, for the page
+    chance: float | None = None  # the value of guessing, drawn as a dotted line
 
 
-# The figures of the page in its order: what shows a collapse comes first.
-# fmt: off
+# The figures in the order of the page: signs of a collapse come first.
 FIGURES = {
     "outcome": (
         Panel("eval_accuracy_greedy", "Task accuracy, greedy", "share", "A rise and then a fall is a collapse."),
-        Panel("eval_accuracy_sampled", "Task accuracy, sampled", "share", "Leaving the greedy one: only the mode holds."),
+        Panel(
+            "eval_accuracy_sampled", "Task accuracy, sampled", "share", "Leaving the greedy one: only the mode holds."
+        ),
         Panel("eval_auroc", "AUROC of the score S", "share", "Below 0.55, S hardly tells right from wrong.", 0.5),
         Panel("score", "Score S of the candidates", "nats", "Rising while accuracy falls: S is being gamed."),
-        Panel("eval_final_entropy", "Entropy of the answer, held out", "nats per token",
-              "Falling to zero while accuracy falls too: the policy pleases itself."),
-        Panel("final_entropy", "Entropy of the answer, training", "nats per token",
-              "The same on the candidates of each batch, so it shows between two evaluations."),
+        Panel(
+            "eval_final_entropy",
+            "Entropy of the answer, held out",
+            "nats per token",
+            "Falling to zero while accuracy falls too: the policy pleases itself.",
+        ),
+        Panel(
+            "final_entropy",
+            "Entropy of the answer, training",
+            "nats per token",
+            "The same on the candidates of each batch, so it shows between two evaluations.",
+        ),
     ),
     "preference": (
-        Panel("eval_preference_sum", "Preference, summed log-prob", "share",
-              "Compare with length alone: a sum favours the shorter answer.", 0.5),
-        Panel("eval_preference_token", "Preference, log-prob per token", "share",
-              "Should rise with the sum; if only the sum does, look at the lengths.", 0.5),
-        Panel("eval_preference_reference", "Preference, against the reference", "share",
-              "High while task accuracy falls: the pairs are learnt, the task is not.", 0.5),
-        Panel("eval_preference_length", "Preference, length alone", "share",
-              "The baseline: what does no better than this may have learnt nothing but length.", 0.5),
-        Panel("logprob_chosen", "Log-prob of the chosen answer", "nats",
-              "Falling: the margin grows only because the rejected answer falls faster."),
-        Panel("logprob_rejected", "Log-prob of the rejected answer", "nats",
-              "A plunge: the update pushes down without end, and not only this answer."),
+        Panel(
+            "eval_preference_sum",
+            "Preference, summed log-prob",
+            "share",
+            "Compare with length alone: a sum favours the shorter answer.",
+            0.5,
+        ),
+        Panel(
+            "eval_preference_token",
+            "Preference, log-prob per token",
+            "share",
+            "Should rise with the sum; if only the sum does, look at the lengths.",
+            0.5,
+        ),
+        Panel(
+            "eval_preference_reference",
+            "Preference, against the reference",
+            "share",
+            "High while task accuracy falls: the pairs are learnt, the task is not.",
+            0.5,
+        ),
+        Panel(
+            "eval_preference_length",
+            "Preference, length alone",
+            "share",
+            "The baseline: what does no better than this may have learnt nothing but length.",
+            0.5,
+        ),
+        Panel(
+            "logprob_chosen",
+            "Log-prob of the chosen answer",
+            "nats",
+            "Falling: the margin grows only because the rejected answer falls faster.",
+        ),
+        Panel(
+            "logprob_rejected",
+            "Log-prob of the rejected answer",
+            "nats",
+            "A plunge: the update pushes down without end, and not only this answer.",
+        ),
     ),
     "entropy and length": (
-        Panel("branch_entropy", "Top-m entropy of the reasoning, training", "nats per token",
-              "Rising without end: the reasoning turns to noise. At zero it no longer branches."),
-        Panel("length", "Length, training", "tokens",
-              "A steady drift that accuracy does not follow: length is what is rewarded."),
-        Panel("truncated", "Cut off, training", "share",
-              "What is cut off is not scored: the higher, the less there is to learn from."),
-        Panel("eval_branch_entropy", "Top-m entropy of the reasoning, held out", "nats per token",
-              "Should follow training; if it does not, the batches are not typical."),
-        Panel("eval_length", "Length, held out", "tokens",
-              "A drop: the reasoning is skipped. A climb to the limit: it never ends."),
-        Panel("eval_truncated", "Cut off, held out", "share",
-              "Rising while accuracy falls: answers do not end, they need not be wrong."),
+        Panel(
+            "branch_entropy",
+            "Top-m entropy of the reasoning, training",
+            "nats per token",
+            "Rising without end: the reasoning turns to noise. At zero it no longer branches.",
+        ),
+        Panel(
+            "length",
+            "Length, training",
+            "tokens",
+            "A steady drift that accuracy does not follow: length is what is rewarded.",
+        ),
+        Panel(
+            "truncated",
+            "Cut off, training",
+            "share",
+            "What is cut off is not scored: the higher, the less there is to learn from.",
+        ),
+        Panel(
+            "eval_branch_entropy",
+            "Top-m entropy of the reasoning, held out",
+            "nats per token",
+            "Should follow training; if it does not, the batches are not typical.",
+        ),
+        Panel(
+            "eval_length",
+            "Length, held out",
+            "tokens",
+            "A drop: the reasoning is skipped. A climb to the limit: it never ends.",
+        ),
+        Panel(
+            "eval_truncated",
+            "Cut off, held out",
+            "share",
+            "Rising while accuracy falls: answers do not end, they need not be wrong.",
+        ),
     ),
     "batch health": (
-        Panel("distinct", "Distinct answers per group", "answers",
-              "At one, all the candidates agree and there is nothing left to rank."),
+        Panel(
+            "distinct",
+            "Distinct answers per group",
+            "answers",
+            "At one, all the candidates agree and there is nothing left to rank.",
+        ),
         Panel("kept", "Groups kept by the filter", "share", "Near zero, training rests on a few odd groups."),
-        Panel("span_fallback", "Answers found without a marker", "share",
-              "Rising: the entropy of the answer is read at a guessed place."),
-        Panel("weight_positive", "Positive weight of a group", "sum of weights",
-              "At most 1 by default. Shrinking to zero: the members of a group score alike."),
-        Panel("weight_negative", "Negative weight of a group", "sum of weights",
-              "Should mirror the positive weight; if it outweighs it, training mostly pushes down."),
+        Panel(
+            "span_fallback",
+            "Answers found without a marker",
+            "share",
+            "Rising: the entropy of the answer is read at a guessed place.",
+        ),
+        Panel(
+            "weight_positive",
+            "Positive weight of a group",
+            "sum of weights",
+            "At most 1 by default. Shrinking to zero: the members of a group score alike.",
+        ),
+        Panel(
+            "weight_negative",
+            "Negative weight of a group",
+            "sum of weights",
+            "Should mirror the positive weight; if it outweighs it, training mostly pushes down.",
+        ),
         Panel("kl", "KL to the reference", "nats", "A climb that speeds up: the policy is running away."),
         Panel("loss", "Training loss", "nats", "With weights of both signs its level says little; jumps and gaps do."),
         Panel("eval_loss", "Held-out loss", "nats", "Rising while the training loss falls: over-fitting."),
@@ -97,7 +174,7 @@ FIGURES = {
 
 
 def plot_curves(runs: Sequence[Run]) -> dict[str, bytes]:
-    """Draw every panel of FIGURES that at least one run has values for: name of the figure -> png."""
+    """Draw every panel of FIGURES for which at least one run has values; return name of the figure -> png."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.lines import Line2D
@@ -113,7 +190,7 @@ def plot_curves(runs: Sequence[Run]) -> dict[str, bytes]:
         columns = columns_of(len(panels))
         rows = math.ceil(len(panels) / columns)
         layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.04)
-        # 11 inches over the 1100 px of the page: one point of type is 1.4 px
+        # 11 inches fill the page's 1100 px: one point of type is 1.4 px
         figure = Figure(figsize=(11, 2.75 * rows + 0.4), dpi=160, layout=layout, facecolor="white")
         for index, panel in enumerate(panels, start=1):
             axes = figure.add_subplot(rows, columns, index)
@@ -131,12 +208,12 @@ def plot_curves(runs: Sequence[Run]) -> dict[str, bytes]:
             axes.spines[:].set_color("#bbbbbb")
             axes.spines[["top", "right"]].set_visible(False)
         handles = [Line2D([], [], **style) for style in styles]
-        fitting = max(1, 120 // (max(map(len, methods)) + 8))  # about 120 letters of this size go over the figure
+        fitting = max(1, 120 // (max(map(len, methods)) + 8))  # a line of the legend has room for about 120 letters
         legend = figure.legend(
             handles, list(methods), loc="outside upper left", ncols=fitting, frameon=False, handlelength=3
         )
         for text in legend.get_texts():
-            text.set_parse_math(False)  # a "$" in a name is a dollar
+            text.set_parse_math(False)  # a "$" in a name must not start a formula
         png = io.BytesIO()
         figure.savefig(png, format="png")
         figures[name] = png.getvalue()
@@ -144,7 +221,7 @@ def plot_curves(runs: Sequence[Run]) -> dict[str, bytes]:
 
 
 def panels_of(runs: Sequence[Run]) -> dict[str, list[Panel]]:
-    """The figures without the panels that no run has values for, and without empty figures."""
+    """Return the figures without panels for which no run has values, and without empty figures."""
     logged = {key for run in runs for entry in run.history for key in entry}
     chosen = {name: [panel for panel in panels if panel.key in logged] for name, panels in FIGURES.items()}
     return {name: panels for name, panels in chosen.items() if panels}
@@ -155,13 +232,13 @@ def columns_of(panels: int) -> int:
 
 
 def _draw(axes: Axes, seeds: Sequence[Run], key: str, style: dict[str, Any]) -> None:
-    """Draw the mean over the seeds as a line and their lowest to highest as a band."""
+    """Draw the mean over the seeds as a line, and the range from their lowest to their highest value as a band."""
     curves = [{entry["step"]: entry[key] for entry in run.history if key in entry} for run in seeds]
     curves = [curve for curve in curves if curve]
     if not curves:
         return
-    # The line ends with the first seed that ends: the mean of the others would rise when a collapsed seed was stopped.
-    # The band goes on, as a hair line when one seed is left.
+    # The line ends with the shortest seed: if a collapsed seed was stopped, the mean of the others would rise. The band
+    # continues, as a hair line if one seed is left.
     shared = sorted(set.intersection(*map(set, curves)))
     means = [sum(curve[step] for curve in curves) / len(curves) for step in shared]
     axes.plot(shared, means, marker="o" if len(shared) <= 25 else "", markersize=3, **style)

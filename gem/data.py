@@ -1,10 +1,10 @@
-"""Preference records, chat templates, and the one place where labels are shifted and padding is dropped.
+"""Encode preference records, and pack them into batches: the one place that shifts labels and drops padding.
 
     records = load_records("pairs.jsonl", need=("chosen", "rejected"))
     examples = encode_records(records, tokenizer, prompt_template="{prompt}", max_length=2048)
     batch = pack([[(e.prompt_ids, e.chosen_ids), (e.prompt_ids, e.rejected_ids)] for e in examples], layout="right", pad_id=0)
 
-A batch feeds any layout to the model; its head looks at the N completion tokens only.
+A batch feeds any layout to the model; its head reads the N completion tokens only.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ logger = logging.getLogger(__name__)
 Layout = Literal["packed", "right", "left"]
 Messages = list[dict[str, str]]
 TokenPair = tuple[Sequence[int], Sequence[int]] | tuple[Sequence[int], Sequence[int], Given]
-"""prompt ids, completion ids, and where others speak in between what they say"""
+"""prompt ids, completion ids, and [(at, ids)] of the text of other roles within the completion"""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised record; what it lacks is empty. The ids of a completion are what the assistant says, its ends included."""
+    """A tokenised record; absent fields are empty. The ids of a completion are the assistant's tokens, with its ends."""
 
     prompt: str
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int] = field(default_factory=list)
     candidate_ids: list[list[int]] = field(default_factory=list)
-    # What others say in the midst of a completion: (at, ids) stands before its token `at`.
+    # Text of other roles within a completion: (at, ids) stands before the completion's token `at`.
     chosen_given: Given = field(default_factory=list)
     rejected_given: Given = field(default_factory=list)
     candidates_given: list[Given] = field(default_factory=list)
-    question: str = ""  # the user's own words
-    sampling_prompt_ids: list[int] = field(default_factory=list)  # what candidates are sampled from; empty: prompt_ids
+    question: str = ""  # the user's last message
+    sampling_prompt_ids: list[int] = field(default_factory=list)  # prompt for sampling candidates; empty: prompt_ids
 
     @property
     def sampled_from(self) -> list[int]:
-        """The prompt of sampled candidates."""
+        """The prompt from which candidates are sampled."""
         return self.sampling_prompt_ids or self.prompt_ids
 
 
@@ -74,25 +74,28 @@ def encode_records(
     on_bad_row: str = "auto",
     problems: Problems | None = None,
 ) -> list[Example]:
-    """Tokenise; only what the assistant says is learnt. Every row is decoded again and compared with what its record says.
+    """Tokenise records for training on the assistant's text alone, and check each row by decoding it.
 
     Args:
         records: from load_records.
         tokenizer: of transformers, with an end of sequence.
         prompt_template: text around a plain prompt, with {prompt} in it.
-        max_length: of prompt and completion together, in tokens.
-        prompt_format: "text": a plain prompt is the text that it is; "chat": it is the user's turn in the chat template;
-            "auto": chat where the tokenizer has a template, but for prompts that somebody has rendered already.
-        system: the system message of chats that bring none.
-        cot_prompt: asks for a chain of thought, behind the user's words; in the prompt that candidates are sampled from.
-        cot_pairs: in the human pair's prompt too.
+        max_length: limit on prompt and completion together, in tokens.
+        prompt_format: "text": a plain prompt is used as it is; "chat": it becomes the user's turn in the chat template;
+            "auto": chat if the tokenizer has a template and the prompt is not rendered yet.
+        system: the system message for chats without one.
+        cot_prompt: request for a chain of thought, appended to the user's words in the prompt for sampling candidates.
+        cot_pairs: True to append it in the human pair's prompt too.
         ends: what ends a completion; None: the tokenizer's end of sequence.
         on_bad_row: "stop", "skip", or "auto": stop at a record that cannot be used, leave out one that is too long.
-        problems: collects what is wrong for a caller that settles it; None: it is settled here.
+        problems: collects bad records for a caller that settles them; None: they are settled here.
+
+    Returns:
+        One example for each usable record, in order.
 
     Raises:
-        ValueError: a wrong argument, no end of sequence; and as on_bad_row says: text that the template or the tokenizer loses
-            or changes, an end of sequence inside a completion, a chat without a template.
+        ValueError: a wrong argument, or no end of sequence; and, depending on on_bad_row: text that the template or the
+            tokenizer loses or changes, an end of sequence inside a completion, a chat without a template.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("tokenizer must have an eos_token (pass --eos_token), got None")
@@ -133,12 +136,14 @@ def read_examples(
     rollout: RolloutArguments | None = None,
     ends: Ends | None = None,
 ) -> list[Example]:
-    """load_records and encode_records with the settings of a command; all that is wrong with the records is told at once.
+    """Run load_records and encode_records with the settings of a command, and report all bad records together.
 
     Args:
-        need: fields that each record must have, beside the prompt.
-        source, split: in place of those of `arguments`; its split goes with its data.
-        rollout: whose cot_prompt goes into the prompts of candidates; None: there is none.
+        arguments: the settings of the data.
+        tokenizer: of transformers, with an end of sequence.
+        need: fields that each record must have beside the prompt.
+        source, split: replace those of `arguments`, whose split belongs to its own data.
+        rollout: its cot_prompt goes into the prompts of candidates; None: no cot_prompt.
         ends: what ends a completion; None: the tokenizer's end of sequence.
 
     Raises:
@@ -151,7 +156,7 @@ def read_examples(
         source or arguments.data,
         need=need,
         limit=arguments.limit,
-        # Another source has splits of its own, or none.
+        # The split of `arguments` may not exist in another source.
         split=split or (arguments.split if source in ("", arguments.data) else None),
         problems=problems,
         data_format=arguments.data_format,
@@ -191,13 +196,13 @@ class _Encoder:
 
     def example(self, record: dict[str, Any]) -> Example:
         names = [name for name in ("chosen", "rejected") if name in record]
-        said = [*(record[name] for name in names), *record.get("candidates", [])]
-        for completion in said:
+        completions = [*(record[name] for name in names), *record.get("candidates", [])]
+        for completion in completions:
             self._check(completion)
         chat = self.is_chat(record)
         prompt = self._with_cot(record["prompt"]) if self.cot_pairs and self.cot_prompt else record["prompt"]
         render = self._chat if chat else self._text
-        rendered = render(record, prompt, said)
+        rendered = render(record, prompt, completions)
         ids = encode_prompt(rendered.prompt, self.tokenizer, special=not chat)
         encoded = [
             encode_completion(rendered.prompt, ids, parts, self.tokenizer, self.ends, special=not chat)
@@ -205,8 +210,8 @@ class _Encoder:
         ]
         sampling: list[int] = []
         if self.cot_prompt and not self.cot_pairs and "candidates" not in record:
-            asked = render(record, self._with_cot(record["prompt"]), [])
-            sampling = encode_prompt(asked.prompt, self.tokenizer, special=not chat)
+            with_cot = render(record, self._with_cot(record["prompt"]), [])
+            sampling = encode_prompt(with_cot.prompt, self.tokenizer, special=not chat)
         longest = max(len(sampling), len(ids) + max([e.length for e in encoded], default=0))
         if longest > self.max_length:
             raise Minor(f"longer than max_length={self.max_length} tokens", str(longest))
@@ -224,17 +229,17 @@ class _Encoder:
             chosen_given=chosen.given,
             rejected_given=rejected.given,
             candidates_given=[e.given for e in candidates],
-            question=_question(record["prompt"]),
+            question=_last_user_text(record["prompt"]),
             sampling_prompt_ids=sampling,
         )
 
     def _check(self, completion: str | Messages) -> None:
         turns = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-        said: list[Any] = [message for message in turns if message["role"] == "assistant"]
-        if said and not any(message["content"].strip() or message.get("tool_calls") for message in said):
+        answers: list[Any] = [message for message in turns if message["role"] == "assistant"]
+        if answers and not any(message["content"].strip() or message.get("tool_calls") for message in answers):
             raise BadRecord("a completion must not be empty", shown(completion))
         bos, single = self.tokenizer.bos_token, self.tokenizer.bos_token_id not in self.ends.ids
-        if bos and single and any(bos in message["content"] for message in said):
+        if bos and single and any(bos in message["content"] for message in answers):
             raise BadRecord("a completion must not hold a beginning of sequence", shown(bos))
 
     def is_chat(self, record: dict[str, Any]) -> bool:
@@ -244,17 +249,17 @@ class _Encoder:
         return bool(getattr(self.tokenizer, "chat_template", None)) and not self._is_rendered(prompt)
 
     def _is_rendered(self, prompt: str) -> bool:
-        """Whether somebody has put a plain prompt into a chat template already: it begins a sequence, or asks for an answer."""
-        bos, asks = self.tokenizer.bos_token, self._template.request
-        return bool((bos and prompt.lstrip().startswith(bos)) or (asks and asks in squeezed(prompt)))
+        """True if a plain prompt is rendered already: it starts with BOS, or contains the template's generation prompt."""
+        bos, request = self.tokenizer.bos_token, self._template.request
+        return bool((bos and prompt.lstrip().startswith(bos)) or (request and request in squeezed(prompt)))
 
-    def _chat(self, record: dict[str, Any], prompt: Any, said: Sequence[Any]) -> Rendered:
+    def _chat(self, record: dict[str, Any], prompt: Any, completions: Sequence[Any]) -> Rendered:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": self._framed(prompt)}]
         system = record.get("system") or self.system
         if system and prompt[0]["role"] not in ("system", "developer"):
             prompt = [{"role": "system", "content": system}, *prompt]
-        turns = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in said]
+        turns = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
         options = dict(record.get("chat_template_kwargs", {}))
         if record.get("tools"):
             options["tools"] = record["tools"]
@@ -264,52 +269,53 @@ class _Encoder:
     def _template(self) -> ChatTemplate:
         return ChatTemplate(self.tokenizer)
 
-    def _text(self, record: dict[str, Any], prompt: Any, said: Sequence[Any]) -> Rendered:
+    def _text(self, record: dict[str, Any], prompt: Any, completions: Sequence[Any]) -> Rendered:
         framed = self.prompt_template != "{prompt}" or prompt != record["prompt"]
         template = getattr(self.tokenizer, "chat_template", None)
         if framed and self.prompt_format == "auto" and template and self._is_rendered(record["prompt"]):
             raise BadRecord("prompt_template and cot_prompt need a prompt that is not rendered yet", shown(prompt))
         if self.system or record.get("system"):
             raise BadRecord("a system message needs a prompt of chat messages (prompt_format=chat), got text")
-        if not all(isinstance(completion, str) for completion in said):
+        if not all(isinstance(completion, str) for completion in completions):
             raise BadRecord("a completion of chat messages needs a prompt of chat messages, got text")
-        # What stands behind an end of sequence is said by nobody.
+        # Blanks behind an end of sequence belong to no turn.
         end = self.tokenizer.eos_token
-        said = [text.rstrip() if text.rstrip().endswith(end) else text for text in said]
-        return Rendered(self._framed(prompt), [[Part(text, True)] for text in said])
+        texts = [text.rstrip() if text.rstrip().endswith(end) else text for text in completions]
+        return Rendered(self._framed(prompt), [[Part(text, True)] for text in texts])
 
     def _framed(self, prompt: str) -> str:
-        return self.prompt_template.replace("{prompt}", prompt)  # not format: other braces are the text's own
+        return self.prompt_template.replace("{prompt}", prompt)  # not str.format: other braces belong to the text
 
     def _with_cot(self, prompt: Any) -> Any:
         if isinstance(prompt, str):
             return f"{prompt}\n\n{self.cot_prompt}"
-        asked = max((k for k, message in enumerate(prompt) if message["role"] == "user"), default=None)
-        if asked is None:
+        last_user = max((k for k, message in enumerate(prompt) if message["role"] == "user"), default=None)
+        if last_user is None:
             raise BadRecord("cot_prompt needs a turn of the user in the prompt", str([m["role"] for m in prompt]))
-        question = {**prompt[asked], "content": f"{prompt[asked]['content']}\n\n{self.cot_prompt}"}
-        return [*prompt[:asked], question, *prompt[asked + 1 :]]
+        message = {**prompt[last_user], "content": f"{prompt[last_user]['content']}\n\n{self.cot_prompt}"}
+        return [*prompt[:last_user], message, *prompt[last_user + 1 :]]
 
 
-def _question(prompt: str | Messages) -> str:
-    """The user's last words."""
+def _last_user_text(prompt: str | Messages) -> str:
+    """Return the text of the user's last turn."""
     if isinstance(prompt, str):
         return prompt
     return next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
 
 
 def pack(groups: Sequence[Sequence[TokenPair]], *, layout: Layout, pad_id: int) -> dict[str, Tensor]:
-    """Groups of (prompt ids, completion ids) -> the tensors of one batch. R rows of T tokens go through the body.
+    """Pack groups of (prompt ids, completion ids) into the tensors of one batch of R rows of T tokens.
 
-    A third entry, [(at, ids)], has tokens that somebody else wrote before the completion's token `at`: they are read, and not
-    learnt.
-
-    layout: "packed": one row, sequences told apart by their position_ids; "right" / "left": one row a sequence, padded.
+    Args:
+        groups: for each group its sequences. A third entry, [(at, ids)], has tokens of other roles that stand before the
+            completion's token `at`; they are read and not trained on.
+        layout: "packed": one row, sequences separated by their position_ids; "right" / "left": one padded row a sequence.
+        pad_id: the padding token.
 
     Returns:
         input_ids, position_ids (R, T) int64; attention_mask (R, T) int64, absent when packed;
-        shift_labels (R, T) int64: the completion token that each position predicts, else -100: the shift, once and for all.
-        Of those N tokens, row by row: sequence (N,) int64: the sequence of each, counted within its group;
+        shift_labels (R, T) int64: the completion token that each position predicts, else -100; labels are shifted here only.
+        For those N tokens, row by row: sequence (N,) int64: the index of each token's sequence within its group;
         cu_seqlens (S+1,), cu_groups (B+1,) int32: offsets of the sequences and of the groups into the N tokens.
 
     Raises:
@@ -355,21 +361,21 @@ def pack(groups: Sequence[Sequence[TokenPair]], *, layout: Layout, pad_id: int) 
         "cu_groups": cu_seqlens[_offsets(torch.tensor([len(group) for group in groups])).long()],
     }
     if layout == "packed":
-        del batch["attention_mask"]  # with it, transformers would not look for the sequences in position_ids
+        del batch["attention_mask"]  # with a mask, transformers would not find the sequences by position_ids
     return batch
 
 
 def _with_labels(prompt: Sequence[int], completion: Sequence[int], given: Given = ()) -> tuple[list[int], list[int]]:  # type: ignore[assignment]
-    """All tokens of a sequence, and for each itself where it is learnt, else -100."""
+    """Return all tokens of a sequence, and the labels: each token itself if it is trained on, else -100."""
     ids, labels, done = list(prompt), [IGNORE_INDEX] * len(prompt), 0
     for at, others in [*given, (len(completion), [])]:
-        said = completion[done:at]
-        ids += [*said, *others]
-        labels += [*said, *[IGNORE_INDEX] * len(others)]
+        own = completion[done:at]
+        ids += [*own, *others]
+        labels += [*own, *[IGNORE_INDEX] * len(others)]
         done = at
     return ids, labels
 
 
 def _offsets(lengths: Tensor) -> Tensor:
-    """(n,) lengths -> (n+1,) int32 offsets."""
+    """Return the int32 offsets (n+1,) of (n,) lengths."""
     return torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32)

@@ -1,10 +1,10 @@
-"""The whole of GEM on a laptop: a Llama from scratch on chain addition, beside DPO, plain SFT and the literal recipe.
+"""All of GEM on a laptop: a Llama from scratch on chain addition, beside DPO, plain SFT and the literal recipe.
 
     "3+8+5+9="  ->  worked "3+8=11 11+5=16 16+9=25 #### 25", or the shortcut "#### 24"
 
-Half of the supervised data takes the shortcut and is mostly wrong, half is worked: the warm start answers like its data.
-The preference pairs say that worked beats wrong. Every method starts from the same warm start and sees the same number of
-prompts; see METHODS for all they differ in.
+Half of the supervised data is worked, the other half takes the shortcut and is mostly wrong. The warm start answers like
+this data. The preference pairs prefer worked answers to wrong ones. All methods start from the same warm start and see the
+same number of prompts; METHODS lists every difference between them.
 """
 
 from __future__ import annotations
@@ -37,28 +37,29 @@ from gem.files import write_lines
 from gem.groups import save_groups
 from gem.pipeline import GroupMaker, pair_group
 from gem.report import plain, results_table, write_report
-from gem.runs import Run, load_run
+from gem.results import Run, load_run
+from gem.runs import write_about, write_results
 from gem.trainer import GEMTrainer
 
 TERMS, LOW, HIGH = 4, 1, 9
 N_SFT, N_PAIRS, N_TEST = 4000, 1500, 200
-SHORTCUTS, RIGHT_SHORTCUTS = 0.5, 0.1  # of the supervised data; of those shortcuts
-SLIPS = 0.3  # of the rejected answers: worked, with one wrong sum; the others are wrong shortcuts
+SHORTCUTS, RIGHT_SHORTCUTS = 0.5, 0.1  # shares: shortcuts in the supervised data, right ones among them
+SLIPS = 0.3  # share of the rejected answers that are worked with one wrong sum; the others are wrong shortcuts
 WARM_STEPS, WARM_BATCH, WARM_RATE = 400, 64, 1e-3
 STEPS, PROMPTS, EVAL_EVERY = 80, 16, 10
-FINAL_SAMPLES = 4  # sampled completions a held-out question in the table
+FINAL_SAMPLES = 4  # sampled completions per held-out question in the table
 
 MARKER_FILE = "demo.json"
 
 
 @dataclass(frozen=True)
 class Method:
-    """What one arm of the comparison does from the warm start on."""
+    """Settings of one arm of the comparison, from the warm start on."""
 
     learning_rate: float
     loss: LossArguments = field(default_factory=LossArguments)
     rank: RankArguments = field(default_factory=RankArguments)
-    group_size: int = 5  # 0: on the human pairs alone, offline
+    group_size: int = 5  # 0: offline, on the human pairs alone
 
 
 METHODS = {
@@ -74,7 +75,7 @@ METHODS = {
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, and one for the marker."""
+    """Return a tokenizer with one token per character and one for the marker."""
     vocab = ["<pad>", "<bos>", "<eos>", "####", " ", "+", "=", *"0123456789"]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocab)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("####|."), behavior="isolated")
@@ -86,7 +87,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: Any) -> LlamaForCausalLM:
-    """A Llama of 0.6 million parameters."""
+    """Return a Llama of 0.6 million parameters with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -104,7 +105,7 @@ def build_model(tokenizer: Any) -> LlamaForCausalLM:
 
 
 def worked(rng: random.Random, terms: list[int], slip: bool) -> str:
-    """Running sums; with a slip one of them is wrong and the error is carried on."""
+    """Return an answer in running sums; with a slip, one of them is wrong and the error carries on."""
     wrong_at = rng.randrange(1, len(terms)) if slip else 0
     total, sums = terms[0], []
     for i, term in enumerate(terms[1:], 1):
@@ -115,11 +116,12 @@ def worked(rng: random.Random, terms: list[int], slip: bool) -> str:
 
 
 def wrong(rng: random.Random, value: int) -> int:
+    """Return a number near `value`, but not it."""
     return rng.choice([v for v in (value + d for d in (-10, -3, -2, -1, 1, 2, 3, 10)) if v >= 0])
 
 
 def write_data(folder: Path, seed: int) -> None:
-    """sft.jsonl (prompt, completion), pairs.jsonl and test.jsonl (prompt, chosen, rejected): the public format."""
+    """Write sft.jsonl (prompt, completion), pairs.jsonl and test.jsonl (prompt, chosen, rejected), in the public format."""
     rng = random.Random(1000 + seed)
     questions: set[tuple[int, ...]] = set()
     while len(questions) < N_SFT + N_PAIRS + N_TEST:
@@ -147,10 +149,12 @@ def write_data(folder: Path, seed: int) -> None:
 
 
 def examples_of(file: Path, tokenizer: Any, *need: str) -> list[Example]:
+    """Return the examples of a file; every record must have the fields of `need`."""
     return encode_records(load_records(str(file), need=need), tokenizer, prompt_template="{prompt}", max_length=64)
 
 
 def training_arguments(folder: Path, seed: int, **changes: Any) -> TrainingArguments:
+    """Return the TrainingArguments that every arm shares, with changes."""
     return TrainingArguments(
         output_dir=str(folder),
         seed=seed,
@@ -163,6 +167,7 @@ def training_arguments(folder: Path, seed: int, **changes: Any) -> TrainingArgum
 
 
 def warm_start(model: LlamaForCausalLM, tokenizer: Any, data: Path, folder: Path, seed: int) -> None:
+    """Train the model on the supervised data, in place."""
     groups = [pair_group(example) for example in examples_of(data / "sft.jsonl", tokenizer, "chosen")]
     arguments = training_arguments(
         folder,
@@ -228,17 +233,17 @@ def run_method(
 
 
 def finish(name: str, folder: Path, seed: int, model: LlamaForCausalLM, evaluation: Evaluation) -> Run:
+    """Evaluate the model and write its results into the run's folder."""
     set_seed(12345)  # every method is sampled with the same random numbers
     metrics = evaluation(model)
-    write_lines(folder / "run.json", [json.dumps({"name": name, "seed": seed})])
-    write_lines(folder / "metrics.json", [json.dumps(metrics, indent=1)])
-    write_lines(folder / "completions.jsonl", [json.dumps(c) for c in evaluation.completions])
+    write_about(folder, name, seed)
+    write_results(folder, metrics, evaluation.completions)
     return load_run(folder)
 
 
 @contextmanager
 def _errors_alone() -> Iterator[None]:
-    """The gate's warning is a curve of the report here."""
+    """Silence warnings: the report shows the AUROC that the gate would warn about."""
     ours = logging.getLogger("gem")
     level = ours.level
     ours.setLevel(logging.ERROR)
@@ -250,10 +255,10 @@ def _errors_alone() -> Iterator[None]:
 
 @_errors_alone()
 def run_demo(output: Path, *, seeds: int = 1) -> list[Run]:
-    """Everything, `seeds` times; ends with the table and output/report.html.
+    """Run every step of the demo `seeds` times, print the table and write output/report.html.
 
     Raises:
-        ValueError: `output` holds something that is not an earlier demo.
+        ValueError: `output` holds something other than an earlier demo.
     """
     if output.is_dir() and any(output.iterdir()):
         if not (output / MARKER_FILE).is_file():
@@ -290,12 +295,12 @@ def run_demo(output: Path, *, seeds: int = 1) -> list[Run]:
 
 NOTES = (
     f"Task: the sum of {TERMS} numbers from {LOW} to {HIGH}; {N_SFT:,} supervised, {N_PAIRS:,} preference and {N_TEST} "
-    "held-out questions, none shared (but another order of the same numbers may be). "
+    "held-out questions. No question is in two sets, though another order of its numbers may be. "
     "A Llama of 0.6 million parameters from scratch: a demonstration, not a benchmark.",
     f"Each method: {STEPS} steps of {PROMPTS} prompts from the same warm start. Sampled accuracy: {FINAL_SAMPLES} samples "
-    "a question.",
-    "SFT on chosen is there because it is the simplest thing to do with these pairs: the task has one right answer, and "
-    "the chosen one shows it. GEM and DPO also have it as a term, at a tenth of the weight.",
+    "per question.",
+    "SFT on chosen is the simplest baseline: the task has one right answer, and the chosen one shows it. GEM and DPO have "
+    "the same loss as a term, at a tenth of the weight.",
     "Literal recipe: Eq. 1 and 2 as printed, advantages divided by their standard deviation, no human pair in the "
     "ranking, no KL, no supervised term.",
 )

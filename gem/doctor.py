@@ -1,4 +1,4 @@
-"""gem-kernels doctor: what fuse_lm_head would do with a model, and whether our numbers are the model's own."""
+"""gem-kernels doctor: report how fuse_lm_head handles a model, and check our numbers against the model's own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch import nn
 
-from gem.adapters import describe_adapter, head_parts, serving_module
 from gem.head import ensure_fused, fused_head, unwrapped
+from gem.head.adapters import describe_adapter, head_parts, serving_module
 from gem.loading import loading
 from gem.models import pick_device, placed
 from gem.sources import MODEL_SOURCES, adapted, adapter_base, check_config, gguf_file, pretrained
@@ -21,28 +21,28 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found. bytes: what a training step of the model's own head holds for its logits, all at once."""
+    """The result of `diagnose`. logit_bytes: memory for the logits of one training step with the model's own head."""
 
     model: str
     dtype: str
     device: str
     vocab: int  # V, rows of the weight
     hidden: int  # D
-    logits: int  # entries that the model gives a token: V, or fewer where padding is cut off
+    logits: int  # logits per token: V, or fewer if padding is cut off
     bias: bool
     tied: bool
-    trained: bool  # the head's weight gets a gradient
+    trained: bool  # True if the head's weight gets a gradient
     transform: LogitTransform
     adapter: str
     impl: str
-    largest_gap: float  # between the model's log-probs, entropies, lse and ours, nats
-    allowed_gap: float  # what rounding allows there
+    largest_gap: float  # largest difference between our log-probs, entropies, lse and the model's, nats
+    allowed_gap: float  # bound on that difference by rounding, nats
     batch_size: int
     seq_len: int
     logit_bytes: int
 
     def lines(self) -> list[str]:
-        """As a table, a line each."""
+        """Return the report as the lines of a table."""
         tokens = self.batch_size * (self.seq_len - 1)
         padding = "" if self.logits == self.vocab else f", of which the model uses {self.logits}"
         cost = "trained: 6 N D V FLOP for a group loss" if self.trained else "frozen: 4 N D V FLOP for a group loss"
@@ -62,16 +62,16 @@ class Diagnosis:
 
 
 def describe_transform(transform: LogitTransform) -> str:
-    """z' as a function of z, in words."""
+    """Return z' as a function of z, as text."""
     z = "z" if transform.scale == 1 else f"{transform.scale:g} z"
     return f"z' = {z}" if transform.softcap is None else f"z' = {transform.softcap:g} tanh({z} / {transform.softcap:g})"
 
 
 def diagnose(model: nn.Module, *, batch_size: int = 8, seq_len: int = 2048) -> Diagnosis:
-    """Fuse the model's lm_head (it stays fused) and tell what that means for batches of this size.
+    """Fuse the model's lm_head (it stays fused) and report the effect for batches of this size.
 
     Raises:
-        TypeError, ValueError: what fuse_lm_head raises, and a batch_size < 1 or seq_len < 2.
+        TypeError, ValueError: the errors of fuse_lm_head, and a batch_size < 1 or seq_len < 2.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("seq_len", seq_len, 2)):
         if value < least:
@@ -81,7 +81,7 @@ def diagnose(model: nn.Module, *, batch_size: int = 8, seq_len: int = 2048) -> D
     head = causal_lm.get_output_embeddings()
     assert isinstance(head, nn.Module)
     parts = head_parts(serving_module(head))
-    # Logits, in fp32 where they are not yet, their log-probs, and the gradient of those: all at once in the model's own loss.
+    # The model's own loss holds these at once: the logits, their fp32 copy if they are not fp32, the log-probs, the gradient.
     entry = sum({parts.weight.element_size(), 4}) + 8
     return Diagnosis(
         model=type(causal_lm).__name__,
@@ -105,11 +105,11 @@ def diagnose(model: nn.Module, *, batch_size: int = 8, seq_len: int = 2048) -> D
 
 
 def load(source: str, device: str | None = None) -> nn.Module:
-    """The model of a folder, hub name, GGUF file or config .json (then from scratch), adapters left as they are.
+    """Return the model of a folder, hub name, GGUF file or config .json (then from scratch), with adapters unmerged.
 
     Args:
-        source: what the user named.
-        device: the name of the device where the model goes; None: CUDA when there is one, else the CPU.
+        source: the path or name that the user gave.
+        device: the device for the model; None: CUDA if available, else the CPU.
 
     Raises:
         ValueError: there is no such model or no such device.
@@ -133,7 +133,7 @@ def _load(source: str) -> Any:
     check_config(source)
     with loading("model", source, MODEL_SOURCES):
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-    # The class that the checkpoint names: a vision-language model is not in the table of causal language models.
+    # Use the class that the checkpoint names: AutoModelForCausalLM does not know vision-language models.
     named = getattr(transformers, (config.architectures or [""])[0], None)
     model_class: Any = named or transformers.AutoModelForCausalLM
     if source.endswith(".json"):

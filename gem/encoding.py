@@ -1,8 +1,8 @@
-"""Texts -> token ids: prompt and completion as one text, and proof that they say what the record says.
+"""Texts -> token ids: prompt and completion tokenised as one text, and checked against the record by decoding.
 
 A tokenizer may put a blank before every text, merge a token across the end of the prompt, add a second beginning of sequence,
-or not know a character. So prompt and completion are tokenised as one text and cut where the prompt ends; a token that lies
-across the cut is made anew, as no model that is given the prompt can say it; and what comes out is decoded and compared.
+or not know a character. Prompt and completion are therefore tokenised as one text and cut where the prompt ends. A token across
+the cut is replaced, as no model that reads the prompt can generate it. The result is decoded and compared with the record.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from gem.ends import Ends
 from gem.groups import Given
 from gem.problems import BadRecord, shown
 
-# Texts that hardly any token reaches across from: in front of a piece, they keep a tokenizer from beginning it with a blank.
+# Hardly any token starts with one of these and reaches into the next text. Tokenised in front of a piece, an anchor keeps the
+# tokenizer from starting the piece with a blank.
 _ANCHORS = ("\n", "(", "x", "7")
 
 
 class Encoded(NamedTuple):
-    """Of a completion."""
+    """The tokens of a completion."""
 
     ids: list[int]
-    """the tokens that the assistant says"""
+    """the assistant's tokens, which are trained on"""
     given: Given
-    """(at, tokens that others say) before ids[at]"""
+    """(at, tokens of other roles and of the template, which are read only) before ids[at]"""
 
     @property
     def length(self) -> int:
@@ -41,17 +42,19 @@ class _Tokens(NamedTuple):
 
     ids: list[int]
     spans: list[tuple[int, int]] | None
-    """[start, end) of each token in the text; None: the tokenizer is a slow one, and does not tell"""
+    """[start, end) of each token in the text; None for a slow tokenizer, which has no offsets"""
 
 
 def encode_prompt(text: str, tokenizer: Any, *, special: bool) -> list[int]:
-    """The tokens of a prompt as the model is given it, with one beginning of sequence at most.
+    """Return the tokens of a prompt as the model reads it, with at most one beginning of sequence.
 
     Args:
-        special: whether the tokenizer adds its special tokens; a chat template writes them itself.
+        text: the prompt, rendered.
+        tokenizer: of transformers.
+        special: True to let the tokenizer add its special tokens; False for a chat, whose template writes them.
 
     Raises:
-        BadRecord: nothing is left of it, or the tokenizer does not take it.
+        BadRecord: the tokens are empty, or the tokenizer fails on the text.
     """
     ids = _tokenise(text, tokenizer, special).ids
     if not ids:
@@ -60,35 +63,36 @@ def encode_prompt(text: str, tokenizer: Any, *, special: bool) -> list[int]:
 
 
 def gives_back(text: str, ids: Sequence[int], tokenizer: Any) -> bool:
-    """Whether the tokens of a text say it, blanks and special tokens before it aside."""
+    """True if the tokens of a text decode to the text, apart from blanks and leading special tokens."""
     return _squeezed(text) in _squeezed(_decode(ids, tokenizer))
 
 
 def encode_completion(
     prompt: str, prompt_ids: Sequence[int], parts: Sequence[Part], tokenizer: Any, ends: Ends, *, special: bool
 ) -> Encoded:
-    """The tokens of a completion behind the prompt's; the last one is an end of sequence.
+    """Return the tokens of a completion that follows the prompt's tokens; the last one is an end of sequence.
 
     Args:
-        prompt, prompt_ids: as encode_prompt made them.
-        parts: prompt + parts is the whole text; the last one is learnt.
+        prompt, prompt_ids: the text and its tokens from encode_prompt.
+        parts: the completion; prompt + parts is the whole text, and the last part is trained on.
+        tokenizer: of transformers.
         ends: what ends a completion.
-        special: as for the prompt.
+        special: as in encode_prompt.
 
     Raises:
-        BadRecord: an end of sequence inside of it, or text that the tokenizer does not give back.
+        BadRecord: an end of sequence inside the completion, or text that the tokenizer does not decode to again.
     """
     tried = []
     for pieces in _ways(prompt, prompt_ids, parts, tokenizer, special):
-        if _says(prompt_ids, parts, pieces, tokenizer):
+        if _matches(prompt_ids, parts, pieces, tokenizer):
             return _joined(parts, pieces, tokenizer, ends)
         tried.append(pieces)
-    # Some tokenizers decode a special token otherwise than they write it; some cannot say where a blank stands.
+    # Some tokenizers decode a special token to another text than they read it from. Some cannot represent where a blank stands.
     named = [part._replace(text=_as_decoded(part.text, tokenizer)) for part in parts]
     for pieces in tried:
-        if _says(prompt_ids, named, pieces, tokenizer):
+        if _matches(prompt_ids, named, pieces, tokenizer):
             return _joined(parts, pieces, tokenizer, ends)
-    if _sees_words_alone(tokenizer) and _says_by_itself(parts, tried[0], tokenizer):
+    if _ignores_blanks(tokenizer) and _matches_alone(parts, tried[0], tokenizer):
         return _joined(parts, tried[0], tokenizer, ends)
     text = "".join(part.text for part in parts if part.learnt)
     came = _decode(_own(text, tokenizer), tokenizer)
@@ -98,12 +102,12 @@ def encode_completion(
 def _ways(
     prompt: str, prompt_ids: Sequence[int], parts: Sequence[Part], tokenizer: Any, special: bool
 ) -> Iterator[list[list[int]]]:
-    """The tokens of each part: cut out of the whole text's; else what is learnt is made as inside of a text, or alone."""
+    """Yield ways to tokenise the parts: cut out of the whole text, or with the trained parts made as inside a text or alone."""
     whole = prompt + "".join(part.text for part in parts)
     tokens = _tokenise(whole, tokenizer, special)
     if len(parts) == 1 and tokens.ids[: len(prompt_ids)] == list(prompt_ids):
         yield [tokens.ids[len(prompt_ids) :]]
-    rest = []  # of what others say
+    rest = []  # tokens for the parts that are only read
     if tokens.spans is not None:
         natural = _cut(whole, tokens, len(prompt), parts, tokenizer, _own)
         yield natural
@@ -113,11 +117,11 @@ def _ways(
     rest.append(inside)
     own, named = ([make(part.text, tokenizer) for part in parts] for make in (_own, _apart))
     for others in rest:
-        yield from (_mixed(parts, said, others) for said in (inside, own, named))
+        yield from (_mixed(parts, learnt, others) for learnt in (inside, own, named))
 
 
-def _mixed(parts: Sequence[Part], said: Sequence[list[int]], others: Sequence[list[int]]) -> list[list[int]]:
-    return [a if part.learnt else b for part, a, b in zip(parts, said, others, strict=True)]
+def _mixed(parts: Sequence[Part], learnt: Sequence[list[int]], others: Sequence[list[int]]) -> list[list[int]]:
+    return [a if part.learnt else b for part, a, b in zip(parts, learnt, others, strict=True)]
 
 
 def _cut(
@@ -128,7 +132,7 @@ def _cut(
     tokenizer: Any,
     make: Callable[[str, Any], list[int]],
 ) -> list[list[int]]:
-    """The tokens of each part, which follow one another from `start` on; those that lie across an edge are made anew."""
+    """Return the tokens of consecutive parts from `start` on; `make` tokenises the text of tokens that lie across an edge."""
     spans = cast(list[tuple[int, int]], tokens.spans)
     swallow = _swallowing(tokenizer)
     pieces = []
@@ -140,7 +144,7 @@ def _cut(
         else:
             first, last = within[0], within[-1]
             edges = [(whole[start : spans[first][0]], first - 1), (whole[spans[last][1] : end], last + 1)]
-            # A blank beside a special token that takes it in is part of that token; where it is said, it stays.
+            # Some special tokens take in the blanks beside them. Such a blank is dropped here, unless it is trained on.
             before, behind = (
                 [] if not part.learnt and text.isspace() and tokens.ids[at] in swallow else make(text, tokenizer)
                 for text, at in edges
@@ -150,8 +154,8 @@ def _cut(
     return pieces
 
 
-def _says(prompt_ids: Sequence[int], parts: Sequence[Part], pieces: Sequence[list[int]], tokenizer: Any) -> bool:
-    """Whether the tokens, behind the prompt's, are the text of the parts; others may have blanks of a tokenizer."""
+def _matches(prompt_ids: Sequence[int], parts: Sequence[Part], pieces: Sequence[list[int]], tokenizer: Any) -> bool:
+    """True if the tokens, behind the prompt's, decode to the parts; parts that are only read may differ in blanks."""
     ids = list(prompt_ids)
     before = _decode(ids, tokenizer)
     for part, piece in zip(parts, pieces, strict=True):
@@ -166,13 +170,13 @@ def _says(prompt_ids: Sequence[int], parts: Sequence[Part], pieces: Sequence[lis
 
 
 def _added(tokenizer: Any) -> tuple[dict[str, int], re.Pattern[str]]:
-    """The added tokens of a tokenizer, and what finds them in a text."""
+    """Return the added tokens of a tokenizer with their ids, and a pattern that finds them in a text."""
     known = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
     return known, any_of(known)
 
 
 def _apart(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text of which every stretch between added tokens is made as inside of another."""
+    """Return the tokens of a text; each stretch between added tokens is tokenised as inside another text."""
     known, pattern = _added(tokenizer)
     stretches, done = [], 0
     for found in pattern.finditer(text):
@@ -182,18 +186,18 @@ def _apart(text: str, tokenizer: Any) -> list[int]:
 
 
 def _as_decoded(text: str, tokenizer: Any) -> str:
-    """The text with its added tokens as decoding writes them."""
+    """Return the text with each added token replaced by what it decodes to."""
     known, pattern = _added(tokenizer)
     return pattern.sub(lambda match: _decode([known[match.group()]], tokenizer), text)
 
 
-def _sees_words_alone(tokenizer: Any) -> bool:
-    """Whether blanks are nothing to a tokenizer, as to BERT's: it cannot tell whether one stands behind the prompt."""
+def _ignores_blanks(tokenizer: Any) -> bool:
+    """True if the tokenizer drops blanks, as BERT's does, and so cannot represent one behind the prompt."""
     return "\n" not in _decode(_own("x\nx", tokenizer), tokenizer)
 
 
-def _says_by_itself(parts: Sequence[Part], pieces: Sequence[list[int]], tokenizer: Any) -> bool:
-    """Whether the tokens of each part that is learnt are its text, special tokens aside."""
+def _matches_alone(parts: Sequence[Part], pieces: Sequence[list[int]], tokenizer: Any) -> bool:
+    """True if the tokens of each part that is trained on decode, by themselves, to its text without special tokens."""
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     for part, piece in zip(parts, pieces, strict=True):
         words = part.text
@@ -223,11 +227,14 @@ def _joined(parts: Sequence[Part], pieces: Sequence[list[int]], tokenizer: Any, 
 
 
 def _tokenise(text: str, tokenizer: Any, special: bool) -> _Tokens:
-    """special: with what the tokenizer puts before a text, one beginning of sequence at most; never with what it puts after."""
-    asked = {"return_offsets_mapping": True} if _is_fast(tokenizer) else {}
+    """Tokenise a text without the special tokens that the tokenizer would append.
+
+    special: True to keep those that the tokenizer prepends, reduced to one beginning of sequence.
+    """
+    offsets = {"return_offsets_mapping": True} if _is_fast(tokenizer) else {}
     try:
-        out = tokenizer(text, add_special_tokens=special, return_special_tokens_mask=True, **asked)
-    except Exception as error:  # tokenizers raises a bare Exception, of a word without an unknown token, say
+        out = tokenizer(text, add_special_tokens=special, return_special_tokens_mask=True, **offsets)
+    except Exception as error:  # tokenizers raises a bare Exception, for an unknown word without an unknown token, say
         raise BadRecord("the tokenizer must take the text", str(error) or repr(error)) from None
     ids, added = list(out["input_ids"]), list(out["special_tokens_mask"])
     if not special:
@@ -235,14 +242,14 @@ def _tokenise(text: str, tokenizer: Any, special: bool) -> _Tokens:
     first, last = 0, len(ids)
     while last > first and added[last - 1]:
         last -= 1
-    if last - first > 1 and added[0] and not added[1] and ids[0] == ids[1]:  # somebody has written it into the text
+    if last - first > 1 and added[0] and not added[1] and ids[0] == ids[1]:  # the text already starts with it
         first = 1
     spans = [(int(a), int(b)) for a, b in out["offset_mapping"]] if _is_fast(tokenizer) else None
     return _Tokens(ids[first:last], None if spans is None else _with_blanks(text, spans[first:last]))
 
 
 def _with_blanks(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Some tokenizers leave the blank before a token out of its span, though the token holds it."""
+    """Widen each span by the blank before it, which some tokenizers leave out although the token holds it."""
     done, widened = 0, []
     for a, b in spans:
         widened.append((done if done < a and text[done:a].isspace() else a, b))
@@ -251,12 +258,12 @@ def _with_blanks(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int
 
 
 def _own(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text by itself."""
+    """Return the tokens of a text tokenised alone."""
     return _tokenise(text, tokenizer, False).ids if text else []
 
 
 def _inside(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a text as they are inside of another."""
+    """Return the tokens of a text as they are inside another text."""
     for anchor in _ANCHORS if text else ():
         before, both = _own(anchor, tokenizer), _own(anchor + text, tokenizer)
         if both[: len(before)] == before:
@@ -270,17 +277,17 @@ def _decode(ids: Sequence[int], tokenizer: Any) -> str:
 
 
 def _is_fast(tokenizer: Any) -> bool:
-    """Whether it tells where its tokens stand in the text."""
+    """True if the tokenizer gives the offsets of its tokens."""
     return bool(getattr(tokenizer, "is_fast", False))
 
 
 def _canonical(text: str) -> str:
-    """One of the ways to write a text that Unicode calls the same: many tokenizers choose one."""
+    """Return the text in Unicode's NFC form: many tokenizers normalise to one of several equivalent forms."""
     return unicodedata.normalize("NFC", text)
 
 
 def _swallowing(tokenizer: Any) -> set[int]:
-    """The special tokens that take in the blanks beside them."""
+    """Return the ids of the special tokens that take in the blanks beside them."""
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.lstrip or token.rstrip}
 
 
@@ -293,6 +300,6 @@ def _squeezed(text: str) -> str:
 
 
 def _difference(text: str, came: str) -> str:
-    """Where the two part."""
+    """Return both texts around the first character in which they differ, for a message."""
     at = common(text, came)
     return f"{shown(came[max(0, at - 10) : at + 20])} for {shown(text[max(0, at - 10) : at + 20])}"

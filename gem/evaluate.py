@@ -17,7 +17,7 @@ from gem.data import Example
 from gem.ends import Ends, model_ends
 from gem.groups import Group, Member
 from gem.head import ensure_fused
-from gem.rollout import generate
+from gem.rollout import Sampler, TransformersSampler, sample_completions
 from gem.score import score_groups, token_stats
 from gem.spans import find_spans
 
@@ -27,18 +27,28 @@ NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\w)\.\d+)")
 
 
 class Evaluation:
-    """A model -> metrics on held-out examples. Build it on the model before training: that one is the reference.
+    """Callable that turns a model into metrics on held-out examples. Its reference is the model that it is built on.
 
-    Metrics (shares unless said otherwise; a metric that cannot be had, such as an AUROC when all answers are right, is
-    absent):
+    Metrics are shares unless noted; one that is undefined, such as an AUROC when all answers are right, is absent:
         preference_sum, _token, _reference: pairs with r(chosen) > r(rejected); r = log pi, log pi per token, or log pi minus
-            the reference's; a tie counts half. preference_length: what length alone reaches, in its better direction.
-        accuracy_greedy, accuracy_sampled: completions whose final answer is that of the chosen completion, where that is
-            one turn.
-        auroc: how well S tells right from wrong sampled completions; truncated, and in nats or tokens: final_entropy,
-            branch_entropy, length.
+            the reference's; a tie counts half. preference_length: the share that length alone reaches, in its better
+            direction.
+        accuracy_greedy, accuracy_sampled: completions with the final answer of the chosen completion, over the examples
+            whose chosen completion is one turn.
+        auroc: how well S separates right from wrong sampled completions.
+        truncated: sampled completions that were cut off. Means over them: final_entropy, branch_entropy (nats), length
+            (tokens).
 
     After a call, `completions` holds the first greedy completions.
+
+    Args:
+        model: the reference, as a rule the model before training.
+        tokenizer: the model's tokenizer.
+        examples: held-out examples; eval_limit takes the first of them.
+        rollout: how answers are sampled.
+        score: settings of Eq. 1.
+        arguments: eval_limit and eval_samples.
+        sampler: rollout backend of the answers; None: transformers' generate on the model of each call.
     """
 
     def __init__(
@@ -49,12 +59,13 @@ class Evaluation:
         rollout: RolloutArguments,
         score: ScoreArguments,
         arguments: EvalArguments,
+        sampler: Sampler | None = None,
     ) -> None:
-        self.tokenizer, self.rollout, self.score = tokenizer, rollout, score
+        self.tokenizer, self.rollout, self.score, self.sampler = tokenizer, rollout, score, sampler
         self.samples = arguments.eval_samples
         self.examples = list(examples[: arguments.eval_limit] if arguments.eval_limit else examples)
         self.pairs = [e for e in self.examples if e.rejected_ids]
-        # Of several turns, the greedy answer would be that of the first.
+        # A completion answers the first turn alone, so an example of several turns has no answer to compare with.
         self.answered = [e for e in self.examples if not e.chosen_given]
         if len(self.answered) < len(self.examples):
             several = len(self.examples) - len(self.answered)
@@ -68,12 +79,13 @@ class Evaluation:
         self.reference = self._pair_logprobs(model)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Return the metrics of the model, those with a finite value."""
         ensure_fused(model)
         metrics = {**self._preference(model), **self._task(model)}
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def _pair_logprobs(self, model: nn.Module) -> Tensor:
-        """(P, 2) summed log-probs of chosen and rejected."""
+        """Return the summed log-probs (P, 2) of the chosen and the rejected answers."""
         sequences = [
             (e.prompt_ids, ids, given)
             for e in self.pairs
@@ -83,6 +95,7 @@ class Evaluation:
         return torch.tensor([float(s.logprob.sum()) for s in stats]).view(-1, 2)
 
     def _preference(self, model: nn.Module) -> dict[str, float]:
+        """Return the preference metrics, none without pairs."""
         if not self.pairs:
             return {}
         logprob = self._pair_logprobs(model)
@@ -96,11 +109,13 @@ class Evaluation:
         }
 
     def _task(self, model: nn.Module) -> dict[str, float]:
+        """Return the metrics of generated answers, none without examples of one turn."""
         if not self.answered:
             return {}
         ends = model_ends(model, self.tokenizer, self.rollout.stop)
+        sampler = self.sampler or TransformersSampler(model, self.tokenizer, self.rollout)
         prompts = [e.sampled_from for e in self.answered]
-        greedy = generate(model, self.tokenizer, prompts, self.rollout, greedy=True)
+        greedy = sample_completions(sampler, prompts, ends, self.tokenizer, greedy=True)
         right = [self._is_right(ids, expected, ends) for ids, expected in zip(greedy, self.expected, strict=True)]
         self.completions = [
             {
@@ -112,17 +127,20 @@ class Evaluation:
             for example, ids, expected, ok in list(zip(self.answered, greedy, self.expected, right, strict=True))[:20]
         ]
         metrics = {"accuracy_greedy": sum(right) / len(right)}
-        return {**metrics, **self._sampled(model, prompts, ends)} if self.samples else metrics
+        return {**metrics, **self._sampled(model, sampler, prompts, ends)} if self.samples else metrics
 
-    def _sampled(self, model: nn.Module, prompts: Sequence[list[int]], ends: Ends) -> dict[str, float]:
-        """What `samples` completions a prompt say: their accuracy, and how S orders them."""
+    def _sampled(
+        self, model: nn.Module, sampler: Sampler, prompts: Sequence[list[int]], ends: Ends
+    ) -> dict[str, float]:
+        """Return the metrics of `samples` completions per prompt: their accuracy, and how S orders them."""
         groups = [
             Group(e.prompt, e.prompt_ids, [], question=e.question, sampling_prompt_ids=prompt)
             for e, prompt in zip(self.answered, prompts, strict=True)
             for _ in range(self.samples)
         ]
         expected = [answer for answer in self.expected for _ in range(self.samples)]
-        completions = generate(model, self.tokenizer, [g.sampling_prompt_ids for g in groups], self.rollout)
+        sampled_from = [g.sampling_prompt_ids for g in groups]
+        completions = sample_completions(sampler, sampled_from, ends, self.tokenizer)
         for group, ids in zip(groups, completions, strict=True):
             group.members = [Member("candidate", ids, sampled=True)]
         score_groups(groups, self.tokenizer, model, None, self.score, ends=ends)
@@ -139,26 +157,31 @@ class Evaluation:
         }
 
     def _answer(self, ids: Sequence[int], ends: Ends) -> str:
-        said = ends.content(ids, self.tokenizer)
-        span = find_spans(said, self.tokenizer, markers=self.score.markers, last_tokens=max(1, len(said))).answer
-        return normalise(self.tokenizer.decode(said[slice(*span)], skip_special_tokens=True))
+        """Return the final answer of a completion, normalised."""
+        content = ends.content(ids, self.tokenizer)
+        span = find_spans(content, self.tokenizer, markers=self.score.markers, last_tokens=max(1, len(content))).answer
+        return normalise(self.tokenizer.decode(content[slice(*span)], skip_special_tokens=True))
 
     def _is_right(self, ids: Sequence[int], expected: str, ends: Ends) -> bool:
         return ends.has_ended(ids, self.tokenizer) and bool(expected) and self._answer(ids, ends) == expected
 
 
 def preference_accuracy(reward: Tensor) -> float:
-    """(P, 2) rewards of chosen and rejected -> share of pairs with the chosen above, ties half; NaN without pairs."""
+    """Return the share of pairs whose chosen reward is the higher one, a tie counting half; NaN without pairs.
+
+    Args:
+        reward: (P, 2) rewards of the chosen and the rejected answers.
+    """
     above, below = reward.unbind(1)
     return float((above > below).float().add((above == below).float(), alpha=0.5).mean())
 
 
 def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
-    """P(score of a positive > score of a negative), ties half (Mann-Whitney); NaN when one of the two is missing."""
+    """Return P(score of a positive > score of a negative), a tie counting half (Mann-Whitney); NaN if either is missing."""
     s, y = torch.tensor(scores, dtype=torch.float64), torch.tensor(positive, dtype=torch.bool)
     if not y.any() or y.all():
         return math.nan
-    # The mean rank of equal scores, counted from how many lie below and at each.
+    # Equal scores share their mean rank: the average of the first and the last rank that they occupy.
     ordered = s.sort().values
     rank = (torch.searchsorted(ordered, s) + torch.searchsorted(ordered, s, right=True) + 1).double() / 2
     n = int(y.sum())
@@ -166,7 +189,7 @@ def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
 
 
 def pair_auroc(groups: Sequence[Group]) -> float:
-    """Share of human pairs that S orders rightly, ties half; NaN when no pair has two scores."""
+    """Return the share of human pairs that S orders correctly, a tie counting half; NaN if no pair has two scores."""
     pairs = []
     for group in groups:
         chosen, rejected = group.role("chosen"), group.role("rejected")
@@ -177,15 +200,16 @@ def pair_auroc(groups: Sequence[Group]) -> float:
 
 
 def normalise(answer: str) -> str:
-    """What is compared of a final answer: its last number, without separators and trailing zeros, else its words."""
+    """Return the form in which answers are compared: the last number without separators and trailing zeros, else the words."""
     numbers = NUMBER.findall(answer)
     if numbers:
-        number = f"{Decimal(numbers[-1].replace(',', '')):f}"  # every digit counts: two floats may print alike
+        number = f"{Decimal(numbers[-1].replace(',', '')):f}"  # exact: as floats, two long numbers may be equal
         number = number.rstrip("0").rstrip(".") if "." in number else number
         return "0" if number == "-0" else number
     return " ".join(answer.lower().split()).strip(" .")
 
 
 def _mean(values: Sequence[float]) -> float:
+    """Return the mean of the finite values; NaN if there is none."""
     finite = [v for v in values if math.isfinite(v)]
     return sum(finite) / len(finite) if finite else math.nan

@@ -1,9 +1,9 @@
-"""What went wrong, in one line for whoever typed the command."""
+"""Describe an error in one line for the user of a command."""
 
 from __future__ import annotations
 
 EXTRAS = ("transformers", "accelerate", "datasets", "peft", "matplotlib", "tqdm", "yaml")
-OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator")  # as CUDA says it, and torch of a CPU
+OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator")  # as in the messages of CUDA, and of torch on a CPU
 LOWER = {
     "sft": "per_device_train_batch_size (and raise gradient_accumulation_steps), max_length or cache_mib; or use "
     "gradient_checkpointing, lora_rank or dtype=bfloat16",
@@ -15,13 +15,13 @@ LOWER = {
 
 
 def explain(error: BaseException, command: str) -> str:
-    """One line for whoever typed the command: what went wrong, and what to do where that is known."""
+    """Return one line for the user of a command: the error, and what to do if that is known."""
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         trains = command in ("sft", "train")
         return "interrupted" + (": the same command goes on from the last checkpoint" if trains else "")
     if isinstance(error, ModuleNotFoundError):
-        # `pip install gem-kernels` alone brings torch and no more
+        # `pip install gem-kernels` alone installs only torch
         package = "'gem-kernels[train]'" if str(error.name).split(".")[0] in EXTRAS else error.name or "it"
         return f"needs pip install {package} ({text})"
     if isinstance(error, UnicodeError) or not isinstance(error, ValueError):

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Read text files, and write files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
-    """A text file to write that takes the place of `path` by rename when the block ends well; else nothing changes."""
+    """Yield a text file that replaces `path` by rename if the block succeeds; otherwise `path` stays as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
@@ -25,10 +25,10 @@ def replacing(path: Path) -> Iterator[IO[str]]:
 
 
 def read_text(path: Path) -> str:
-    """The whole of a UTF-8 file.
+    """Return the content of a UTF-8 file.
 
     Raises:
-        ValueError: it is not UTF-8; with its name, which Python's own message lacks.
+        ValueError: it is not UTF-8; the message names the file, which Python's own does not.
     """
     try:
         return path.read_text(encoding="utf-8")

@@ -1,9 +1,9 @@
-"""One table of the formats that public preference data have: what each is recognised by, and what is read as what.
+"""The table of public preference formats: the columns that identify each, and how its rows become records.
 
     format = recognise(rows)                  # by their columns, the most specific first
     raw = format.read(rows[0])                # {"prompt": ..., "chosen": ..., "rejected": ...}, for gem.shapes
 
-A set that only says which of two answers is better becomes chosen and rejected here; a tie is a bad record.
+A row that names the better of two answers becomes chosen and rejected; a tie is a bad record.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gem.converters import Convert, Row, is_transcript
 
 # Fields that mean the same in every format.
 _EXTRAS = ("tools", "chat_template_kwargs", "image", "images", "audio", "audios", "video", "videos")
-# Columns that rate both answers of a pair, by where they come from: UltraFeedback, Argilla, distilabel.
+# Pairs of columns that rate both answers, as UltraFeedback, Argilla and distilabel name them.
 _RATINGS = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
@@ -29,7 +29,11 @@ _RATINGS = (
 
 @dataclass(frozen=True)
 class Format:
-    """name: of --data_format; title: of the set; columns: all must be there, "a|b" is either; read_as: what becomes what."""
+    """A row of the table.
+
+    name: the value of --data_format. title: the name of the data set, for the log. columns: all must be present; "a|b" is
+    either. read_as: the conversion in words, for the log. convert: the conversion.
+    """
 
     name: str
     title: str
@@ -37,22 +41,22 @@ class Format:
     read_as: str
     convert: Convert
     holds: Callable[[Sequence[Row]], bool] = lambda rows: True
-    """what the first rows must look like, beside their columns"""
+    """a further condition on the first rows, beside their columns"""
     also: tuple[str, ...] = ()
-    """columns that are used where they are there"""
+    """optional columns that the conversion uses"""
     on_request: bool = False
-    """never recognised, only asked for by name"""
+    """True if the format is only chosen by name, never recognised"""
 
     def matches(self, rows: Sequence[Row]) -> bool:
-        """Whether rows have the columns, and look like it."""
+        """True if the rows have the columns of this format and meet its condition."""
         there = columns_of(rows)
         return all(there & set(column.split("|")) for column in self.columns) and self.holds(rows)
 
     def read(self, row: Row) -> Row:
-        """The row with our names: prompt, chosen, rejected, candidates, system, tools, chat_template_kwargs.
+        """Return the row under our names: prompt, chosen, rejected, candidates, system, tools, chat_template_kwargs.
 
         Raises:
-            BadRecord: a field that decides is missing or of the wrong kind, or a tie.
+            BadRecord: a required field is missing or of the wrong kind, or the row is a tie.
         """
         row = {name: value for name, value in row.items() if value is not None}
         extras = {name: row[name] for name in _EXTRAS if name in row}
@@ -64,15 +68,15 @@ class Format:
 
 
 def columns_of(rows: Sequence[Row]) -> set[str]:
-    """Columns in which one of the rows has something."""
+    """Return the columns in which at least one row has a value."""
     return {name for row in rows for name, value in row.items() if value is not None}
 
 
 def recognise(rows: Sequence[Row], name: str = "auto") -> Format:
-    """The format of the first rows of a source, or that of a name.
+    """Return the format that matches the first rows of a source, or the one of that name.
 
     Raises:
-        ValueError: an unknown name, or columns that no format has.
+        ValueError: an unknown name, or columns that match no format.
     """
     if name != "auto":
         named = {format.name: format for format in FORMATS}
@@ -91,7 +95,7 @@ def recognise(rows: Sequence[Row], name: str = "auto") -> Format:
 
 
 def left_aside(format: Format, rows: Sequence[Row]) -> list[str]:
-    """Columns by which the rows could also have been read as another format: to be told, not to be guessed at."""
+    """Return the unused columns that would match another format: the log lists them, as the choice may be wrong."""
     used = {name for column in (*format.columns, *format.also) for name in column.split("|")}
     others = [f for f in FORMATS if not f.on_request and f.matches(rows)]
     there = columns_of(rows)
@@ -99,7 +103,7 @@ def left_aside(format: Format, rows: Sequence[Row]) -> list[str]:
 
 
 def _of_transcripts(rows: Sequence[Row]) -> bool:
-    """Whether most of what could be a transcript is one: the prompts, else the chosen answers."""
+    """True if most of the prompts, else most of the chosen answers, are transcripts."""
     texts = [row.get("prompt", row.get("chosen")) for row in rows]
     texts = [text for text in texts if text is not None]
     return 2 * sum(map(is_transcript, texts)) > len(texts)
@@ -107,7 +111,7 @@ def _of_transcripts(rows: Sequence[Row]) -> bool:
 
 _PKU = ("response_0", "response_1", "better_response_id", "safer_response_id")
 FORMATS = (
-    # Sets that are known by columns of their own.
+    # Data sets with columns of their own.
     Format(
         "ultrafeedback-binarized", "UltraFeedback binarized", ("prompt", "prompt_id", "chosen", "rejected", "messages"),
         "chosen and rejected are conversations that repeat the prompt", to.standard,
@@ -176,7 +180,7 @@ FORMATS = (
         "the doctor's answer_icliniq as chosen, answer_chatgpt as rejected: the set itself prefers none",
         to.renamed(prompt="input", chosen="answer_icliniq", rejected="answer_chatgpt"),
     ),
-    # Pairs in general.
+    # Generic pairs.
     Format(
         "standard", "preference records", ("prompt", "chosen|candidates|rejected"),
         "prompt, chosen and rejected as they are", to.standard, also=("completion",),
@@ -208,7 +212,7 @@ FORMATS = (
         "implicit-prompt", "preference records without a prompt", ("chosen", "rejected"),
         "what chosen and rejected begin with in common as the prompt", to.implicit,
     ),
-    # Answers to learn from alone.
+    # Single answers.
     Format(
         "unpaired", "unpaired preference", ("prompt", "completion", "label"),
         "completions with a true label as chosen", to.labelled("label", to.standard),

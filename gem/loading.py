@@ -1,4 +1,4 @@
-"""Files of models that do not load: which one, and what to do, in one line."""
+"""Errors of model files that do not load, in one line: which file, and what to do."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ JSON_FILES = (
 
 @contextmanager
 def loading(what: str, source: str, expected: str) -> Iterator[None]:
-    """Whatever goes wrong inside, where others' code reads others' files, becomes a ValueError of one line.
+    """Turn any error of the block, in which other libraries read model files, into a ValueError of one line.
 
     Args:
         what: the argument that named the source.
-        source: what the user named.
-        expected: what it must be.
+        source: the path or name that the user gave.
+        expected: a description of a valid source.
 
     Raises:
-        ValueError: with the file that is damaged or missing, where it can be told, else with the first error's reason.
+        ValueError: names the damaged or missing file if known, else gives the first error's reason.
     """
     damage = damaged(Path(source))
     if damage is not None:
         raise ValueError(f"{what} must be a folder of whole files, got {source!r}: {damage}")
     try:
         yield
-    except Exception as error:  # loaders trip over broken files with KeyError, AttributeError, a bare Exception, ...
+    except Exception as error:  # loaders fail on broken files with KeyError, AttributeError, a bare Exception, ...
         raise ValueError(f"{what} must be {expected}, got {source!r}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
-    """An exception in one line, with what to do about those that users meet."""
+    """Return an exception as one line, with advice for the common ones."""
     text, name = " ".join(str(error).split()), type(error).__name__
     if "trust_remote_code" in text:
         return (
@@ -49,23 +49,23 @@ def _reason(error: Exception) -> str:
         return "its weights are a pickle that torch does not load: convert them to safetensors"
     if "ignore_mismatched_sizes" in text:
         return "its weights have other sizes than its config.json says: take both from one place"
-    if "Repo id must" in text:  # what is no folder is taken for a name on the hub
+    if "Repo id must" in text:  # transformers takes any source that is not a folder for a hub name
         return "no such folder, and no name on the hub"
     if isinstance(error, ImportError):
         return f"it needs a package that is not installed: {_short(text)}"
-    told = isinstance(error, (ValueError, OSError, RuntimeError, Warning)) and text
-    return _short(text) if told else f"transformers does not read it ({name}: {_short(text)})"
+    is_clear = isinstance(error, (ValueError, OSError, RuntimeError, Warning)) and text
+    return _short(text) if is_clear else f"transformers does not read it ({name}: {_short(text)})"
 
 
 def _short(text: str, most: int = 300) -> str:
-    """As much of a text as reads in a line: some messages list every class of a package."""
+    """Cut a text to one line's length: some messages list every class of a package."""
     return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " ..."
 
 
 def damaged(folder: Path) -> str | None:
-    """The first file of a model's folder that is not whole, and what to do; None: none is known to be, or it is no folder.
+    """Return the first damaged file of a model's folder, and what to do; None if none is known or the source is no folder.
 
-    transformers passes over some of them in silence: without its generation config, a model would lose its ends.
+    transformers ignores some of these files silently: a model without its generation config would lose its ends.
     """
     if not folder.is_dir():
         return None
@@ -84,10 +84,10 @@ def damaged(folder: Path) -> str | None:
 
 
 def _no_json(file: Path, names: set[str]) -> str | None:
-    """Why a file does not hold a JSON object, or, of an index, which of the files that it names are not among `names`."""
+    """Return why a file holds no JSON object, or which files an index names that are not among `names`; None if all is well."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:  # of JSON and of UTF-8, too
+    except (ValueError, OSError) as error:  # ValueError: not JSON, or not UTF-8
         return f"is not JSON ({error})"
     if not isinstance(content, dict):
         return f"must hold a JSON object, got {type(content).__name__}"
@@ -103,7 +103,7 @@ def _no_json(file: Path, names: set[str]) -> str | None:
 
 
 def no_tensors(file: Path) -> str | None:
-    """Why a file is not of safetensors."""
+    """Return why a file is not a safetensors file; None if it is one."""
     try:
         with safe_open(file, framework="pt"):
             return None

@@ -1,23 +1,157 @@
 """Losses as pure functions of log-probabilities: SEGA, DPO, IPO, PRO, the listwise form of DPO, and a KL term.
 
+`group_loss` applies the configured one to a group. A new loss is a function here, its case in `group_loss`, and its name in
+gem/config.py.
+
 S sequences, K members of one group, N tokens. A sequence log-prob is the sum over its completion tokens, in nats, fp32
-or fp64: in bf16 a sum near -1000 would be rounded to a multiple of 4. Gradients flow to the policy's log-probs only;
-weights and reference log-probs are constants. beta, the weight of the KL term in the objective behind DPO and IPO, is
-> 0. All raise TypeError for another dtype and ValueError for shapes that differ or values out of range.
+or fp64: bf16 would round a sum near -1000 to a multiple of 4. Gradients flow to the policy's log-probs only; weights and
+reference log-probs are constants. beta > 0 is the weight of the KL term in the objective behind DPO and IPO. Every
+function raises TypeError for another dtype, and ValueError for mismatched shapes or values out of range.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gem.config import CHOICES, LossArguments
+from gem.groups import ROLES
+
+
+class _Members(NamedTuple):
+    """The K members of one group: log-probs summed over the tokens of each, nats, and its entries in the batch."""
+
+    log_pi: Tensor  # (K,), under the policy
+    log_ref: Tensor  # (K,), under the reference
+    lengths: Tensor  # (K,) completion tokens
+    weight: Tensor  # (K,) w of Eq. 2
+    chosen: Tensor  # (K,) bool
+    rejected: Tensor  # (K,) bool
+
+
+def group_loss(
+    logprob: Tensor,
+    ref_logprob: Tensor | None,
+    sequence: Tensor,
+    weight: Tensor,
+    role: Tensor,
+    fresh: Tensor,
+    arguments: LossArguments,
+) -> dict[str, Tensor]:
+    """Return the loss of one group and its parts, in nats.
+
+    Args:
+        logprob: (n,) log-probs of the group's tokens under the policy.
+        ref_logprob: (n,) log-probs under the reference; None only for sft.
+        sequence: (n,) int64, index of each token's member.
+        weight: (K,) w of Eq. 2.
+        role: (K,) numbers of gem.groups.ROLES.
+        fresh: (K,) bool, true for members sampled from the policy as it is now.
+        arguments: the loss and its weights.
+
+    Returns:
+        {"loss": scalar, and the parts that the report shows}. sft gives a sum over tokens, which the caller averages.
+
+    Raises:
+        ValueError: the loss is unknown, or the group lacks the reference log-probs or the human pair that it needs.
+    """
+    chosen, rejected, candidate = (role == ROLES[r] for r in ("chosen", "rejected", "candidate"))
+    match arguments.loss:
+        case "sft":
+            return {"loss": -(logprob * chosen[sequence]).sum()}
+        case "sega":
+            main_term, needs_pair, has_kl = _sega_term, False, True
+        case "listwise_dpo":
+            main_term, needs_pair, has_kl = _listwise_dpo_term, True, True
+        case "dpo":
+            main_term, needs_pair, has_kl = _dpo_term, True, False
+        case "ipo":
+            main_term, needs_pair, has_kl = _ipo_term, True, False
+        case "pro":
+            main_term, needs_pair, has_kl = _pro_term, True, False
+        case unknown:  # a name that config.py lists and this match lacks ends here too
+            known = ", ".join(name for name in CHOICES["loss"] if name != unknown)
+            raise ValueError(f"loss must be one of {known}, got {unknown!r}")
+    has_pair = bool(chosen.any() and rejected.any())
+    if ref_logprob is None or (needs_pair and not has_pair):
+        raise ValueError(f"loss={arguments.loss} needs groups with the log-probs of a reference and a human pair")
+
+    lengths = torch.bincount(sequence, minlength=len(role))
+    log_pi, log_ref = (torch.zeros_like(weight).index_add(0, sequence, x) for x in (logprob, ref_logprob))
+    if arguments.loss == "sega" and arguments.taper:
+        weight = _tapered(weight, log_pi, log_ref, fresh)
+    members = _Members(log_pi, log_ref, lengths, weight, chosen, rejected)
+    loss = main_term(members, arguments)
+    # The mean over tokens of the chosen answers anchors the policy on what people wrote.
+    nll = -log_pi[chosen].sum() / lengths[chosen].sum().clamp(min=1)
+    loss = loss + arguments.sft_weight * nll
+    # k3 estimates the KL from samples of the policy: from the candidates alone, as a mean over sequences.
+    sampled = candidate[sequence]
+    kl = kl_k3(logprob[sampled], ref_logprob[sampled]).sum() / candidate.sum().clamp(min=1)
+    if has_kl:
+        loss = loss + arguments.kl_weight * kl
+    parts = {
+        "loss": loss,
+        "kl": kl,
+        "weight_positive": weight.clamp(min=0).sum(),
+        "weight_negative": -weight.clamp(max=0).sum(),
+    }
+    if has_pair:
+        parts |= {"logprob_chosen": log_pi[chosen].mean(), "logprob_rejected": log_pi[rejected].mean()}
+    return parts
+
+
+def _tapered(weight: Tensor, log_pi: Tensor, log_ref: Tensor, fresh: Tensor) -> Tensor:
+    """Return the weights (K,) of SEGA with the push on off-policy members bounded.
+
+    SEGA's negative weights are constants. On a response that the policy no longer gives, a constant pushes without end and
+    breaks everything else. The truncated importance ratio min(1, pi / pi_ref) of TOPR (arXiv 2503.14286) ends the push.
+    """
+    ratio = (log_pi - log_ref).detach().clamp(max=0.0).exp()
+    return torch.where((weight < 0) & ~fresh, weight * ratio, weight)
+
+
+def _sega_term(members: _Members, arguments: LossArguments) -> Tensor:
+    per_token = arguments.length_norm == "tokens"
+    return sega_loss_fn(members.log_pi / members.lengths if per_token else members.log_pi, members.weight)
+
+
+def _listwise_dpo_term(members: _Members, arguments: LossArguments) -> Tensor:
+    target = members.chosen.float() / members.chosen.sum()
+    reward = listwise_dpo_reward(members.log_pi, members.log_ref, target, beta=arguments.beta)
+    return sega_loss_fn(members.log_pi, reward)
+
+
+def _dpo_term(members: _Members, arguments: LossArguments) -> Tensor:
+    return dpo_loss(*_pair(members), beta=arguments.beta).sum()
+
+
+def _ipo_term(members: _Members, arguments: LossArguments) -> Tensor:
+    return ipo_loss(*_pair(members), beta=arguments.beta).sum()
+
+
+def _pro_term(members: _Members, arguments: LossArguments) -> Tensor:
+    """Order the members by weight, with the human chosen answer moved up by one and the rejected one down."""
+    rank = members.weight + members.chosen.float() - members.rejected.float()
+    best_first = torch.argsort(rank, descending=True, stable=True)
+    return pro_loss(members.log_pi[best_first], members.lengths[best_first])
+
+
+def _pair(members: _Members) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the log-probs of the chosen and the rejected answer under the policy, then under the reference."""
+    chosen, rejected = members.chosen, members.rejected
+    return members.log_pi[chosen], members.log_pi[rejected], members.log_ref[chosen], members.log_ref[rejected]
 
 
 def sega_loss_fn(logprob: Tensor, weight: Tensor) -> Tensor:
     """L = -sum_i w_i log pi(a_i): Eq. 2 of GEM, arXiv 2511.13007, without its mean over the queries.
 
     Args:
-        logprob, weight: (S,); weight from gem.sega.sega_weights, a constant.
+        logprob: (S,) sequence log-probs.
+        weight: (S,) weights from gem.sega.sega_weights; constants.
 
     Returns:
         scalar; the caller divides by the number of queries, or puts 1 / B into the weights.
@@ -55,8 +189,8 @@ def ipo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
 def pro_loss(logprob: Tensor, lengths: Tensor) -> Tensor:
     """-sum_{k<K} log(e^{r_k} / sum_{i>=k} e^{r_i}), r = logprob / lengths: the ranking term of PRO, arXiv 2306.17492.
 
-    Each member in turn against all that rank below it (Plackett-Luce). Without the temperatures that the paper can take
-    from a reward model; its supervised term is the caller's.
+    Each member in turn competes with all members ranked below it (Plackett-Luce). The temperatures that the paper can take
+    from a reward model are left out. The caller adds the supervised term.
 
     Args:
         logprob: (K,) sequence log-probs of one group, ordered from best to worst, K >= 2.
@@ -72,7 +206,7 @@ def pro_loss(logprob: Tensor, lengths: Tensor) -> Tensor:
         )
     if bool((lengths <= 0).any()):
         raise ValueError(f"lengths must be > 0, got {lengths.tolist()}")
-    r = (logprob / lengths).flip(0)  # worst first: the sums over those that rank below are running ones
+    r = (logprob / lengths).flip(0)  # worst first: the sum over lower ranks is then a running sum
     return (r.logcumsumexp(0) - r).sum()  # the worst member's own term is 0
 
 
@@ -80,14 +214,14 @@ def listwise_dpo_reward(logprob: Tensor, ref: Tensor, target: Tensor, *, beta: f
     """r_i = beta (y_i - softmax(h)_i), h = beta (log pi - log pi_ref): SEGA's f = listwise_dpo.
 
     With r as reward and no normalisation, SEGA has the gradient of -sum_i y_i log softmax(h)_i (Plackett-Luce, top one)
-    for every K; one-hot y and K = 2 is DPO. r sums to 0, so that r is its own advantage.
+    for every K; one-hot y and K = 2 give DPO. r sums to 0, so r is its own advantage.
 
     Args:
         logprob, ref: (K,) sequence log-probs of one group under the policy and the reference.
         target: (K,), y >= 0 with sum 1, for instance one-hot at the human chosen response.
 
     Returns:
-        (K,) without gradient.
+        (K,), without gradient.
     """
     _check(logprob=logprob, ref=ref, target=target)
     _check_beta(beta)
@@ -99,7 +233,7 @@ def listwise_dpo_reward(logprob: Tensor, ref: Tensor, target: Tensor, *, beta: f
 def kl_k3(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
     """e^x - 1 - x, x = log pi_ref - log pi: the estimator k3 of KL(pi || pi_ref) for tokens sampled from pi.
 
-    Never negative, and 0 exactly where the two agree. http://joschu.net/blog/kl-approx.html
+    It is never negative, and exactly 0 where the two agree. http://joschu.net/blog/kl-approx.html
 
     Args:
         logprob, ref_logprob: (N,) log-probs of the tokens.
@@ -113,14 +247,14 @@ def kl_k3(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
 
 
 def _log_ratio_gap(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> Tensor:
-    """h = (log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected), (S,)."""
+    """Return h = (log pi - log pi_ref)(chosen) - (log pi - log pi_ref)(rejected), (S,)."""
     _check(chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
     _check_beta(beta)
     return (chosen - rejected) - (ref_chosen - ref_rejected).detach()
 
 
 def _check(**values: Tensor) -> None:
-    """All fp32 or fp64 and of one shape (N,)."""
+    """Raise unless all values are fp32 or fp64 and of one shape (N,)."""
     for name, t in values.items():
         if t.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"{name} must be float32 or float64 (sums of log-probs in 16 bits round), got {t.dtype}")

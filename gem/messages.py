@@ -1,4 +1,4 @@
-"""Chat messages as public data writes them -> as a chat template takes them; what is not understood is refused by name.
+"""Normalise chat messages of public data for a chat template; anything that is not understood is refused by name.
 
 conversation("2", "chosen")                                           -> "2"
 conversation([{"from": "human", "value": "1+1"}], "prompt")           -> [{"role": "user", "content": "1+1"}]
@@ -17,7 +17,7 @@ Message = dict[str, Any]
 Conversation = str | list[Message]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# What the roles are called elsewhere: ShareGPT, OpenAssistant, Gemma, Llama 3, Glaive, Hermes.
+# The names of the roles in ShareGPT, OpenAssistant, Gemma, Llama 3, Glaive and Hermes.
 _ROLE = {
     **dict.fromkeys(("human", "prompter", "question", "instruction"), "user"),
     **dict.fromkeys(("gpt", "bot", "model", "ai", "chatgpt", "chatbot", "answer", "response"), "assistant"),
@@ -30,17 +30,17 @@ _CALLS = ("function_call", "tool_call")  # roles whose content is the call itsel
 _ROLE_KEYS = ("role", "from", "author", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
 REASONING = ("reasoning_content", "reasoning", "thinking")
-# What a message says, and what only describes it (token counts, languages, ids of its source).
-_SAID = ("role", "content", "tool_calls", "tool_call_id", "name", *REASONING)
+# The fields that make up a message; others only describe it (token counts, languages, ids of its source).
+_CONTENT_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", *REASONING)
 
 
 def conversation(value: object, name: str) -> Conversation:
-    """Text as it is, or a list of messages with "role" and "content" (str) and what else they had, None left out.
+    """Return text unchanged, or messages as dicts with "role", "content" (str) and their other fields that are not None.
 
-    JSON text of messages, one message alone and a table of messages ({"role": [...], "content": [...]}) are messages too.
+    JSON text of messages, a single message and a table of messages ({"role": [...], "content": [...]}) count as messages too.
 
     Raises:
-        BadRecord: anything else; it names `name` and what came.
+        BadRecord: anything else; the message gives `name` and the value.
     """
     if isinstance(value, str):
         messages = _json_messages(value)
@@ -57,10 +57,10 @@ def conversation(value: object, name: str) -> Conversation:
 
 
 def check_text(value: object, name: str) -> str:
-    """`value` itself.
+    """Return `value` itself if it is text that is not blank.
 
     Raises:
-        BadRecord: no text, blank text, or half a surrogate pair in it, which no tokenizer takes.
+        BadRecord: no text, blank text, or text with half a surrogate pair, which no tokenizer takes.
     """
     if not isinstance(value, str) or not value.strip():
         raise BadRecord(f"{name!r} must be text or chat messages, not empty", shown(value))
@@ -68,24 +68,24 @@ def check_text(value: object, name: str) -> str:
 
 
 def same(one: Conversation, other: Conversation) -> bool:
-    """Whether two conversations say the same; what only describes a message does not count."""
-    return bool(said(one) == said(other))
+    """True if two conversations have the same content; fields that only describe a message do not count."""
+    return bool(content_of(one) == content_of(other))
 
 
-def said(value: Conversation) -> Any:
-    """What a conversation says, to be compared."""
+def content_of(value: Conversation) -> Any:
+    """Return the content of a conversation in a form that can be compared."""
     if isinstance(value, str):
         return value
-    return [{key: message[key] for key in _SAID if key in message} for message in value]
+    return [{key: message[key] for key in _CONTENT_FIELDS if key in message} for message in value]
 
 
-def speaks(message: Message) -> bool:
-    """Whether a message says anything: words, reasoning or a call."""
+def has_content(message: Message) -> bool:
+    """True if a message has words, reasoning or a tool call."""
     return bool(message["content"].strip() or message.get("tool_calls") or any(map(message.get, REASONING)))
 
 
 def tools(value: object) -> list[dict[str, Any]]:
-    """Tool definitions: a list of objects, or JSON text of one; empty where there are none.
+    """Return tool definitions from a list of objects or JSON text of one; empty if there are none.
 
     Raises:
         BadRecord: anything else.
@@ -99,7 +99,7 @@ def tools(value: object) -> list[dict[str, Any]]:
 
 
 def template_options(value: object) -> dict[str, Any]:
-    """chat_template_kwargs: an object, or JSON text of one; None left out.
+    """Return chat_template_kwargs from an object or JSON text of one, without entries that are None.
 
     Raises:
         BadRecord: anything else.
@@ -111,10 +111,10 @@ def template_options(value: object) -> dict[str, Any]:
 
 
 def from_json(value: object, name: str) -> Any:
-    """`value`, parsed where it is text: tables of text (csv) have no other way to hold a list.
+    """Return `value`, parsed if it is text: tables of text (csv) cannot hold a list in another way.
 
     Raises:
-        BadRecord: text that is no JSON.
+        BadRecord: text that is not JSON.
     """
     if not isinstance(value, str):
         return value
@@ -122,17 +122,17 @@ def from_json(value: object, name: str) -> Any:
         return None
     try:
         return json.loads(value)
-    except (ValueError, RecursionError):  # of numbers with too many digits, too
+    except (ValueError, RecursionError):  # ValueError: also a number with too many digits
         raise BadRecord(f"{name!r} must be a list or object, or JSON text of one", shown(value)) from None
 
 
 def _json_messages(text: str) -> list[Any] | None:
-    """The messages that a text is JSON of; None where it is anything else, JSON or not."""
+    """Return the messages that a text holds as JSON; None if it is anything else, JSON or not."""
     if not text.lstrip().startswith("["):
         return None
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):  # of numbers with too many digits, too
+    except (ValueError, RecursionError):  # ValueError: also a number with too many digits
         return None
     return value if isinstance(value, list) and value and all(map(_looks_like_a_message, value)) else None
 
@@ -153,7 +153,7 @@ def _plain(role: str) -> str:
 
 
 def rows_of(table: dict[str, Any]) -> list[dict[str, Any]]:
-    """Columns -> rows, as some readers hand a list of structs; a single message -> a list of it."""
+    """Return the rows of a table of columns, as some readers give a list of structs; a single message gives a list of it."""
     columns = list(table.values())
     if columns and all(isinstance(column, list) for column in columns) and len(set(map(len, columns))) == 1:
         return [dict(zip(table, row, strict=True)) for row in zip(*columns, strict=True)]
@@ -164,15 +164,15 @@ def _message(item: dict[str, Any], name: str) -> Message:
     item = {key: value for key, value in item.items() if value is not None}
     role_key = next((key for key in _ROLE_KEYS if key in item), None)
     content_key = next((key for key in _CONTENT_KEYS if key in item), None)
-    given = item[role_key] if role_key else None
-    given = given.get("role") if isinstance(given, dict) else given  # {"author": {"role": ...}}
-    if not isinstance(given, str):
+    author = item[role_key] if role_key else None
+    author = author.get("role") if isinstance(author, dict) else author  # {"author": {"role": ...}}
+    if not isinstance(author, str):
         raise BadRecord(f"{name!r} must be chat messages with role and content", shown(item))
-    role = _role(given)
+    role = _role(author)
     if role is None:
-        raise BadRecord(f"{name!r} must have roles of {', '.join(ROLES)}", shown(given))
+        raise BadRecord(f"{name!r} must have roles of {', '.join(ROLES)}", shown(author))
     rest = {key: value for key, value in item.items() if key not in (role_key, content_key)}
-    if _plain(given) in _CALLS and content_key:
+    if _plain(author) in _CALLS and content_key:
         rest["function_call"], content_key = item[content_key], None
     rest |= _calls(rest, name)
     rest.pop("function_call", None)
@@ -209,7 +209,7 @@ def _whole(text: str, name: str) -> str:
 
 
 def _calls(message: dict[str, Any], name: str) -> dict[str, Any]:
-    """{"tool_calls": [...]} of a message, or {}: a template takes no other form of a call."""
+    """Return {"tool_calls": [...]} of a message, or {}; templates read no other form of a call."""
     calls = from_json(message.get("tool_calls"), name) or []
     single = from_json(message.get("function_call"), name)
     if single and not calls:
@@ -218,13 +218,15 @@ def _calls(message: dict[str, Any], name: str) -> dict[str, Any]:
         raise BadRecord(f"{name!r} must have tool_calls that are a list of objects", shown(calls))
     if any(not isinstance(call.get("function", call), dict) for call in calls):
         raise BadRecord(f"{name!r} must have tool_calls that are a list of objects", shown(calls))
-    message.pop("tool_calls", None)  # an empty list is none: templates test for the key
+    message.pop("tool_calls", None)  # an empty list goes too: templates test for the key
     return {"tool_calls": [_with_arguments(call) for call in calls]} if calls else {}
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """The call without its empty fields, and its arguments as an object, which templates write as JSON; OpenAI's own format has
-    them as text. A null among the arguments is one."""
+    """Return the call without empty fields and with its arguments as an object, which templates write as JSON.
+
+    OpenAI's own format has the arguments as text. A null among the arguments is kept as an argument.
+    """
     call = {key: value for key, value in call.items() if value is not None}
     function = call.get("function")
     if not isinstance(function, dict):
@@ -240,8 +242,10 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def text_prefix(one: str, other: str) -> int:
-    """Characters that two texts begin with in common; a blank before the difference belongs to the difference, and each
-    keeps at least one character (TRL's rule)."""
+    """Return the length of the common prefix of two texts by TRL's rule.
+
+    A blank before the difference belongs to the difference, and each text keeps at least one character.
+    """
     end = min(len(one), len(other)) - 1
     for i in range(end):
         if one[i] != other[i]:
@@ -251,10 +255,10 @@ def text_prefix(one: str, other: str) -> int:
 
 
 def prefix(sides: Sequence[list[Message]]) -> int:
-    """Messages that all sides begin with in common; each keeps at least one."""
-    first = said(sides[0])
+    """Return the number of messages with which all sides start; each side keeps at least one."""
+    first = content_of(sides[0])
     end = min(map(len, sides)) - 1
     for side in sides[1:]:
-        other = said(side)
+        other = content_of(side)
         end = next((i for i in range(end) if first[i] != other[i]), end)
     return end

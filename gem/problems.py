@@ -1,4 +1,4 @@
-"""What is wrong with the records of one source, by reason: stop, or leave them out and say how many.
+"""Collect the bad records of a source by reason, then stop or leave them out and count them.
 
     problems = Problems("auto")
     try:
@@ -7,7 +7,7 @@
         problems.add("pairs.jsonl, line 3", error)
     problems.settle(total=10)  # a ValueError that lists every reason, or a warning that counts them
 
-One pass over the data finds everything that is wrong with it, not only the first thing.
+One pass over the data reports everything that is wrong with it, not only the first error.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from collections.abc import Iterable
 logger = logging.getLogger(__name__)
 
 ON_BAD_ROW = ("auto", "skip", "stop")
-_NAMED = 5  # rows named a reason: enough to look them up, few enough to read
+_NAMED = 5  # rows listed for each reason: enough to look them up, few enough to read
 
 
 class BadRecord(ValueError):  # noqa: N818 - it names the record, not the program's failure
-    """One record that cannot be used.
+    """A record that cannot be used.
 
-    kind: the reason that it is counted under, the same for all records of the kind ("'prompt' must not be blank").
-    detail: what came in this record. Both read well after "FILE, line 3: ".
+    kind: the reason, the same text for all records that are counted together ("'prompt' must not be blank").
+    detail: the value in this record. Both read well after "FILE, line 3: ".
     """
 
     def __init__(self, kind: str, detail: str = "") -> None:
@@ -34,13 +34,13 @@ class BadRecord(ValueError):  # noqa: N818 - it names the record, not the progra
 
 
 class Minor(BadRecord):
-    """A record that is right, but of no use here, as it is too long or prefers neither answer: left out by default."""
+    """A valid record that is of no use here: it is too long or a tie. It is left out by default."""
 
 
 class Problems:
-    """What was left out of one source, by reason.
+    """The records of one source that cannot be used, by reason.
 
-    on_bad_row: "auto": stop at what is wrong, leave out what is only too long or a tie; "skip": leave all of
+    on_bad_row: "auto": stop at invalid records, leave out those that are too long or a tie; "skip": leave all of
     them out; "stop": stop at all of them.
 
     Raises:
@@ -57,23 +57,23 @@ class Problems:
 
     @property
     def count(self) -> int:
-        """Records that cannot be used, those that stop included."""
+        """The number of records that cannot be used, whether they stop the run or not."""
         return len(self._stopping) + len(self._left_out)
 
     def add(self, where: str, error: BadRecord) -> None:
-        """Keep what is wrong with the record at `where` ("FILE, line 3") until settle."""
+        """Keep the error of the record at `where` ("FILE, line 3") until settle."""
         leave_out = self.on_bad_row == "skip" or (self.on_bad_row == "auto" and isinstance(error, Minor))
         (self._left_out if leave_out else self._stopping).append((where, error))
 
     def note(self, where: str, text: str) -> None:
-        """Keep something that is not wrong, but worth a line in the log; `text` is the same for all of its kind."""
+        """Keep a remark on a valid record for the log; records with the same `text` are counted together."""
         self._notes.setdefault(text, []).append(where)
 
     def settle(self, total: int) -> None:
-        """Log what was left out and noted of `total` records, by reason and with the first rows of each.
+        """Log the records left out and the notes, out of `total` records, by reason and with the first rows of each.
 
         Raises:
-            ValueError: a problem that stops, or no record left; every reason is listed.
+            ValueError: a problem stops the run, or no record is left; the message lists every reason.
         """
         for text, rows in self._notes.items():
             logger.info("%d of %d records: %s (%s)", len(rows), total, text, _first(rows))
@@ -94,25 +94,30 @@ class Problems:
 
 
 def shown(value: object, width: int = 60) -> str:
-    """repr(value), cut to `width` characters: a message names what came, it does not quote pages."""
-    text = repr(value)  # which escapes half surrogates: the message can be printed
+    """Return repr(value), cut to `width` characters to keep messages short."""
+    text = repr(value)  # repr escapes half surrogates, so the message can be printed
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def _reasons(errors: Iterable[tuple[str, BadRecord]]) -> str:
-    """ "2 x <kind> (FILE, line 3, got ...; FILE, line 7, got ...), 1 x ...", most frequent first; what all got is told once."""
+    """List the errors as "2 x <kind> (FILE, line 3, got ...; FILE, line 7, got ...), 1 x ...", most frequent first.
+
+    A detail that all rows of a kind share is written once.
+    """
     by_kind: dict[str, list[tuple[str, str]]] = {}
     for where, error in errors:
         by_kind.setdefault(error.kind, []).append((where, error.detail))
-    told = []
+    reasons = []
     for kind, rows in sorted(by_kind.items(), key=lambda item: -len(item[1])):
         details = {detail for _, detail in rows}
         if len(rows) > 1 and len(details) == 1:
             got = f", got {detail}" if (detail := details.pop()) else ""
-            told.append(f"{len(rows)} x {kind}{got} ({_first([where for where, _ in rows])})")
+            reasons.append(f"{len(rows)} x {kind}{got} ({_first([where for where, _ in rows])})")
         else:
-            told.append(f"{len(rows)} x {kind} ({_first([f'{where}, got {d}' if d else where for where, d in rows])})")
-    return ", ".join(told)
+            reasons.append(
+                f"{len(rows)} x {kind} ({_first([f'{where}, got {d}' if d else where for where, d in rows])})"
+            )
+    return ", ".join(reasons)
 
 
 def _first(rows: list[str]) -> str:

@@ -1,10 +1,10 @@
-"""Ranking the members of a group: a Bradley-Terry posterior over their scores, and what to leave out of training.
+"""Ranking of the members of a group: a Bradley-Terry posterior over their scores, and filters of what training uses.
 
-Pure functions. B groups, K members of a group (candidates and, when given, the human chosen and rejected response),
-C comparators; `mask` (B, K) bool says which members take part.
+Pure functions. B groups, K members of a group (candidates and, if given, the human chosen and rejected response),
+C comparators; `mask` (B, K) bool is true for members that take part.
 
-Ranking one scalar keeps its order: information beyond S comes from the human preference, from several comparators and
-from the posterior's uncertainty.
+A ranking by one scalar only keeps its order. Information beyond S comes from the human preference, from several
+comparators and from the posterior's uncertainty.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A Newton step below this leaves an error of about its square: convergence is quadratic.
+# Convergence is quadratic: after a Newton step of this size, the error is about its square.
 _CONVERGED_STEP = 1e-5
 
 
@@ -23,9 +23,9 @@ class Posterior(NamedTuple):
     """Abilities of the members in log-odds, each (B, K); NaN for a member that takes no part."""
 
     mean: Tensor
-    """theta at the mode"""
+    """theta at the mode."""
     sd: Tensor
-    """sqrt(diag(H^-1)) at the mode (Laplace's approximation)"""
+    """sqrt(diag(H^-1)) at the mode: Laplace's approximation."""
 
 
 @torch.no_grad()
@@ -40,30 +40,30 @@ def bradley_terry_posterior(
     mask: Tensor | None = None,
     steps: int = 12,
 ) -> Posterior:
-    """Bradley-Terry abilities of the members of each group, from their scores and, where there is one, a human pair.
+    """Fit Bradley-Terry abilities of the members of each group to their scores and, if the group has one, a human pair.
 
     theta maximises, by Newton's method with the exact Hessian in float64,
 
         sum_{i<j} [p_ij log s(theta_i - theta_j) + (1 - p_ij) log s(theta_j - theta_i)]
             + n_h log s(theta_chosen - theta_rejected) - |theta|^2 / (2 prior_sd^2),     p_ij = s((S_i - S_j) / tau)
 
-    where s is the logistic function: our definition of the paper's "Bayesian ranking scheme". Each comparator adds its
-    own sum, over the pairs for which it has two finite scores. A member that nothing is said about keeps its prior:
-    mean 0, sd prior_sd.
+    where s is the logistic function. This is our definition of the paper's "Bayesian ranking scheme". Each comparator adds
+    its own sum over the pairs for which it has two finite scores. A member without any comparison keeps its prior: mean 0,
+    sd prior_sd.
 
     prior_sd = inf leaves the constant vector free; we fix it by mean zero. One comparator and no human pair then give
-    theta = (S - mean S) / tau exactly, and sd is that of the contrast theta_i - mean theta, meaningful while the gaps
-    are below about 30 tau (past that the curvature is lost in float64).
+    theta = (S - mean S) / tau exactly. sd is then that of the contrast theta_i - mean theta, and meaningful while the gaps
+    are below about 30 tau: beyond, float64 loses the curvature.
 
     Args:
-        scores: (B, K), or (C, B, K) for C comparators; floating, higher is better, NaN: no score.
+        scores: (B, K), or (C, B, K) for C comparators; floating; higher is better; NaN means no score.
         tau: temperature of the comparisons, in units of the scores, > 0.
-        prior_sd: standard deviation of the prior of theta, in log-odds, > 0, may be inf.
-        human_weight: n_h >= 0, how many comparisons the human preference counts for.
-        chosen, rejected: (B,) int64 indices into K of the human pair, both or neither; -1 in both: the group has none.
-        mask: (B, K) bool; a human preference about a member outside it is ignored. Default: the members with a finite
-            score from some comparator, and those of the human pair.
-        steps: Newton steps at most, >= 1; 12 suffice for human_weight <= 1000 and prior_sd <= 3.
+        prior_sd: standard deviation of the prior of theta, in log-odds, > 0; may be inf.
+        human_weight: n_h >= 0, the number of comparisons that the human preference counts for.
+        chosen, rejected: (B,) int64 indices into K of the human pair, both or neither; -1 in both: the group has no pair.
+        mask: (B, K) bool. A human preference about a member outside it is ignored. Default: the members with a finite
+            score from some comparator, and the human pair.
+        steps: most Newton steps, >= 1; 12 suffice for human_weight <= 1000 and prior_sd <= 3.
 
     Returns:
         Posterior in the dtype of `scores`, without gradient.
@@ -71,8 +71,8 @@ def bradley_terry_posterior(
     Raises:
         TypeError: scores not floating, mask not bool, chosen or rejected not int64.
         ValueError: a shape, a range or an index is wrong, or only one of chosen and rejected is given.
-        RuntimeError: not converged in `steps`. With prior_sd = inf this is also how a missing mode shows: a member
-            that only the human preference speaks about would go to infinity.
+        RuntimeError: not converged in `steps`. With prior_sd = inf, a missing mode ends here too: the ability of a member
+            with no comparison but the human preference goes to infinity.
     """
     if scores.ndim not in (2, 3):
         raise ValueError(f"scores must be (B, K) or (C, B, K), got {tuple(scores.shape)}")
@@ -96,7 +96,7 @@ def bradley_terry_posterior(
         kept = member[groups[:, None], pair].all(1)
         groups, pair = groups[kept], pair[kept]
 
-    # wins (B, K, K): how often i beat j, summed over the comparators. Both (i, j) and (j, i) are kept: 1 - s(x) rounds.
+    # wins (B, K, K): how often i beat j, summed over the comparators. (j, i) is computed too, as 1 - s(x) would round.
     compared = (finite & member).double()
     compared = compared[..., :, None] * compared[..., None, :]
     compared.diagonal(dim1=-2, dim2=-1).zero_()
@@ -106,8 +106,8 @@ def bradley_terry_posterior(
     games = wins + wins.mT
 
     precision = prior_sd**-2.0
-    # Without a prior Newton starts at the answer of the one-comparator case. With one it starts at 0, inside the basin:
-    # from far-apart abilities the flat likelihood would throw the first step across it.
+    # Without a prior, Newton starts at the solution for one comparator. With a prior it starts at 0, inside the basin:
+    # from abilities far apart, where the likelihood is flat, the first step would overshoot it.
     theta = _centred_mean(s_cbk, finite & member) / tau if precision == 0 else torch.zeros_like(s_cbk[0])
     for _ in range(steps):
         step = (_inverse(_curvature(theta, games, precision)) @ _slope(theta, wins, precision)[..., None])[..., 0]
@@ -126,14 +126,14 @@ def bradley_terry_posterior(
 
 
 def keep_members(scores: Tensor, mask: Tensor) -> Tensor:
-    """The members left after trimming low outliers: S < Q1 - 1.5 (Q3 - Q1), Tukey's fence, quartiles by interpolation.
+    """Trim low outliers, S < Q1 - 1.5 (Q3 - Q1): Tukey's fence, with quartiles by interpolation.
 
     Args:
-        scores: (B, K), floating. A member without a finite score is not counted in the quartiles and is not trimmed.
-        mask: (B, K) bool. A group with fewer than 5 scored members in it is left alone: its quartiles are the outlier.
+        scores: (B, K), floating. A member without a finite score does not enter the quartiles and is not trimmed.
+        mask: (B, K) bool. A group with fewer than 5 scored members in it is left alone: an outlier would set its quartiles.
 
     Returns:
-        (B, K) bool, a part of `mask`.
+        (B, K) bool, `mask` without the outliers.
     """
     _check_mask(mask, scores)
     scored = mask & scores.isfinite()
@@ -144,16 +144,16 @@ def keep_members(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def keep_groups(scores: Tensor, posterior: Posterior, mask: Tensor, *, min_spread: float) -> Tensor:
-    """The groups worth training on: their scores differ, and by more than the ranking is unsure of.
+    """Select the groups worth training on: their scores differ, and by more than the uncertainty of the ranking.
 
-    Kept: spread(S) >= min_spread and spread(posterior.mean) >= mean(posterior.sd), where spread is max - min over the
-    members: the best stands out from the worst by one member's uncertainty at least (our choice). posterior.sd includes
-    that of the group's common level, prior_sd / sqrt(K), so that a wide prior drops more groups.
+    A group is kept if spread(S) >= min_spread and spread(posterior.mean) >= mean(posterior.sd), where spread is max - min
+    over the members. The second condition is our choice: the best leads the worst by at least one member's uncertainty.
+    posterior.sd includes the uncertainty of the group's common level, prior_sd / sqrt(K), so a wide prior drops more groups.
 
     Args:
-        scores: (B, K), floating; members without a finite score do not count in spread(S), and fewer than two that have
-            one give spread 0.
-        posterior: of the same (B, K); members of the mask have finite values.
+        scores: (B, K), floating. Members without a finite score do not count in spread(S); with fewer than two others it
+            is 0.
+        posterior: (B, K), finite for the members of the mask.
         mask: (B, K) bool. A group without two members is dropped.
         min_spread: in units of the scores, >= 0.
 
@@ -170,7 +170,7 @@ def keep_groups(scores: Tensor, posterior: Posterior, mask: Tensor, *, min_sprea
 
 
 def first_of_duplicates(completions: Sequence[Sequence[int]]) -> list[bool]:
-    """True for the first of each set of equal completions (token by token), False for its later copies."""
+    """Mark the first of each set of completions with equal tokens: True for it, False for its later copies."""
     seen: set[tuple[int, ...]] = set()
     first = []
     for completion in completions:
@@ -181,39 +181,39 @@ def first_of_duplicates(completions: Sequence[Sequence[int]]) -> list[bool]:
 
 
 def _slope(theta: Tensor, wins: Tensor, precision: float) -> Tensor:
-    """Gradient (B, K) of the log-posterior. The two small terms are subtracted, so that it is 0 to full precision."""
+    """Return the gradient (B, K) of the log-posterior, as a difference of small terms that vanishes to full precision."""
     gap = theta[:, :, None] - theta[:, None, :]
     return (wins * torch.sigmoid(-gap) - wins.mT * torch.sigmoid(gap)).sum(-1) - precision * theta
 
 
 def _curvature(theta: Tensor, games: Tensor, precision: float) -> Tensor:
-    """Negative Hessian (B, K, K) of the log-posterior: a weighted graph Laplacian plus the prior's precision."""
+    """Return the negative Hessian (B, K, K) of the log-posterior: a weighted graph Laplacian plus the prior's precision."""
     gap = theta[:, :, None] - theta[:, None, :]
     weight = games * torch.sigmoid(gap) * torch.sigmoid(-gap)
     return torch.diag_embed(weight.sum(-1) + precision) - weight
 
 
 def _inverse(curvature: Tensor) -> Tensor:
-    """The inverse, and without a prior the pseudo-inverse: it keeps the mean of theta, which nothing determines."""
+    """Return the inverse; without a prior the pseudo-inverse, which leaves the undetermined mean of theta as it is."""
     inverse: Tensor = torch.linalg.pinv(curvature, hermitian=True)
     return inverse
 
 
 def _centred_mean(s_cbk: Tensor, valid: Tensor) -> Tensor:
-    """Mean over the comparators of S - mean(S), 0 for a member without a score: (B, K)."""
+    """Return the mean (B, K) over the comparators of S - mean(S), 0 for a member without a score."""
     s = s_cbk.where(valid, 0.0)
     centred = (s - s.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)).where(valid, 0.0)
     return centred.sum(0) / valid.sum(0).clamp(min=1)
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """max - min over the mask: (B,), 0 where it holds no member."""
+    """Return max - min over the mask, (B,); 0 where it has no member."""
     spread = values.where(mask, -torch.inf).amax(1) - values.where(mask, torch.inf).amin(1)
     return spread.where(mask.any(1), 0.0)
 
 
 def _human_pairs(chosen: Tensor | None, rejected: Tensor | None, s_cbk: Tensor) -> tuple[Tensor, Tensor]:
-    """The groups (P,) that have a human pair, and their (chosen, rejected) indices (P, 2)."""
+    """Return the groups (P,) that have a human pair, and the (chosen, rejected) indices (P, 2) of the pairs."""
     b, k = s_cbk.shape[1:]
     if chosen is None and rejected is None:
         return s_cbk.new_empty(0, dtype=torch.int64), s_cbk.new_empty(0, 2, dtype=torch.int64)
@@ -235,6 +235,7 @@ def _human_pairs(chosen: Tensor | None, rejected: Tensor | None, s_cbk: Tensor) 
 
 
 def _check_mask(mask: Tensor, values: Tensor) -> None:
+    """Raise unless mask is bool and of the shape (B, K) of values."""
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
     if values.ndim != 2 or mask.shape != values.shape:

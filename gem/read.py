@@ -1,9 +1,9 @@
-"""Rows of a file, a folder or a hub dataset, each with its place for later messages.
+"""Read the rows of a file, a folder or a hub dataset, each with its place for later messages.
 
     for where, row in read_rows("pairs.jsonl"):         # ("pairs.jsonl, line 3", {...} or a BadRecord)
     for where, row in read_rows("HuggingFaceH4/ultrafeedback_binarized", split="train_prefs"):
 
-A line that cannot be read is a bad record like another; a file that cannot be read is a ValueError.
+A line that cannot be read becomes a BadRecord; a file that cannot be read raises a ValueError.
 """
 
 from __future__ import annotations
@@ -27,24 +27,32 @@ Rows = Iterator[tuple[str, Row | BadRecord]]
 _KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 _PACKED = (".gz", ".bz2", ".xz")
 _OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-_ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # about the data, not of it
+_ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # metadata, no rows
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z]).*", re.IGNORECASE)
 _PART = re.compile(r"[-_]?(part|shard)?[-_]?\d+$", re.IGNORECASE)
-_LISTS = ("data", "rows", "records", "examples", "instances", "items", "samples")  # names of the list in an object
+_LISTS = (
+    "data",
+    "rows",
+    "records",
+    "examples",
+    "instances",
+    "items",
+    "samples",
+)  # keys of the rows in a JSON object
 _WANTED = "data must be an existing file, folder or hub dataset"
 
 
 def read_rows(source: str, split: str | None = None) -> Rows:
-    """Rows of `source`, in order.
+    """Yield the place and the content of each row of `source`, in order.
 
     Args:
         source: a file of JSON lines or a JSON array, csv, tsv or parquet, each also packed with gzip, bzip2 or xz; a folder
             of such files or of datasets.save_to_disk; the name of a hub dataset.
-        split: of a folder, a hub dataset or a JSON object of lists; None: "train", where there are splits.
+        split: a split of a folder, a hub dataset or a JSON object of lists; None: "train", if there are splits.
 
     Raises:
-        ValueError: nothing there to read, no such split, or a file that is not what it says.
+        ValueError: no rows, no such split, or a file that does not match its name.
     """
     path = Path(source)
     if path.is_dir():
@@ -58,7 +66,7 @@ def read_rows(source: str, split: str | None = None) -> Rows:
 
 
 def _kind(path: Path) -> str | None:
-    """What a file is by its name: json, csv or parquet."""
+    """Return the kind of a file by its name: json, csv or parquet."""
     return _KINDS.get(Path(path.stem).suffix if path.suffix in _PACKED else path.suffix)
 
 
@@ -73,7 +81,7 @@ def _picked(splits: dict[str, Any], split: str | None, source: str) -> Any:
 
 
 def _folder(path: Path, split: str | None) -> Rows:
-    """The data files of a folder, of one kind and of one split; names and folders tell the split, as on the hub."""
+    """Read the data files of a folder that belong to one split, which file and folder names give, as on the hub."""
     files = sorted(p for p in path.rglob("*") if _kind(p) and p.name not in _ABOUT and p.is_file()
                    and not any(part.startswith(".") for part in p.relative_to(path).parts))  # fmt: skip
     if not files:
@@ -88,8 +96,10 @@ def _folder(path: Path, split: str | None) -> Rows:
 
 
 def _split_names(path: Path, files: list[Path]) -> list[str]:
-    """The split of each file: "train_prefs-00000-of-00002.parquet", "pairs_test.jsonl", "test/0000.parquet"; all are train
-    where no name tells."""
+    """Return the split of each file: "train_prefs-00000-of-00002.parquet", "pairs_test.jsonl", "test/0000.parquet".
+
+    All files are train if no name gives a split.
+    """
     names = [_split_name(file.relative_to(path)) for file in files]
     if not any(names):
         return ["train"] * len(files)
@@ -111,7 +121,7 @@ def _saved(source: str, split: str | None) -> Rows:
 
     try:
         loaded = datasets.load_from_disk(source)
-    except Exception as error:  # missing or torn files: OSError, JSON's, pyarrow's, KeyError
+    except Exception as error:  # missing or truncated files: OSError, errors of json and pyarrow, KeyError
         raise ValueError(f"{_WANTED}, got {source!r}: {_reason(error)}") from None
     return _table(loaded, source, split)
 
@@ -121,7 +131,7 @@ def _hub(source: str, split: str | None) -> Rows:
 
     try:
         loaded = datasets.load_dataset(source)
-    except Exception as error:  # no such name, no network, a gate, a broken file: every library has its own
+    except Exception as error:  # no such name, no network, a gated set, a broken file: each library raises its own type
         raise ValueError(f"{_WANTED}, got {source!r}: {_reason(error)}") from None
     return _table(loaded, source, split)
 
@@ -136,14 +146,14 @@ def _table(loaded: Any, source: str, split: str | None) -> Rows:
         try:
             for i, row in enumerate(table):
                 yield f"{source}, row {i}", _without_none(dict(row))
-        except Exception as error:  # a torn arrow file shows when its rows are read
+        except Exception as error:  # a truncated arrow file fails only when its rows are read
             raise ValueError(f"{source}, row {i + 1}: expected a readable row, got {_reason(error)}") from None
 
     return rows()
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error, and its type where it says nothing: libraries explain at length."""
+    """Return the first line of an error, or its type if it has no text: libraries explain at length."""
     return (str(error).strip() or repr(error)).splitlines()[0][:300]
 
 
@@ -151,7 +161,7 @@ def _reason(error: Exception) -> str:
 
 
 def _file(path: Path, split: str | None) -> Rows:
-    """Rows of a file; its name tells the kind, its first bytes how it is packed."""
+    """Read a file; its name gives the kind, its first bytes the compression."""
     kind = _kind(path) or "json"
     if split and split != "train" and kind != "json":
         raise ValueError(f"split must be left out for a file of one table, got {split!r} and {str(path)!r}")
@@ -171,7 +181,7 @@ def _file(path: Path, split: str | None) -> Rows:
 
 
 def _json(path: Path, stream: BinaryIO, split: str | None) -> Rows:
-    """A JSON array, an object around one, or JSON lines, whatever the name says."""
+    """Read a JSON array, an object with a list of rows, or JSON lines, whichever the content is."""
     first = next((line for line in stream if line.strip(b"\xef\xbb\xbf \t\r\n")), b"")
     stream.seek(0)
     if ".json" in path.suffixes or first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
@@ -209,7 +219,7 @@ def _json_line(raw: bytes, number: int) -> Row | None:
 
 
 def _json_whole(path: Path, raw: bytes, split: str | None) -> Rows | None:
-    """Rows of a file that is one JSON value; None: it is one value a line."""
+    """Return the rows of a file that is one JSON value; None if it has one value a line."""
     try:
         value = json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -230,7 +240,7 @@ def _json_whole(path: Path, raw: bytes, split: str | None) -> Rows | None:
 
 
 def _lists(value: Any) -> dict[str, list[Any]]:
-    """{"train": rows} of {"data": rows}, {split: rows} of one list a split; {} of a record."""
+    """Return {"train": rows} for {"data": rows}, {split: rows} for an object with one list a split, and {} for a record."""
     if not isinstance(value, dict):
         return {}
     lists = {name: items for name, items in value.items() if isinstance(items, list) and items
@@ -240,10 +250,10 @@ def _lists(value: Any) -> dict[str, list[Any]]:
 
 
 def _csv(path: Path, stream: BinaryIO) -> Rows:
-    """Rows of a table with a header; an empty cell is absent. Where a row begins is told by its first line."""
-    # The module's limit, 131,072 characters, is for all readers: an answer may be longer.
+    """Read a table with a header; an empty cell is absent. The place of a row is its first line."""
+    # The csv module's limit of 131,072 characters a field, which is global, is too small for long answers.
     csv.field_size_limit(2**31 - 1)
-    # What is not UTF-8 is carried on as half surrogates, so that one row is named and not the block that it came in.
+    # surrogateescape keeps bytes that are not UTF-8, so that the error names one row and not the whole block.
     lines = (line.decode("utf-8-sig" if i == 0 else "utf-8", "surrogateescape") for i, line in enumerate(stream))
     header = next(lines, "")
     delimiter = "\t" if ".tsv" in path.suffixes else ";" if ";" in header and "," not in header else ","
@@ -284,7 +294,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def _without_none(value: Any) -> Any:
-    """What a table holds without the fields that it filled up with None: all its rows have all of its fields."""
+    """Remove the fields that are None at any depth: a table gives each row the fields of all rows."""
     if isinstance(value, dict):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     return [_without_none(item) for item in value] if isinstance(value, list) else value
@@ -302,5 +312,5 @@ def _parquet(path: Path) -> Rows:
                     i += 1
     except (ImportError, GeneratorExit):
         raise
-    except Exception as error:  # pyarrow's own kinds, OSError, thrift's errors as text
+    except Exception as error:  # pyarrow's own types, OSError, thrift's errors as text
         raise ValueError(f"{path}: expected a whole parquet file, got {_reason(error)}") from None

@@ -1,10 +1,10 @@
-"""Finished runs -> one table, the curves that show a collapse, and one html page that needs nothing beside it.
+"""Finished runs -> one table, the curves that show a collapse, and one self-contained html page.
 
     runs = [load_run(Path(folder)) for folder in folders]
     print(plain(results_table(runs)))
     write_report(Path("report.html"), runs, title="SEGA against DPO")
 
-Runs of the same name are seeds of one method. Neither torch nor transformers is imported: a report is made anywhere.
+Runs of the same name are seeds of one method. Neither torch nor transformers is imported: a report can be made anywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from gem.curves import Panel, columns_of, panels_of, plot_curves
 from gem.files import replacing
-from gem.runs import Run, by_method
+from gem.results import Run, by_method
 
 # metrics of the headline table -> its column; every other metric goes to the second table under its own key
 HEADLINE = {
@@ -46,7 +46,7 @@ class Table:
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean of two or more values and the half-width of its 95 % t-interval."""
+    """Return the mean of two or more values and the half-width of its 95 % t-interval."""
     freedom = len(values) - 1
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / freedom
@@ -59,9 +59,9 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def results_table(runs: Sequence[Run]) -> Table:
-    """One row per method: the number of seeds and the headline metrics that at least one run has.
+    """Return one row per method: the number of seeds and the headline metrics that at least one run has.
 
-    With two seeds or more a cell is the mean ± the half-width of its 95 % t-interval.
+    With two or more seeds, a cell is the mean ± the half-width of its 95 % t-interval.
     """
     methods = by_method(runs)
     keys = [key for key in HEADLINE if any(key in run.metrics for run in runs)]
@@ -70,7 +70,7 @@ def results_table(runs: Sequence[Run]) -> Table:
 
 
 def _other_numbers(runs: Sequence[Run]) -> Table:
-    """The metrics outside the headline: a row each, as there may be many, and a column per method."""
+    """Return the metrics outside the headline; a row each, as there may be many, and a column per method."""
     methods = by_method(runs)
     keys = sorted({key for run in runs for key in run.metrics} - HEADLINE.keys())
     return Table(["metric", *methods], [[key, *(_cell(seeds, key) for seeds in methods.values())] for key in keys])
@@ -89,7 +89,7 @@ def _number(value: float) -> str:
 
 
 def plain(table: Table) -> str:
-    """The table as aligned text, for a terminal."""
+    """Return the table as aligned text, for a terminal."""
     lines = [table.header, *table.rows]
     first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in (first, *others)])
@@ -97,7 +97,7 @@ def plain(table: Table) -> str:
 
 
 def markdown(table: Table) -> str:
-    """The table in GitHub's markdown."""
+    """Return the table in GitHub's markdown."""
     lines = [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in (table.header, *table.rows)]
     lines.insert(1, ["---", *["---:"] * (len(table.header) - 1)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -112,7 +112,7 @@ def write_report(path: Path, runs: Sequence[Run], *, title: str, notes: Sequence
     """
     if isinstance(notes, str):
         raise TypeError(f"notes: expected a sequence of strings, got the string {notes!r}")
-    # "replace", as a completion may hold half of a surrogate pair
+    # a completion may hold half a surrogate pair, which UTF-8 cannot encode
     page = _page(runs, title, notes).encode("utf-8", errors="replace").decode("utf-8")
     with replacing(Path(path)) as out:
         out.write(page)
@@ -139,14 +139,14 @@ def _html_table(table: Table, kind: str) -> str:
 
 def _html_figure(name: str, png: bytes, panels: Sequence[Panel]) -> str:
     image = f'<img alt="Curves: {name}" src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}">'
-    # the sentences stand in the columns of their panels
+    # each sentence stands below its panel
     hints = "".join(f"<p><b>{html.escape(panel.title)}.</b> {html.escape(panel.look_for)}</p>" for panel in panels)
     grid = f'<div class="hints" style="--columns: {columns_of(len(panels))}">{hints}</div>'
     return f"<h2>{name.capitalize()}</h2>\n<figure>{image}</figure>\n{grid}"
 
 
 def _html_completions(name: str, seeds: Sequence[Run]) -> str:
-    # the first ones: neither the best nor the worst
+    # the first completions, not selected by quality
     rows = [_completion_row(completion) for run in seeds for completion in run.completions][:6]
     table = Table(["prompt", "completion", "expected", ""], rows)
     return f"<h3>{html.escape(name)}</h3>\n{_html_table(table, 'texts')}" if rows else ""
@@ -164,7 +164,7 @@ def _made_with() -> str:
         try:
             parts.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
-            continue  # a report can be made where the training cannot run
+            continue  # reports can be made on machines that cannot train
     return " · ".join(parts)
 
 
@@ -173,7 +173,7 @@ HOW_TO_READ = (
     "seeds for as long as all of them run, a band reaches from the lowest to the highest, and dotted grey is guessing."
 )
 
-# the policy makes the browser itself refuse whatever is not in the file
+# the policy makes the browser refuse to load anything from outside the file
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">

@@ -1,10 +1,11 @@
-"""Prompts -> candidates, by transformers' own generate. Candidates from elsewhere come as a record's `candidates`."""
+"""Prompts -> completions: the protocol of a rollout backend, and the backend that runs transformers' own generate."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,71 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from gem.config import RolloutArguments
 from gem.decoding import decode
 from gem.ends import Ends, model_ends
-from gem.models import check_positions
+from gem.positions import check_positions
+from gem.tokens import left_pad
 
 logger = logging.getLogger(__name__)
+
+
+class Sampler(Protocol):
+    """Rollout backend: GroupMaker draws candidates from it, Evaluation draws answers. A new backend is one such class."""
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], *, greedy: bool = False, progress: str | None = None
+    ) -> list[list[int]]:
+        """Return one completion per prompt, in the order of the prompts; a repeated prompt gets independent samples.
+
+        Online training takes what is sampled for samples of the policy as it is at the call, at temperature 1: a backend that
+        lags behind, or samples otherwise, biases the KL term and is exempt from `taper`. Its settings are its own.
+
+        Args:
+            prompts: token ids.
+            greedy: take the likeliest token instead of sampling.
+            progress: label of a progress bar; None: no bar.
+
+        Returns:
+            Token ids, at least one. A completion includes the end of sequence, or the token that completes a stop text; one
+            without either was cut off.
+        """
+
+
+def sample_completions(
+    sampler: Sampler,
+    prompts: Sequence[Sequence[int]],
+    ends: Ends,
+    tokenizer: Any,
+    *,
+    greedy: bool = False,
+    progress: str | None = None,
+) -> list[list[int]]:
+    """Return one completion per prompt from any backend, cut behind its first end.
+
+    Raises:
+        ValueError: the backend returned another number of completions, or one that is no non-empty list of token ids.
+    """
+    if not prompts:
+        return []
+    completions = sampler(prompts, greedy=greedy, progress=progress)
+    if len(completions) != len(prompts):
+        raise ValueError(f"sampler must return a completion for each of {len(prompts)} prompts, got {len(completions)}")
+    for ids in completions:
+        if not isinstance(ids, list) or not ids or not all(isinstance(token, int) for token in ids):
+            raise ValueError(f"sampler must return non-empty lists of token ids, got {str(ids)[:80]!r}")
+    return [ends.cut(ids, tokenizer) for ids in completions]
+
+
+@dataclass(frozen=True)
+class TransformersSampler:
+    """Sampler over `generate`: it samples from the model's weights at the time of the call."""
+
+    model: nn.Module
+    tokenizer: Any
+    arguments: RolloutArguments
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], *, greedy: bool = False, progress: str | None = None
+    ) -> list[list[int]]:
+        return generate(self.model, self.tokenizer, prompts, self.arguments, greedy=greedy, progress=progress)
 
 
 @torch.no_grad()
@@ -29,22 +92,23 @@ def generate(
     greedy: bool = False,
     progress: str | None = None,
 ) -> list[list[int]]:
-    """One completion for each prompt (repeat a prompt to get several), with what ends it unless cut off.
+    """Generate one completion per prompt with transformers; repeat a prompt to get several samples.
 
-    Each end of the model and of the tokenizer ends a completion, and so does the token that completes a text of `stop`.
+    A completion ends at any end of sequence that the model or the tokenizer names, or at the token that completes a text
+    of `stop`. It includes that end.
 
     Args:
         model: a transformers model; its mode (train or eval) is restored.
         prompts: token ids.
         arguments: max_new_tokens, temperature, top_p, stop, rollout_batch_size.
         greedy: take the likeliest token instead of sampling from torch's global generator.
-        progress: label of a progress bar, None: no bar.
+        progress: label of a progress bar; None: no bar.
 
     Returns:
         Completion token ids in the order of the prompts.
 
     Raises:
-        ValueError: a prompt that leaves the model no room for max_new_tokens; before anything is generated.
+        ValueError: a prompt leaves the model no room for max_new_tokens; raised before anything is generated.
     """
     check_room(model, prompts, arguments)
     if arguments.top_p < 1 and not greedy:
@@ -59,20 +123,20 @@ def generate(
     if not greedy:
         options |= {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
     completions: list[list[int]] = [[] for _ in prompts]
-    # What a checkpoint ships for chatting (a repetition penalty, say) would be a second temper on the distribution.
+    # A checkpoint's own generation settings (a repetition penalty, say) would change the distribution a second time.
     shipped, base.generation_config = base.generation_config, GenerationConfig()
     try:
-        # Prompts of one length together: no padding in most batches, and none that matters in the rest.
+        # Sorting by length leaves most batches without padding.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         size = arguments.rollout_batch_size
         for start in tqdm(range(0, len(order), size), desc=progress, disable=progress is None, leave=False):
             batch = order[start : start + size]
-            inputs = _left_padded([prompts[i] for i in batch], pad, next(model.parameters()).device)
+            inputs = left_pad([prompts[i] for i in batch], pad, next(model.parameters()).device)
             width = inputs["input_ids"].shape[1]
             stopping = StoppingCriteriaList([StopTexts(ends, tokenizer, width)] if ends.texts else [])
             out = model.generate(**inputs, **options, stopping_criteria=stopping)  # type: ignore[operator]
             for i, ids in zip(batch, out[:, width:].tolist(), strict=True):
-                # The batch goes on after one row has ended: what stands behind is padding.
+                # The batch runs until its last row ends; the tokens of the other rows behind their end are padding.
                 completions[i] = ends.cut(ids, tokenizer)
     finally:
         base.generation_config = shipped
@@ -81,10 +145,10 @@ def generate(
 
 
 def check_room(model: nn.Module, prompts: Sequence[Sequence[int]], arguments: RolloutArguments) -> None:
-    """Whether the model has positions for every prompt and max_new_tokens behind it; see `check_positions`.
+    """Check that the model has positions for every prompt followed by max_new_tokens; see `check_positions`.
 
     Raises:
-        ValueError: it has not, and cannot go beyond its positions.
+        ValueError: a row is longer than the model has positions for, and the model cannot go beyond them.
     """
     longest = max(map(len, prompts), default=0)
     what = f"max_new_tokens={arguments.max_new_tokens} behind a prompt of {longest} tokens"
@@ -92,29 +156,23 @@ def check_room(model: nn.Module, prompts: Sequence[Sequence[int]], arguments: Ro
 
 
 class StopTexts(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row whose new tokens, those from `width` on, hold a stop text. Probabilities are left alone."""
+    """Criterion that ends a row once its tokens from `width` on contain a stop text. Probabilities are untouched."""
 
     def __init__(self, ends: Ends, tokenizer: Any, width: int) -> None:
         self.texts, self.tokenizer, self.width = ends.texts, tokenizer, width
-        # A character takes four tokens at most (a byte each); some more, as a decoder may trim where a text begins.
+        # A character takes at most four tokens (one per byte). The spare eight cover decoders that trim a text's start.
         self.window = 4 * max(map(len, ends.texts)) + 8
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         start = max(self.width, input_ids.shape[1] - self.window)
-        rows = input_ids[:, start:].tolist()
-        said = [decode(row, self.tokenizer) for row in rows]
-        return torch.tensor([any(text in row for text in self.texts) for row in said], device=input_ids.device)
+        rows = [decode(row, self.tokenizer) for row in input_ids[:, start:].tolist()]
+        return torch.tensor([any(text in row for text in self.texts) for row in rows], device=input_ids.device)
 
 
 def _pad_id(model: Any, tokenizer: Any, ends: Ends) -> int:
-    """The tokenizer's padding where the model has an embedding for it, else an end: masked before, cut off behind."""
+    """Return the tokenizer's padding id if the model has an embedding for it, else an end's id.
+
+    Either id is safe: padding before the prompt is masked, and padding behind the end is cut off.
+    """
     pad, rows = tokenizer.pad_token_id, model.get_input_embeddings().weight.shape[0]
     return int(pad) if pad is not None and pad < rows else min(ends.ids, default=0)
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
-    """input_ids and attention_mask, (R, T) int64, of prompts that end together."""
-    width = max(map(len, prompts))
-    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}

@@ -1,4 +1,4 @@
-"""Eq. 1: log-probabilities and entropies of every member of some groups, their spans, and S."""
+"""Eq. 1: log-probs and entropies of the members of groups, their spans, and the score S."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from gem.config import LAST_TOKENS, ScoreArguments
 from gem.data import Example, TokenPair, pack
 from gem.ends import Ends, model_ends
 from gem.groups import Group, Member
-from gem.head import completion_stats, fused_head
-from gem.head_check import undisturbed
-from gem.models import check_positions
+from gem.head import HeadStats, completion_stats, fused_head, undisturbed
+from gem.positions import check_positions
 from gem.spans import find_spans
-from gem_kernels import TokenStats, gem_score
+from gem_kernels import gem_score
 
 
 def token_stats(
     model: nn.Module, sequences: Sequence[TokenPair], *, batch_tokens: int, progress: str | None = None
-) -> list[TokenStats]:
-    """Statistics of the completion tokens of every sequence of `gem.data.pack`, on the CPU, in the order given.
+) -> list[HeadStats]:
+    """Return the statistics of the completion tokens of each sequence, on the CPU, in the order of the sequences.
 
     Args:
-        model: from fuse_lm_head; whatever temperature it was given there, the distributions are untempered.
-        sequences: (prompt ids, completion ids), or with what others wrote in between; that has no statistics.
-        batch_tokens: tokens (padding included) that go through the model at once; at least one sequence does.
-        progress: label of a progress bar, None: no bar.
+        model: from fuse_lm_head. The distributions are untempered, whatever temperature the head was given.
+        sequences: (prompt ids, completion ids), or (prompt ids, completion ids, turns of others), as gem.data.pack takes
+            them. Tokens of the prompt and of the others' turns get no statistics.
+        batch_tokens: most tokens, padding included, that go through the model at once; a longer sequence goes alone.
+        progress: label of a progress bar; None: no bar.
 
     Raises:
-        ValueError: a sequence longer than the model has positions for.
+        ValueError: a sequence is longer than the model has positions for.
     """
     fused_head(model)
     device = next(model.parameters()).device
-    results: list[TokenStats | None] = [None] * len(sequences)
+    results: list[HeadStats | None] = [None] * len(sequences)
     lengths = [sequence_length(sequence) for sequence in sequences]
     check_positions(model, max(lengths, default=0), "max_length: prompt and completion")
     with undisturbed(model), tqdm(total=len(sequences), desc=progress, disable=progress is None, leave=False) as bar:
@@ -47,20 +47,20 @@ def token_stats(
             batch = pack([[sequences[i] for i in at]], layout="right", pad_id=0)
             _, stats = completion_stats(model, {name: t.to(device) for name, t in batch.items()})
             scored = batch["cu_seqlens"].diff().tolist()
-            for i, *of_sequence in zip(at, *(s.cpu().split(scored) for s in stats), strict=True):
-                results[i] = TokenStats(*of_sequence)
+            for i, *pieces in zip(at, *(field.cpu().split(scored) for field in stats), strict=True):
+                results[i] = HeadStats(*pieces)
             bar.update(len(at))
     return [r for r in results if r is not None]
 
 
 def sequence_length(sequence: Sequence[Any]) -> int:
-    """Tokens of (prompt ids, completion ids) or (prompt ids, completion ids, given), all of them."""
+    """Return the number of tokens of (prompt ids, completion ids) or (prompt ids, completion ids, turns of others)."""
     prompt, completion, *given = sequence
     return len(prompt) + len(completion) + sum(len(ids) for _, ids in (given[0] if given else ()))
 
 
 def longest_row(items: Sequence[Group] | Sequence[Example]) -> int:
-    """Tokens of the longest sequence of groups or examples, prompt and completion; 0 of none."""
+    """Return the tokens of the longest sequence, prompt and completion, of groups or examples; 0 if there are none."""
     lengths = [0]
     for item in items:
         if isinstance(item, Group):
@@ -73,7 +73,7 @@ def longest_row(items: Sequence[Group] | Sequence[Example]) -> int:
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of sequences of similar length whose padded size stays below batch_tokens."""
+    """Yield batches of indices: sequences of similar length, at most batch_tokens tokens with padding, or one sequence."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) + 1) * lengths[i] > batch_tokens:
@@ -96,16 +96,16 @@ def score_groups(
 ) -> None:
     """Fill in logprobs, entropies, spans, flaws and S of every member, in place.
 
-    A member that was cut off, that holds no answer, or that has a flaw keeps S = NaN.
+    S stays NaN for a member that was cut off, gives no answer, or has a flaw.
 
     Args:
-        groups: of prompts and members with their ids.
-        tokenizer: the model's.
-        scorer: the model whose entropies score, fused.
-        reference: the model of `logprobs`, fused; None: the scorer's own.
-        arguments: of Eq. 1.
-        progress: label of a progress bar, None: no bar.
-        ends: what ends a completion; None: the ends of the scorer and the tokenizer.
+        groups: prompts, and members with their token ids.
+        tokenizer: the models' tokenizer.
+        scorer: fused model whose entropies enter Eq. 1.
+        reference: fused model whose log-probs are stored; None: the scorer.
+        arguments: settings of Eq. 1.
+        progress: label of a progress bar; None: no bar.
+        ends: ends of a completion; None: the ends of the scorer and the tokenizer.
     """
     members = [member for group in groups for member in group.members]
     sequences = [group.sequence(member) for group in groups for member in group.members]
@@ -123,24 +123,24 @@ def score_groups(
 
 
 def _read(member: Member, question: str, tokenizer: Any, ends: Ends, arguments: ScoreArguments) -> None:
-    """Fill in what a member's tokens say: its text, whether it came to an end, a candidate's flaw, and its spans."""
+    """Fill in what a member's tokens alone determine: its text, truncated, the flaw of a candidate, and the spans."""
     member.completion = tokenizer.decode(member.ids, skip_special_tokens=True)
     member.truncated = not ends.has_ended(member.ids, tokenizer)
-    start = max((at for at, _ in member.given if at < len(member.ids)), default=0)  # the answer is the last turn's
-    said = ends.content(member.ids[start:], tokenizer)
+    start = max((at for at, _ in member.given if at < len(member.ids)), default=0)  # the last turn holds the answer
+    content = ends.content(member.ids[start:], tokenizer)
     if member.role == "candidate":
-        member.flaw = flaw_of(tokenizer.decode(said, skip_special_tokens=True), question)
-    found = find_spans(said, tokenizer, markers=arguments.markers, last_tokens=LAST_TOKENS)
+        member.flaw = flaw_of(tokenizer.decode(content, skip_special_tokens=True), question)
+    found = find_spans(content, tokenizer, markers=arguments.markers, last_tokens=LAST_TOKENS)
     spans = [(first + start, last + start) for first, last in (found.branch, found.answer)]
     member.branch_span, member.answer_span, member.span_rule = spans[0], spans[1], found.rule
 
 
 def flaw_of(completion: str, question: str) -> Literal["", "empty", "repeats the prompt"]:
-    """Why a candidate cannot be judged: no visible text, or nothing but the question's words, however often."""
+    """Return why a candidate cannot be judged: it has no visible text, or only repeats the question's words."""
     if not any(unicodedata.category(c)[0] not in "CZ" for c in completion):
         return "empty"
     words, asked = _words(completion), _words(question)
-    while asked and not _is_word(asked[-1]):  # "3+4" is all of "3+4=?"
+    while asked and not _is_word(asked[-1]):  # "3+4" repeats all of "3+4=?"
         asked.pop()
     if not asked:
         return ""
@@ -153,7 +153,7 @@ def flaw_of(completion: str, question: str) -> Literal["", "empty", "repeats the
 
 
 def _words(text: str) -> list[str]:
-    """The words and signs of a text in lower case, without blanks and punctuation; scripts without blanks by letter."""
+    """Return the lower-case words and signs of a text without punctuation; scripts without blanks are split by letter."""
     words: list[str] = []
     for word in re.findall(r"\w+|[^\w\s]", text.casefold()):
         if unicodedata.category(word[0]) == "Lo":
@@ -168,7 +168,13 @@ def _is_word(word: str) -> bool:
 
 
 def apply_eq1(members: Sequence[Member], entropy: Tensor, arguments: ScoreArguments) -> None:
-    """Fill in S and its two terms, nats, in place, of members with their spans; entropy (N,): of all their tokens in a row."""
+    """Fill in S of Eq. 1 and its two terms, in nats, in place.
+
+    Args:
+        members: with their token ids and spans.
+        entropy: (N,) entropies of the members' tokens, one member after the other.
+        arguments: settings of Eq. 1.
+    """
     if arguments.entropy_clip < 1:
         entropy = entropy.clamp(max=float(entropy.quantile(arguments.entropy_clip)))
     lengths = torch.tensor([len(member.ids) for member in members])

@@ -1,9 +1,9 @@
-"""SEGA, Eq. 2 of GEM (arXiv 2511.13007): from the scores of a group to the weights of its members' log-probabilities.
+"""SEGA, Eq. 2 of GEM (arXiv 2511.13007): scores of a group -> weights of its members' log-probabilities.
 
     r_i = f(S_i),    A_i = r_i - mean(r),    w_i proportional to A_i,    L = -(1/B) sum_q sum_i w_i log pi(a_i | q)
 
-Pure functions. B groups, K members of a group; `mask` (B, K) bool says which members take part, and every one of them
-must have finite values. f = listwise_dpo needs the policy's log-ratios and is in gem/losses.py.
+Pure functions. B groups, K members of a group; `mask` (B, K) bool is true for members that take part, whose values must be
+finite. f = listwise_dpo needs the policy's log-ratios and is in gem/losses.py.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ WeightNorm = Literal["mass", "none", "std"]
 def rewards(
     scores: Tensor, mask: Tensor, *, kind: RewardKind, tau: float, posterior_mean: Tensor | None = None
 ) -> Tensor:
-    """The reward r_i = f(S_i) of each member.
-
-    kind: identity  r = S
-          softmax   r = softmax(S / tau) over the members
-          rank      r = share of the other members that i beats, a tie counting half: in [0, 1]
-          bt        r = the mean of the Bradley-Terry posterior (gem.rank); scores and tau are not read
+    """Return the reward r_i = f(S_i) of each member.
 
     Args:
-        scores: (B, K), floating, higher is better; finite for the members (but see bt).
+        scores: (B, K), floating; higher is better; finite for the members unless kind is bt.
         mask: (B, K) bool.
+        kind: identity  r = S
+              softmax   r = softmax(S / tau) over the members
+              rank      r = share of the other members that i beats, a tie counting half; in [0, 1]
+              bt        r = mean of the Bradley-Terry posterior (gem.rank); scores and tau are not read
         tau: temperature of the softmax, in units of the scores, > 0.
-        posterior_mean: (B, K), required by bt.
+        posterior_mean: (B, K), floating, finite for the members; required by bt.
 
     Returns:
-        (B, K) in the dtype of what was read; NaN for those that take no part.
+        (B, K) in the dtype of scores or posterior_mean, whichever was read; NaN outside the mask.
 
     Raises:
         TypeError: values not floating or mask not bool.
@@ -55,7 +54,7 @@ def rewards(
         case "softmax":
             if not tau > 0:
                 raise ValueError(f"tau must be > 0, got {tau}")
-            # -inf would make a group without members NaN - NaN; its row is NaN in the end anyway.
+            # A group without members gives NaN here; its row is masked to NaN below anyway.
             reward = torch.softmax((scores / tau).where(mask, -torch.inf), dim=1)
         case "rank":
             others = mask[:, None, :] & ~torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
@@ -66,21 +65,21 @@ def rewards(
 
 
 def advantages(reward: Tensor, mask: Tensor) -> Tensor:
-    """A_i = r_i - mean(r) over the members of the group (Eq. 2).
+    """Return A_i = r_i - mean(r) over the members of the group (Eq. 2).
 
-    The mean includes i itself; leaving it out (RLOO) multiplies A by k / (k - 1) and changes nothing else.
+    The mean includes i itself. Leaving it out (RLOO) multiplies A by k / (k - 1) and changes nothing else.
 
     Args:
         reward: (B, K), floating, finite for the members.
         mask: (B, K) bool.
 
     Returns:
-        (B, K) in the dtype of `reward`, each row summing to 0; exactly 0 for those that take no part, for groups with
-        fewer than two members and for groups whose rewards are all equal.
+        (B, K) in the dtype of `reward`; each row sums to 0. Exactly 0 outside the mask, for groups with fewer than two
+        members, and for groups whose rewards are all equal.
     """
     _check("reward", reward, mask)
-    # Taking the best off first keeps a group that agrees at exactly 0 (the mean of equal floats may be off by one bit)
-    # and a common offset from costing precision.
+    # Subtracting the best first makes equal rewards exactly 0 (the mean of equal floats may be off by one bit), and a
+    # common offset costs no precision.
     best = reward.where(mask, -torch.inf).amax(1, keepdim=True)
     behind = (reward - best).where(mask, 0.0)
     mean = behind.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
@@ -88,20 +87,19 @@ def advantages(reward: Tensor, mask: Tensor) -> Tensor:
 
 
 def sega_weights(advantage: Tensor, mask: Tensor, *, norm: WeightNorm) -> Tensor:
-    """The weights w of Eq. 2 from the advantages A.
-
-    norm: mass  w = A / max(1, sum|A| / 2): the positive weights of a group, and the negative ones, add up to at most 1.
-                A group that agrees stays as small as it is.
-          none  w = A
-          std   w = A / sqrt(mean(A^2)) over the members; 0 where all A are 0. A group that agrees to within 1e-6 gets
-                weights as large as one that does not: noise at full size.
+    """Return the weights w of Eq. 2 from the advantages A.
 
     Args:
         advantage: (B, K), floating, finite for the members.
         mask: (B, K) bool.
+        norm: mass  w = A / max(1, sum|A| / 2): the positive weights of a group add up to at most 1, and so do the
+                    negative ones. The small advantages of a group that agrees stay small.
+              none  w = A
+              std   w = A / sqrt(mean(A^2)) over the members; 0 where all A are 0. A group that agrees to within 1e-6
+                    gets weights as large as any other: noise at full size.
 
     Returns:
-        (B, K) in the dtype of `advantage`; exactly 0 for those that take no part.
+        (B, K) in the dtype of `advantage`; exactly 0 outside the mask.
     """
     _check("advantage", advantage, mask)
     a = advantage.where(mask, 0.0)
@@ -111,7 +109,7 @@ def sega_weights(advantage: Tensor, mask: Tensor, *, norm: WeightNorm) -> Tensor
         case "none":
             return a
         case "std":
-            # Scaled by the largest first: squares of advantages below 1e-23 would underflow in float32.
+            # Divide by the largest first: in float32, squares of advantages below 1e-23 would underflow.
             largest = a.abs().amax(1, keepdim=True)
             unit = a / largest.where(largest > 0, 1.0)
             std = (unit.square().sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)).sqrt()
@@ -121,7 +119,7 @@ def sega_weights(advantage: Tensor, mask: Tensor, *, norm: WeightNorm) -> Tensor
 
 
 def _check(name: str, values: Tensor, mask: Tensor) -> None:
-    """values (B, K) floating, mask (B, K) bool, and values finite where mask is true."""
+    """Raise unless values (B, K) are floating, mask (B, K) is bool, and values are finite where mask is true."""
     if not values.is_floating_point():
         raise TypeError(f"{name} must be floating, got {values.dtype}")
     if mask.dtype != torch.bool:

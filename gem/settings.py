@@ -1,7 +1,7 @@
-"""Settings of a command: preset < --config file.yaml < flags, and nothing that is set in vain.
+"""The settings of a command: preset < --config file.yaml < flags. A setting without effect is refused.
 
-They come from dataclasses (gem.config, transformers.TrainingArguments). What a command or the chosen loss has no use for is
-refused where it was given, by flag or in the file: see UNUSED here and gem.training_flags.
+They are the fields of dataclasses (gem.config, transformers.TrainingArguments). A setting that the command or the chosen loss
+does not use is refused, whether it came from a flag or the file: see UNUSED here and gem.training_flags.
 """
 
 from __future__ import annotations
@@ -37,14 +37,11 @@ SUMMARIES = {
     "train": "Eq. 2 on a groups file (--groups), or online from preference records (--data)",
     "eval": "preference accuracies, AUROC of the score, task accuracy",
     "report": "tables, curves and one html page from finished runs",
-    "doctor": "what the fused lm_head does with a model: shape, transform, adapter, memory; checks it against the logits",
+    "doctor": "how the fused lm_head handles a model: shape, transform, adapter, memory; checked against its logits",
     "demo": "the whole of GEM on a small model from scratch, beside DPO, SFT and the literal recipe",
 }
-RESUME_HELP = (
-    "checkpoint to go on from: a folder; true: the newest of output_dir, which is also what happens without this flag; "
-    "false: start over"
-)
-DEBUG_HELP = "the traceback of an error, not only its one line"
+RESUME_HELP = "checkpoint to resume from: a folder; true, and the default: the newest of output_dir; false: start over"
+DEBUG_HELP = "show the traceback of an error, not only its one line"
 
 
 def _names(*classes: Any, but: str = "") -> str:
@@ -57,7 +54,7 @@ SAMPLED_SCORE = "temperature top_p top_m branch_weight final_weight entropy_clip
 OWN_REFERENCE = "the model is its own reference here"
 NO_LORA = "new adapters change nothing before they are trained"
 
-# What a command has no use for: commands, names, when (ALWAYS: --help does not show them), why.
+# Settings that a command does not use: commands, names, condition (ALWAYS: hidden in --help), reason.
 Rule = tuple[str, str, Callable[[Any], bool] | None, str]
 UNUSED: tuple[Rule, ...] = (
     ("sft", "loss length_norm beta kl_weight taper sft_weight", ALWAYS, "sft has one loss, -log pi(chosen)"),
@@ -133,18 +130,18 @@ UNUSED: tuple[Rule, ...] = (
 
 
 def raise_error(message: str) -> NoReturn:
-    """In place of ArgumentParser.error, which prints all flags of the usage before the one line that matters."""
+    """Replace ArgumentParser.error, which prints all flags of the usage before the one line that matters."""
     raise ValueError(message)
 
 
 def parse(command: str, argv: Sequence[str], *classes: Any) -> tuple[list[Any], dict[str, Any]]:
-    """(dataclass instances, the settings they were made of), from preset, yaml file and flags.
+    """Return (dataclass instances, the settings they were built from), from preset, yaml file and flags.
 
-    resume_from_checkpoint is in the settings alone: it is for whoever starts the training.
+    resume_from_checkpoint is only in the settings: it is an argument of train(), not of the dataclasses.
 
     Raises:
-        ValueError: an unknown preset or flag, a missing or malformed file, a key that no class has, a value of another
-            type or out of range, or a setting that the command would ignore.
+        ValueError: an unknown preset or flag, a missing or malformed file, an unknown key, a value of the wrong type or out
+            of range, or a setting that the command would ignore.
     """
     from transformers import TrainingArguments
 
@@ -176,13 +173,15 @@ def parse(command: str, argv: Sequence[str], *classes: Any) -> tuple[list[Any], 
     instances = list(parser.parse_dict(built, allow_extra_keys=True))
     for instance in instances:
         if isinstance(instance, TrainingArguments):
-            refuse_ignored(instance, loss, evaluates=evaluates)  # what shows only now, such as the device
+            refuse_ignored(
+                instance, loss, evaluates=evaluates
+            )  # some conditions are known only now, such as the device
         else:
             check(instance)
     return instances, settings
 
 
-OUTSIDE = (argparse._HelpAction, argparse._StoreTrueAction)  # --help, and our --debug, which main() has taken
+OUTSIDE = (argparse._HelpAction, argparse._StoreTrueAction)  # --help, and our --debug, which main() handles
 
 
 def _parser(command: str, classes: Sequence[Any]) -> Any:
@@ -193,7 +192,7 @@ def _parser(command: str, classes: Sequence[Any]) -> Any:
         prog=f"gem-kernels {command}",
         description=SUMMARIES[command],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,  # the first look at --config and --preset must see the same flags
+        allow_abbrev=False,  # the first pass for --config and --preset must parse the same flags
     )
     parser.error = raise_error  # type: ignore[method-assign]
     parser.add_argument("--config", help="yaml file with any of these settings")
@@ -211,7 +210,9 @@ def _parser(command: str, classes: Sequence[Any]) -> Any:
                 int,
                 float,
             ):
-                action.type = str  # a dict, say, which no text becomes: its refusal is ours
+                action.type = (
+                    str  # for example dict, which argparse cannot convert text to: we refuse the flag ourselves
+                )
         elif action.dest == "debug" and TrainingArguments in classes:
             action.help = f"{DEBUG_HELP}; with a value: {action.help}"
         elif action.dest == "resume_from_checkpoint":
@@ -220,20 +221,20 @@ def _parser(command: str, classes: Sequence[Any]) -> Any:
 
 
 def never_used(command: str) -> set[str]:
-    """The names that a command never has a use for."""
+    """Return the settings that a command never uses."""
     rules = [names for commands, names, when, _ in UNUSED if when is ALWAYS and command in commands.split()]
     return {name for names in rules for name in names.split()}
 
 
 def _refuse_unused(command: str, settings: Mapping[str, Any], unset: Mapping[str, Any]) -> None:
-    given = {name for name, value in settings.items() if value != unset[name]}
+    changed = {name for name, value in settings.items() if value != unset[name]}
     if command == "sft" and settings.get("loss") == "sft":
-        given.discard("loss")  # which says what holds
+        changed.discard("loss")  # sft trains this loss anyway
     for commands, names, when, why in UNUSED:
-        if command not in commands.split() or not given & set(names.split()):
+        if command not in commands.split() or not changed & set(names.split()):
             continue
         if when is ALWAYS or when(SimpleNamespace(**settings)):
-            name = next(name for name in names.split() if name in given)
+            name = next(name for name in names.split() if name in changed)
             raise ValueError(
                 f"{name} would do nothing in `gem-kernels {command}` and must be left at {unset[name]!r}, "
                 f"got {settings[name]!r}: {why}"
@@ -241,7 +242,7 @@ def _refuse_unused(command: str, settings: Mapping[str, Any], unset: Mapping[str
 
 
 def _check_training(settings: Mapping[str, Any], unset: Mapping[str, Any]) -> None:
-    """What transformers would say late, without the name, or not at all."""
+    """Refuse training settings that transformers would reject late, without a name, or not at all."""
     check_trackers(settings["report_to"])
     for name in training_defaults().keys() & settings.keys():
         value = settings[name]
@@ -256,7 +257,7 @@ def _check_training(settings: Mapping[str, Any], unset: Mapping[str, Any]) -> No
 
 
 def _read_file(path: str, command: str, actions: Mapping[str, argparse.Action]) -> dict[str, Any]:
-    """Name -> value of a yaml file, each as its flag would have it."""
+    """Return name -> value for a yaml file, with each value as its flag would give it."""
     import yaml
 
     if not Path(path).is_file():
@@ -274,12 +275,12 @@ def _read_file(path: str, command: str, actions: Mapping[str, argparse.Action]) 
 
 
 def _as_flag(action: argparse.Action, value: Any) -> Any:
-    """A value from yaml as the flag would give it: argparse checks and converts text, and nothing else.
+    """Return a value from yaml as its flag would give it: argparse checks and converts only text.
 
-    true is a flag without its value where one may stand so (nargs="?"), false is no flag.
+    true gives a flag without a value, if the flag allows that (nargs="?"); false gives no flag.
 
     Raises:
-        ValueError: a list where one value is expected, one value where a list is, or nothing where there is a default.
+        ValueError: a list for a single value, a single value for a list, or nothing for a setting with a default.
     """
     if value is None and action.default is not None:
         raise ValueError(f"argument {action.dest}: expected a value, got nothing")

@@ -1,10 +1,11 @@
-"""The shapes that one preference record may have -> one shape: a prompt, and completions that continue it.
+"""Bring the shapes of preference records into one: a prompt, and completions that continue it.
 
     shape({"chosen": [user, assistant], "rejected": [user, other]}, need=("chosen", "rejected"))
     -> {"prompt": [user], "chosen": [assistant], "rejected": [other]}
 
-Conversations repeat the prompt, hold it alone, or stand beside its plain text; they end too late or answer different prompts.
-What TRL reads is read as TRL reads it; what nobody can learn from is refused by name.
+Conversations may repeat the prompt, hold it alone, or stand beside its plain text; they may end with a turn that is not the
+assistant's, or answer different prompts. Shapes that TRL reads are read as TRL reads them; a record that cannot be trained on
+is refused with its reason.
 """
 
 from __future__ import annotations
@@ -12,7 +13,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gem.messages import Conversation, Message, check_text, conversation, from_json, prefix, said, same, speaks
+from gem.messages import (
+    Conversation,
+    Message,
+    check_text,
+    content_of,
+    conversation,
+    from_json,
+    has_content,
+    prefix,
+    same,
+)
 from gem.messages import template_options as read_template_options
 from gem.messages import tools as read_tools
 from gem.problems import BadRecord, shown
@@ -23,24 +34,24 @@ _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
 def shape(raw: Record, need: Sequence[str], fields: Sequence[str] = ()) -> tuple[Record, list[str]]:
-    """A record of prompt, chosen, rejected, candidates, system, tools and chat_template_kwargs, and notes on it.
+    """Return the record as prompt, chosen, rejected, candidates, system, tools and chat_template_kwargs, and notes on it.
 
     Args:
-        raw: the same fields as the data has them; None is absent.
-        need: which of them must be there, beside the prompt.
-        fields: what the row had, for the message.
+        raw: the same fields as in the data; None is absent.
+        need: fields that must be present beside the prompt.
+        fields: the columns of the row, for the message.
 
     Returns:
-        "prompt": text or messages; "chosen", "rejected", each of "candidates", as present: text, or messages that begin
-        and end with the assistant's turn (where the prompt is messages); "tools", "chat_template_kwargs" as present;
-        "system": the system prompt of a prompt that is text. The notes are texts for Problems.note.
+        "prompt": text or messages; "chosen", "rejected", each of "candidates", if present: text, or messages that begin
+        and end with the assistant's turn (if the prompt is messages); "tools", "chat_template_kwargs" if present;
+        "system": the system message for a text prompt. The notes are texts for Problems.note.
 
     Raises:
         BadRecord: a record that cannot be used.
     """
     raw = {name: value for name, value in raw.items() if value is not None}
     for name in need:
-        if name not in raw and name != "prompt":  # which may stand within the conversations
+        if name not in raw and name != "prompt":  # the conversations may contain the prompt
             raise _missing(name, fields or sorted(raw))
     for name in _MEDIA:
         if raw.get(name):
@@ -67,19 +78,19 @@ def _missing(name: str, fields: Sequence[str]) -> BadRecord:
 
 
 def _sides(raw: Record, notes: list[str]) -> tuple[list[str], list[Conversation]]:
-    """Names and values of the completions, those of messages cut after the assistant's last turn."""
-    given: list[tuple[str, Any]] = [(name, raw[name]) for name in ("chosen", "rejected") if name in raw]
+    """Return the names and values of the completions; messages are cut after the assistant's last turn."""
+    found: list[tuple[str, Any]] = [(name, raw[name]) for name in ("chosen", "rejected") if name in raw]
     candidates = raw.get("candidates", [])
     if isinstance(candidates, str) and candidates.lstrip().startswith("["):
         candidates = from_json(candidates, "candidates")
     if not isinstance(candidates, list) or not all(isinstance(c, str | list | dict) for c in candidates):
         raise BadRecord("'candidates' must be a list of texts or of chat messages", shown(candidates))
-    given += [("candidates", candidate) for candidate in candidates]
-    return [name for name, _ in given], [_finished(conversation(value, name), name, notes) for name, value in given]
+    found += [("candidates", candidate) for candidate in candidates]
+    return [name for name, _ in found], [_finished(conversation(value, name), name, notes) for name, value in found]
 
 
 def _masks(message: Message) -> list[str]:
-    """The fields of a message by which other trainers leave it out of what they learn."""
+    """Return the fields of a message that make other trainers leave it out of the loss."""
     off = [key for key in ("weight", "train", "training", "loss", "loss_mask", "loss_weight") if key in message]
     on = [key for key in ("mask", "masked") if message.get(key) in (1, True)]
     return [f"{key}={message[key]}" for key in [*(k for k in off if message[k] in (0, False)), *on]]
@@ -100,7 +111,7 @@ def _finished(side: Conversation, name: str, notes: list[str]) -> Conversation:
         raise BadRecord(f"{name!r} must have a turn of the assistant", f"turns of {[m['role'] for m in side]}")
     if turns < len(side):
         notes.append(f"the last turn is the {side[-1]['role']}'s: it is not learnt")
-    if not speaks(side[turns - 1]):
+    if not has_content(side[turns - 1]):
         raise BadRecord(f"{name!r} must be text or chat messages, not empty", shown(side[turns - 1]["content"]))
     return side[:turns]
 
@@ -111,7 +122,7 @@ def _finished(side: Conversation, name: str, notes: list[str]) -> Conversation:
 def _chat(
     prompt: Conversation | None, sides: list[Conversation], notes: list[str]
 ) -> tuple[list[Message] | None, list[Conversation]]:
-    """The prompt as messages, and what of each side continues it."""
+    """Return the prompt as messages, and the rest of each side that continues it."""
     whole = [side for side in sides if isinstance(side, list)]
     if not isinstance(prompt, list):
         prompt, cut = _prompt_within(prompt, whole, notes)
@@ -121,13 +132,13 @@ def _chat(
     for side in sides:
         if isinstance(side, list) and side[0]["role"] != "assistant":
             raise BadRecord("the completions must answer the same prompt", f"one that goes on with {_briefly(side[0])}")
-    if not any(map(speaks, [message for message in prompt if message["role"] == "user"] or prompt)):
-        raise BadRecord("'prompt' must be text or chat messages, not empty", shown(said(prompt)))
+    if not any(map(has_content, [message for message in prompt if message["role"] == "user"] or prompt)):
+        raise BadRecord("'prompt' must be text or chat messages, not empty", shown(content_of(prompt)))
     return prompt, sides
 
 
 def _prompt_within(text: str | None, whole: list[list[Message]], notes: list[str]) -> tuple[list[Message], int]:
-    """The turns that conversations begin with before they answer, and their number; else the plain text as a turn."""
+    """Return the common turns of conversations before their answers, and their number; else the plain text as a turn."""
     full = [side for side in whole if side[0]["role"] != "assistant"]
     if not full:
         if text is None:
@@ -135,7 +146,7 @@ def _prompt_within(text: str | None, whole: list[list[Message]], notes: list[str
         return [{"role": "user", "content": text}], 0
     answers = [i for i, message in enumerate(full[0]) if message["role"] == "assistant"]
     cut = prefix(full) if len(full) > 1 else answers[0]
-    while cut and full[0][cut - 1]["role"] == "assistant":  # so that what is sampled answers somebody
+    while cut and full[0][cut - 1]["role"] == "assistant":  # sampling must answer a user or a tool
         cut -= 1
     if not cut or any(side[cut]["role"] != "assistant" for side in full):
         ways = "; ".join(_briefly(side[cut]) for side in full[:2])
@@ -150,11 +161,11 @@ def _prompt_within(text: str | None, whole: list[list[Message]], notes: list[str
 
 
 def _prompt_repeated(prompt: list[Message], sides: list[Conversation]) -> tuple[list[Message], list[Conversation]]:
-    """The prompt, and the sides without those of its messages that they begin with."""
+    """Return the prompt, and the sides without their repetition of it."""
     whole = [side for side in sides if isinstance(side, list)]
     first = whole[0][0]
     if first["role"] in _SYSTEM and prompt[0]["role"] not in _SYSTEM and all(same(side[:1], [first]) for side in whole):
-        prompt = [first, *prompt]  # a system message that stands before the repetition only
+        prompt = [first, *prompt]  # only the repetition has the system message
     sides = [_without(prompt, side) if isinstance(side, list) else side for side in sides]
     if prompt[-1]["role"] not in ("user", "tool") and all(isinstance(side, list) for side in sides):
         rest = [side for side in sides if isinstance(side, list)]
@@ -165,7 +176,7 @@ def _prompt_repeated(prompt: list[Message], sides: list[Conversation]) -> tuple[
 
 
 def _without(prompt: list[Message], side: list[Message]) -> list[Message]:
-    """A side without the messages that the prompt ends and the side begins with."""
+    """Return a side without its first messages that repeat the last ones of the prompt."""
     for length in range(min(len(prompt), len(side) - 1), 0, -1):
         if same(prompt[-length:], side[:length]):
             return side[length:]
@@ -184,19 +195,19 @@ def _check_pair(record: Record, notes: list[str]) -> None:
     if len(pair) < 2:
         return
     if same(pair[0], pair[1]):
-        raise BadRecord("chosen and rejected must not be the same", shown(said(pair[0])))
+        raise BadRecord("chosen and rejected must not be the same", shown(content_of(pair[0])))
     prompt = record["prompt"]
     if isinstance(prompt, str) and all(isinstance(side, str) and side.startswith(prompt) for side in pair):
         notes.append("chosen and rejected begin with the text of the prompt: it is learnt with them")
 
 
 def _answer(side: Conversation) -> Conversation:
-    """A single plain turn of the assistant as its text."""
-    return side[0]["content"] if isinstance(side, list) and len(side) == 1 and len(said(side)[0]) == 2 else side
+    """Return a single plain turn of the assistant as its text."""
+    return side[0]["content"] if isinstance(side, list) and len(side) == 1 and len(content_of(side)[0]) == 2 else side
 
 
 def _with_extras(record: Record, raw: Record, notes: list[str]) -> Record:
-    """The record with its system prompt, tools and options of the template."""
+    """Add the system prompt, the tools and the options of the template to the record."""
     prompt, system = record["prompt"], raw.get("system", "")
     if not isinstance(system, str):
         raise BadRecord("'system' must be text", shown(system))

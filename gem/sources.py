@@ -1,4 +1,4 @@
-"""Where a pretrained model comes from: a folder, a hub name, a folder of adapters, or a GGUF file."""
+"""Load pretrained models and tokenizers from a folder, a hub name, a folder of adapters, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from gem.loading import loading
 logger = logging.getLogger(__name__)
 
 MODEL_SOURCES = "a folder, a hub name, a GGUF file or a config .json"
-# What makes a folder an ordinary checkpoint: its weights. A config alone may lie beside a GGUF file.
+# The weights that make a folder an ordinary checkpoint; a config alone may lie beside a GGUF file.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
 
 
 def gguf_file(source: str, what: str = "model") -> Path | None:
-    """The GGUF file that a source is, or the one that a folder without other weights holds; None: it is something else.
+    """Return the GGUF file that a source is, or that a folder without other weights holds; None for other sources.
 
     Args:
-        source: what the user named.
-        what: the argument that named it.
+        source: the path or name that the user gave.
+        what: the argument that the user gave it for.
 
     Raises:
-        ValueError: a file that is not GGUF, a .gguf that is not there, or a folder of several.
+        ValueError: a file that is not GGUF, a missing .gguf, or a folder with several.
     """
     path = Path(source)
     if path.is_file():
@@ -55,17 +55,17 @@ def gguf_file(source: str, what: str = "model") -> Path | None:
 
 
 def tokenizer_of(source: str, what: str) -> Any:
-    """The tokenizer of a folder, hub name or GGUF file; of adapters saved without one, that of their base.
+    """Return the tokenizer of a folder, hub name or GGUF file; adapters saved without a tokenizer have their base's.
 
     Raises:
         ValueError: there is none, or it does not load.
     """
     file = gguf_file(source, what)
-    if file is not None and not (file.parent / "tokenizer.json").is_file():  # somebody has put a whole one beside it
+    if file is not None and not (file.parent / "tokenizer.json").is_file():  # a tokenizer.json beside it is whole
         tokenizer = _own_tokens(_from_gguf(AutoTokenizer, file, what))
         if (
             tokenizer.eos_token == tokenizer.bos_token
-        ):  # as transformers 5.10 has it of every Llama; the config is right
+        ):  # transformers 5.10 does this for every Llama; the config has the right end
             end = _from_gguf(AutoConfig, file, what).eos_token_id
             tokenizer.eos_token = tokenizer.eos_token if end is None else tokenizer.convert_ids_to_tokens(end)
         return tokenizer
@@ -80,20 +80,20 @@ def tokenizer_of(source: str, what: str) -> Any:
 
 
 def pretrained(source: str, model_class: Any = AutoModelForCausalLM, **options: Any) -> Any:
-    """The model of a folder, hub name or GGUF file, whose weights are de-quantised; adapters are merged into their base.
+    """Return the model of a folder, hub name or GGUF file (de-quantised); adapters are merged into their base.
 
     Args:
-        source: what the user named as `model`.
+        source: the `model` that the user gave.
         model_class: of transformers; its from_pretrained loads the model, or the base under adapters.
-        options: of from_pretrained.
+        options: for from_pretrained.
 
     Raises:
         ValueError: there is no such model, or it does not load.
     """
     if adapter_base(source) is not None:
         model = merged(adapted(source, model_class, **options), source)
-        model.name_or_path = source  # the base of adapters to come
-        return model.requires_grad_(True)  # peft had frozen it
+        model.name_or_path = source  # for adapters trained on it, which save it as their base
+        return model.requires_grad_(True)  # peft freezes the base
     file = gguf_file(source)
     if file is not None:
         return _dequantised(model_class, file, **options)
@@ -103,14 +103,14 @@ def pretrained(source: str, model_class: Any = AutoModelForCausalLM, **options: 
 
 
 class Configs(NamedTuple):
-    """What a pretrained model says of itself, its weights aside."""
+    """The configs of a pretrained model."""
 
     config: Any
     generation_config: Any
 
 
 def configs_of(source: str) -> Configs:
-    """The config and generation config of a folder, hub name or GGUF file; of adapters, those of their base.
+    """Return the config and generation config of a folder, hub name or GGUF file; adapters have those of their base.
 
     Raises:
         ValueError: there is no such model, or its config does not load.
@@ -125,15 +125,15 @@ def configs_of(source: str) -> Configs:
         config = AutoConfig.from_pretrained(source)
     try:
         return Configs(config, transformers.GenerationConfig.from_pretrained(source))
-    except OSError:  # many have none
+    except OSError:  # many models have no generation config
         return Configs(config, None)
 
 
 def adapted(source: str, model_class: Any = AutoModelForCausalLM, **options: Any) -> Any:
-    """The peft model of a folder of adapters; arguments as in `pretrained`.
+    """Return the peft model of a folder of adapters; arguments as in `pretrained`.
 
     Raises:
-        ValueError: the folder names no base, or one that does not load, or adapters that do not fit it.
+        ValueError: the folder names no base, the base does not load, or the adapters do not fit it.
     """
     from peft import PeftModel
 
@@ -157,18 +157,18 @@ def adapted(source: str, model_class: Any = AutoModelForCausalLM, **options: Any
             logger.warning("%s: %d new tokens without their embeddings, which are made anew", source, rows - own)
     with loading("model", source, expected):
         if rows is not None and rows != own:
-            model.resize_token_embeddings(rows)  # as peft's own auto classes do: the adapters came with new tokens
+            model.resize_token_embeddings(rows)  # as in peft's auto classes: the adapters came with new tokens
         with warnings.catch_warnings():
-            # Else the adapters that the file does not hold would be there as they are before training: without effect.
+            # Adapters missing from the file would keep their initial values, which have no effect.
             warnings.filterwarnings("error", "Found missing adapter keys")
             return PeftModel.from_pretrained(model, source)
 
 
 def _check_chain(source: str) -> None:
-    """Whether adapters of adapters of ... come to a base.
+    """Check that adapters of adapters of ... lead to a base.
 
     Raises:
-        ValueError: they come back to themselves.
+        ValueError: the chain is circular.
     """
     passed: set[Path] = set()
     step: str | None = source
@@ -182,10 +182,10 @@ def _check_chain(source: str) -> None:
 
 
 def check_config(source: str) -> None:
-    """Whether transformers reads a folder's config.json; what is wrong with it is said before anything else trips over it.
+    """Check that transformers reads a folder's config.json, so that a bad one is reported before other errors follow from it.
 
     Raises:
-        ValueError: it does not.
+        ValueError: transformers does not read it.
     """
     if (Path(source) / "config.json").is_file():
         with loading("model", source, "a folder whose config.json transformers reads"):
@@ -193,9 +193,9 @@ def check_config(source: str) -> None:
 
 
 def _adapter_rows(folder: Path, model: Any) -> int | None:
-    """The size of the vocabulary that adapters were trained with, where they hold rows of it; None: they hold none.
+    """Return the vocabulary size that adapters were trained with; None if they hold no rows of the vocabulary.
 
-    Their tokenizer does not tell: a vocabulary may be padded, or have been cut.
+    The size of the tokenizer may differ: a vocabulary may be padded or cut.
     """
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
@@ -203,23 +203,23 @@ def _adapter_rows(folder: Path, model: Any) -> int | None:
     of_vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is m for m in of_vocabulary)]
     with safe_open(file, framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118  it is no dictionary
+        for key in tensors.keys():  # noqa: SIM118  a safetensors file is not a dict
             for name in names:
                 _, found, part = key.partition(f".{name}.")
                 shape: list[int] = tensors.get_slice(key).get_shape() if found else []
                 if part.startswith("lora_embedding_A"):  # (r, V)
                     return shape[1]
-                # Its other factor, (r, D), is not of the vocabulary; nor are single rows.
+                # lora_embedding_B has no vocabulary dimension; trainable single rows do not have all of it.
                 if part.startswith("lora_B") or (part.endswith("weight") and "lora_" not in part):
                     return shape[0]
     return None
 
 
 def merged(model: Any, source: str) -> Any:
-    """The model under a peft model, with its adapters in its weights.
+    """Return the model under a peft model, with its adapters merged into its weights.
 
     Raises:
-        ValueError: adapters that are no part of a weight, such as prompts that are learnt.
+        ValueError: adapters that cannot be merged into a weight, such as learnt prompts.
     """
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
@@ -231,7 +231,7 @@ def merged(model: Any, source: str) -> Any:
     plain = [layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer for layer in layers]
     weights = [getattr(layer, "weight", None) for layer in plain]
     if plain != layers and weights[0] is not None and weights[0] is weights[1]:
-        # An adapter on one of two layers that share their weight: merged into it, it would change the other one, too.
+        # Two layers share their weight and only one has an adapter: without a copy, merging would change the other layer too.
         plain[1].weight = nn.Parameter(weights[1].detach().clone())
         for config in (base.config, base.config.get_text_config()):
             config.tie_word_embeddings = False
@@ -240,17 +240,17 @@ def merged(model: Any, source: str) -> Any:
 
 
 def adapter_base(source: str) -> str | None:
-    """The base that a folder of adapters names; None: it is another kind of source.
+    """Return the base that a folder of adapters names; None for another kind of source.
 
     Raises:
-        ValueError: adapters that name none.
+        ValueError: adapters that name no base.
     """
     file = Path(source) / "adapter_config.json"
     if not file.is_file():
         return None
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON and of UTF-8
+    except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"model must have adapters whose config is JSON, got {file}: {error}") from None
     base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     if not base or not isinstance(base, str) or not settings.get("peft_type"):
@@ -259,13 +259,13 @@ def adapter_base(source: str) -> str | None:
 
 
 def _dequantised(model_class: Any, file: Path, **options: Any) -> Any:
-    """An ordinary model with the weights of a GGUF file: it trains, and it is saved as any other."""
+    """Return an ordinary model with the weights of a GGUF file, which can be trained and saved like any other."""
     if hasattr(transformers, "GgufConfig"):
-        # Newer releases would leave the weights in their blocks where a kernel for them is installed; and without this, they
-        # mark even a model without blocks as quantised, which Trainer then refuses and save_pretrained too.
+        # Without this, newer releases keep the weights in quantised blocks if a kernel for them is installed. They also mark
+        # a model without such blocks as quantised, which Trainer and save_pretrained then refuse.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = _from_gguf(model_class, file, "model", **options)
-    model.name_or_path = str(file.resolve())  # the base of adapters to come; by default the folder alone
+    model.name_or_path = str(file.resolve())  # the base of later adapters; the default is only the folder
     logger.info("%s is a GGUF file: its weights are de-quantised to %s", file, str(model.dtype).removeprefix("torch."))
     return model
 
@@ -277,15 +277,17 @@ def _from_gguf(loader: Any, file: Path, what: str, **options: Any) -> Any:
         raise ValueError(
             f"{what} {str(file)!r} is a GGUF file, which needs pip install 'gem-kernels[gguf]' ({error})"
         ) from None
-    except Exception as error:  # a parser of a broken file trips over anything: struct.error, KeyError, ...
+    except Exception as error:  # the parser raises anything on a broken file: struct.error, KeyError, ...
         raise ValueError(
             f"{what} must be a whole GGUF file of an architecture that transformers reads, got {str(file)!r}: {error!r}"
         ) from None
 
 
 def _own_tokens(tokenizer: Any) -> Any:
-    """The tokenizer with the tokens of its GGUF file alone: the conversion of a byte-level one adds GPT-2's <|endoftext|> where
-    the file has none, and the model has no embedding for it."""
+    """Return the tokenizer with only the tokens of its GGUF file.
+
+    The conversion of a byte-level tokenizer adds GPT-2's <|endoftext|> if the file has none; the model has no embedding for it.
+    """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     own = [token for token in content["added_tokens"] if token["id"] < tokenizer.vocab_size]
     if len(own) == len(content["added_tokens"]):

@@ -1,15 +1,15 @@
-"""Where the final answer of a completion starts, in tokens: the two spans that Eq. 1 (arXiv 2511.13007) reads.
+"""Find the final answer of a completion, in tokens: the two spans that Eq. 1 (arXiv 2511.13007) reads.
 
-A marker found on the decoded text and mapped back to tokens; else the last non-empty line, when there are several; else
-the last few tokens. What that leaves open is decided here:
+The rules are tried in this order (_RULES): the text after a marker; the last non-empty line, if there are several; the last few
+tokens. They work on the decoded text, and the result is mapped back to tokens. Details that the paper leaves open:
 
 - The last marker with text after it wins. A model names the marker while it plans ("I will put it after ####"), closes
   its reasoning (`</think>`) before it boxes the answer, and corrects itself; graders read the last one too. Markers at
   the end of the text were cut off or announce nothing, and are in neither span.
 - The answer runs from the first to the last visible character after the marker. After a marker that opens a brace, as
-  `\\boxed{` does, it ends before the brace that matches; where none does, at the end of the text.
-- A token with any character of the answer is the answer's: a tokenizer that glues a brace to a digit loses no answer.
-- The branch is every token before the first one with a piece of the marker, or of the answer where there is no marker;
+  `\\boxed{` does, it ends before the matching brace, or at the end of the text if there is none.
+- A token with any character of the answer belongs to the answer, even if the tokenizer joins a brace to a digit.
+- The branch is every token before the first one with a piece of the marker, or of the answer if there is no marker;
   earlier markers are part of the reasoning.
 - Special and blank tokens at the end (end of sequence, padding, the line break of a chat template) are in neither span.
 """
@@ -18,16 +18,16 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from gem.decoding import decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What a decoder shows for the bytes of a character that is not complete yet.
+# The character to which a decoder maps the bytes of an incomplete character.
 _REPLACEMENT = "\ufffd"
 
 
@@ -37,21 +37,21 @@ class Spans(NamedTuple):
     branch: tuple[int, int]
     """the reasoning; may be empty"""
     answer: tuple[int, int]
-    """the final answer; empty only when nothing but markers and blanks was said"""
-    rule: Literal["marker", "last_line", "last_tokens"]
-    """what found the answer"""
+    """the final answer; empty only if the completion holds nothing but markers and blanks"""
+    rule: str
+    """the name of the rule that found the answer, from _RULES"""
 
 
 def find_spans(
     completion_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, *, markers: Sequence[str], last_tokens: int
 ) -> Spans:
-    """The reasoning and the final answer of a completion, by the rules in the module's docstring.
+    """Return the reasoning and the final answer of a completion, by the rules in the module's docstring.
 
     Args:
         completion_ids: (n,) token ids of the completion alone, with or without its end of sequence.
         tokenizer: the model's, slow or fast. About 3 log2(n) prefixes are decoded.
         markers: texts that announce the answer, none of them empty.
-        last_tokens: length of the answer by the last rule, >= 1.
+        last_tokens: length of the answer by the rule last_tokens, >= 1.
 
     Raises:
         TypeError: markers is one string.
@@ -71,8 +71,8 @@ def find_spans(
     def text_of(n: int) -> str:
         return decode(ids[:n], tokenizer)
 
-    # Characters of the first n tokens, those complete and those begun. Both only grow with n, which bisection needs and
-    # len(text_of(n)) does not: some decoders show a replacement for each byte of a character until its last one comes.
+    # The number of complete characters, and of complete or begun ones, in the first n tokens. Bisection needs numbers that only
+    # grow with n. len(text_of(n)) does not: some decoders give one replacement for each byte until a character is complete.
     def complete(n: int) -> int:
         return len(text_of(n).rstrip(_REPLACEMENT))
 
@@ -80,30 +80,68 @@ def find_spans(
         return complete(n) + text_of(n).endswith(_REPLACEMENT)
 
     def token_at(char: int) -> int:
-        """The first token with a piece of this character."""
+        """Return the first token with a piece of this character."""
         return bisect_right(prefixes, char, key=begun) - 1
 
     def token_end(char: int) -> int:
-        """One past the last token with a piece of the characters before this one."""
-        return min(bisect_left(prefixes, char, key=complete), len(ids))  # past the end: bytes that stay incomplete
+        """Return one past the last token with a piece of the characters before this one."""
+        return min(bisect_left(prefixes, char, key=complete), len(ids))  # the last bytes may stay incomplete
 
     text = _without_markers_at_end(text_of(len(ids)), markers)
-    if marked := _marked_answer(text, markers):
-        marker, start, end = marked
-        return Spans((0, token_at(marker)), (token_at(start), token_end(end)), "marker")
-    end = token_end(len(text))
-    line = text.rfind("\n") + 1
-    if text[:line].strip():
-        start = token_at(line + _blanks(text[line:]))
-        return Spans((0, start), (start, end), "last_line")
-    start = max(0, end - last_tokens)
-    return Spans((0, start), (start, end), "last_tokens")
+    completion = _Completion(text, markers, last_tokens, token_at, token_end)
+    for name, rule in _RULES.items():
+        if found := rule(completion):
+            branch_end, *answer = found
+            return Spans((0, branch_end), (answer[0], answer[1]), name)
+    raise AssertionError("the last rule finds an answer in any completion")
+
+
+class _Completion(NamedTuple):
+    """The text of a completion, without a tail of markers and blanks, and its map to tokens."""
+
+    text: str
+    markers: Sequence[str]
+    last_tokens: int
+    token_at: Callable[[int], int]
+    """the first token with a piece of a character"""
+    token_end: Callable[[int], int]
+    """one past the last token with a piece of the characters before one"""
+
+
+def _after_marker(c: _Completion) -> tuple[int, int, int] | None:
+    if not (marked := _marked_answer(c.text, c.markers)):
+        return None
+    marker, start, end = marked
+    return c.token_at(marker), c.token_at(start), c.token_end(end)
+
+
+def _last_line(c: _Completion) -> tuple[int, int, int] | None:
+    line = c.text.rfind("\n") + 1
+    if not c.text[:line].strip():
+        return None
+    start = c.token_at(line + _blanks(c.text[line:]))
+    return start, start, c.token_end(len(c.text))
+
+
+def _last_tokens(c: _Completion) -> tuple[int, int, int]:
+    end = c.token_end(len(c.text))
+    start = max(0, end - c.last_tokens)
+    return start, start, end
+
+
+# Every rule by name, in the order in which they are tried. A rule returns (end of the branch, start and end of the answer) in
+# tokens, or None if it does not apply.
+_RULES: dict[str, Callable[[_Completion], tuple[int, int, int] | None]] = {
+    "marker": _after_marker,
+    "last_line": _last_line,
+    "last_tokens": _last_tokens,
+}
 
 
 def _without_tail(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens without the special and the blank ones at the end."""
-    # The decoder knows them all. tokenizer.all_special_ids has only those with a role (eos, pad, ...), so none for a
-    # tokenizer that was loaded from a bare file.
+    """Return the tokens without special and blank ones at the end."""
+    # Ask the decoder, which skips every special token. tokenizer.all_special_ids has only those with a role (eos, pad, ...), so
+    # none for a tokenizer loaded from a bare file.
     n = len(ids)
     while n and not decode(ids[n - 1 : n], tokenizer, skip_special_tokens=True).strip():
         n -= 1
@@ -118,7 +156,7 @@ def _without_markers_at_end(text: str, markers: Sequence[str]) -> str:
 
 
 def _marked_answer(text: str, markers: Sequence[str]) -> tuple[int, int, int] | None:
-    """Start of the marker, start and end of the answer in characters; None: no marker has text after it."""
+    """Return the start of the marker, and start and end of the answer, in characters; None if no marker has text after it."""
     pattern = "|".join(re.escape(m) for m in sorted(markers, key=len, reverse=True))
     matches = list(re.finditer(pattern, text)) if markers else []
     for match in reversed(matches):
@@ -130,7 +168,7 @@ def _marked_answer(text: str, markers: Sequence[str]) -> tuple[int, int, int] | 
 
 
 def _closing_brace(text: str, start: int) -> int:
-    """Where the brace opened before `start` closes, LaTeX's escaped braces aside; the end of the text if nowhere."""
+    """Return where the brace opened before `start` closes, skipping LaTeX's escaped braces; else the end of the text."""
     depth = 1
     for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
@@ -140,5 +178,5 @@ def _closing_brace(text: str, start: int) -> int:
 
 
 def _blanks(text: str) -> int:
-    """The number of blank characters it begins with."""
+    """Return the number of leading blank characters."""
     return len(text) - len(text.lstrip())

@@ -1,8 +1,9 @@
 """GEMTrainer: transformers.Trainer over groups. It overrides public methods only: get_batch_samples, compute_loss,
-evaluate and log.
+evaluate and log, in the order in which a step calls them.
 
-A step reads top to bottom: examples or groups -> (online: fresh candidates, scores, weights) -> one packed batch -> the fused
-forward of the model, which is linear_group_loss with `group_loss` as its loss_fn.
+    get_batch_samples   examples or groups -> (online: fresh candidates, scores, weights) -> packed micro-batches
+    compute_loss        micro-batch -> the model's fused forward: linear_group_loss with `group_loss` as its loss_fn
+    evaluate, log       held-out metrics; the means of what the batches recorded
 """
 
 from __future__ import annotations
@@ -13,37 +14,40 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from gem.config import GuardArguments, LossArguments, check
 from gem.data import Example, pack
-from gem.groups import Group
+from gem.groups import ROLES, Group
+from gem.guard import CollapseGuard
 from gem.head import completion_stats, fuse_lm_head, fused_head, router_usage, unwrapped
-from gem.losses import dpo_loss, ipo_loss, kl_k3, listwise_dpo_reward, pro_loss, sega_loss_fn
-from gem.models import KeepSpecialTokens, check_positions
-from gem.router_loss import adds_router_loss
+from gem.head.router import adds_router_loss
+from gem.losses import group_loss
+from gem.positions import check_positions
 from gem.score import longest_row
+from gem.special_tokens import KeepSpecialTokens
 from gem.training_flags import refuse_ignored
 from gem_kernels import IGNORE_INDEX, TokenStats
 
 logger = logging.getLogger(__name__)
 
-ROLES = {"candidate": 0, "chosen": 1, "rejected": 2}
-
 
 class GEMTrainer(Trainer):
-    """Trains on groups (from a file), or on examples from which `make_groups` makes fresh groups at every step (online).
+    """Train on groups (offline, from a file), or on examples that `make_groups` turns into fresh groups at every step (online).
 
     Args:
         model: a transformers causal language model, or a peft model around one.
         args: TrainingArguments; per_device_train_batch_size counts groups. Several processes (torchrun) train one model by
-            DistributedDataParallel; each logs the health of its own groups.
-        loss: which loss and its weights (gem.config.LossArguments).
+            DistributedDataParallel, and each logs the health of its own groups.
+        loss: the loss and its weights.
         guard: AUROC gate and automatic stop.
-        train_dataset: groups, or examples when make_groups is given.
+        train_dataset: groups; with make_groups, examples.
         processing_class: the tokenizer.
         make_groups: examples -> groups, called once per optimizer step with the examples of that step.
-        evaluation: the model -> metrics, called by evaluate(); with an eval strategy it is required.
+        evaluation: model -> metrics, called by evaluate(); required if args has an eval strategy.
+
+    Raises:
+        ValueError: a setting is out of range, would have no effect here, or asks for FSDP, DeepSpeed or DataParallel.
     """
 
     def __init__(
@@ -87,11 +91,13 @@ class GEMTrainer(Trainer):
         check_positions(model, longest_row(train_dataset), "max_length: prompt and completion")
         if adds_router_loss(unwrapped(model)) and not fused_head(model).router_top_k:
             logger.warning(
-                "the router loss of %s is another than E sum f P: of several micro-batches or processes, each counts its "
-                "own by its share of the tokens",
+                "the router loss of %s is not E sum f P: with several micro-batches or processes, each counts its own "
+                "by its share of the tokens",
                 type(unwrapped(model)).__name__,
             )
-        self.model_accepts_loss_kwargs = True  # our loss is normalised over the accumulated batch: do not divide again
+        self.model_accepts_loss_kwargs = (
+            True  # compute_loss divides by the items of the whole step: Trainer must not again
+        )
         flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
         self.layout = "packed" if flash else "right"
         self._health: dict[str, list[Tensor]] = {}
@@ -99,34 +105,39 @@ class GEMTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | int | None]:
-        """The micro-batches of one optimizer step, and how many items (groups; tokens for sft) it has on all processes."""
-        micro_batches: list[list[Any]] = [items for _, items in zip(range(num_batches), epoch_iterator, strict=False)]
+        """Return the micro-batches of one optimizer step and its number of items (groups; tokens for sft) on all processes."""
+        micro_batches: list[list[Any]] = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if self.make_groups is not None:
-            fresh = iter(self.make_groups([example for items in micro_batches for example in items]))
-            micro_batches = [[next(fresh) for _ in items] for items in micro_batches]
-        groups = [group for items in micro_batches for group in items]
+            # One call for the whole step: generation runs in larger batches than training.
+            fresh = iter(self.make_groups([example for batch in micro_batches for example in batch]))
+            micro_batches = [[next(fresh) for _ in batch] for batch in micro_batches]
+        groups = [group for batch in micro_batches for group in batch]
         for name, values in group_health(groups).items():
             self._record(name, torch.tensor(values).nanmean())
-        batches = [self._batch(items) for items in micro_batches]
-        items = len(groups)
-        if self.loss.loss == "sft":
-            items = sum(len(m.ids) for group in groups for m in group.members if m.role == "chosen")
+        batches = [self._batch(batch) for batch in micro_batches]
         tokens = [int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in batches]
-        items, all_tokens = self.accelerator.reduce(torch.tensor([items, sum(tokens)], device=device)).tolist()
+        counts = torch.tensor([self._items(groups), sum(tokens)], device=device)
+        items, all_tokens = self.accelerator.reduce(counts).tolist()
         shares = [n / all_tokens for n in tokens]
         usage = self._router_usage(batches, shares)
         for batch, share in zip(batches, shares, strict=True):
             batch["router"] = {"router_share": share, "router_usage": usage}
         return batches, items
 
-    def _router_usage(self, batches: Sequence[dict[str, Any]], shares: Sequence[float]) -> Tensor | None:
-        """(E,) how often a token of the whole step chooses each expert of a mixture of experts, on average.
+    def _items(self, groups: Sequence[Group]) -> int:
+        """Return what the loss is a mean over: the number of groups, for sft that of the chosen completions' tokens."""
+        if self.loss.loss == "sft":
+            return sum(len(m.ids) for group in groups for m in group.members if m.role == "chosen")
+        return len(groups)
 
-        The router loss of the whole is made of it, and each micro-batch needs it before its backward (gem/router_loss.py): a
-        forward of the body more, with the random numbers that the training's forward will have.
+    def _router_usage(self, batches: Sequence[dict[str, Any]], shares: Sequence[float]) -> Tensor | None:
+        """Return how often (E,) a token of the whole step chooses each expert of a mixture of experts, on average.
+
+        The router loss of the step depends on these averages, and each micro-batch needs them before its backward
+        (gem/head/router.py). They cost one more forward of the body, with the random numbers of the training's forward.
 
         Returns:
-            None: there is one micro-batch on one process, or no router loss, or one of another form.
+            None if the step is one micro-batch on one process, or the model has no router loss of this form.
         """
         model = cast(nn.Module, self.model)
         alone = len(batches) * self.accelerator.num_processes == 1
@@ -141,7 +152,7 @@ class GEMTrainer(Trainer):
         return cast(Tensor, self.accelerator.reduce(usage))
 
     def _batch(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """pack() of the groups, and per sequence its weight and role, per token its reference log-prob."""
+        """Pack the groups, and add each sequence's weight and role and each token's reference log-prob."""
         tokenizer: Any = self.processing_class
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         members = [member for group in groups for member in group.members]
@@ -150,7 +161,7 @@ class GEMTrainer(Trainer):
             "weight": torch.tensor([member.weight for member in members]),
             "role": torch.tensor([ROLES[member.role] for member in members]),
             "ref_logprob": torch.tensor([x for member in members for x in member.logprobs]),
-            # Sampled from the policy as it is now; everything else was written by somebody else.
+            # On-policy: sampled in this step. A groups file is off-policy from the first update on.
             "fresh": torch.tensor([self.make_groups is not None and m.sampled for m in members]),
             "members_per_group": [len(group.members) for group in groups],
         }
@@ -162,12 +173,13 @@ class GEMTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        """Return the micro-batch's share of the step's loss, and with return_outputs its token statistics."""
         tokens = inputs["cu_groups"].tolist()
         weights, roles, fresh = (
             inputs[name].split(inputs["members_per_group"]) for name in ("weight", "role", "fresh")
         )
         items = num_items_in_batch if num_items_in_batch is not None else len(weights)
-        share = self.accelerator.num_processes  # DistributedDataParallel averages the gradients of all processes
+        share = self.accelerator.num_processes  # undoes DistributedDataParallel's mean over processes
         router = {**inputs["router"], "router_share": inputs["router"]["router_share"] * share}
         if self.loss.loss == "sft" and self.args.label_smoothing_factor:
             smooth = {"label_smoothing": self.args.label_smoothing_factor, "num_items_in_batch": items / share}
@@ -190,7 +202,7 @@ class GEMTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The evaluation's metrics, each under eval_<name>; the training's random numbers do not notice."""
+        """Return and log the evaluation's metrics, each as eval_<name>. The training's random state is left as it was."""
         if self.evaluation is None:
             raise ValueError("evaluation must be given to evaluate, got None")
         with torch.random.fork_rng():
@@ -201,7 +213,7 @@ class GEMTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means of the batches since the last log of a training loss."""
+        """Log, and add to a training loss the means of what the batches recorded since the last one."""
         if "loss" in logs:
             means = {name: float(torch.stack(values).nanmean()) for name, values in self._health.items()}
             logs = {**means, **logs}
@@ -209,11 +221,12 @@ class GEMTrainer(Trainer):
         super().log(logs, start_time)
 
     def _record(self, name: str, value: Tensor) -> None:
+        """Keep a value for the mean that the next log shows."""
         self._health.setdefault(name, []).append(value.float().cpu())
 
 
 def _of_chosen(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The batch with the labels of the chosen completions alone."""
+    """Return the batch with the labels of all but the chosen completions masked."""
     chosen = (inputs["role"] == ROLES["chosen"]).repeat_interleave(inputs["cu_seqlens"].diff())
     labels = inputs["shift_labels"].clone()
     kept = labels != IGNORE_INDEX
@@ -221,70 +234,8 @@ def _of_chosen(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "shift_labels": labels}
 
 
-def group_loss(
-    logprob: Tensor,
-    ref_logprob: Tensor | None,
-    sequence: Tensor,
-    weight: Tensor,
-    role: Tensor,
-    fresh: Tensor,
-    arguments: LossArguments,
-) -> dict[str, Tensor]:
-    """The loss of one group and its parts, nats.
-
-    Args:
-        logprob: (n,) log-probs of the group's tokens. ref_logprob: (n,) the same under the reference.
-        sequence: (n,) the member of each token. weight, role, fresh: (K,) of the members;
-            fresh: sampled from the policy as it is.
-
-    Returns:
-        {"loss": scalar, and what the report shows}.
-    """
-    chosen, rejected, candidate = (role == ROLES[r] for r in ("chosen", "rejected", "candidate"))
-    if arguments.loss == "sft":
-        return {"loss": -(logprob * chosen[sequence]).sum()}  # the caller divides by the number of tokens
-    if ref_logprob is None or (arguments.loss != "sega" and not (chosen.any() and rejected.any())):
-        raise ValueError(f"loss={arguments.loss} needs groups with the log-probs of a reference and a human pair")
-    lengths = torch.bincount(sequence, minlength=len(role))
-    log_pi, log_ref = (torch.zeros_like(weight).index_add(0, sequence, x) for x in (logprob, ref_logprob))
-    match arguments.loss:
-        case "sega":
-            if arguments.taper:
-                # SEGA's negative weights are constants: on a response that the policy no longer gives they would push for
-                # ever, and what breaks is everything else. The truncated importance ratio of TOPR (arXiv 2503.14286).
-                ratio = (log_pi - log_ref).detach().clamp(max=0.0).exp()
-                weight = torch.where((weight < 0) & ~fresh, weight * ratio, weight)
-            main = sega_loss_fn(log_pi / lengths if arguments.length_norm == "tokens" else log_pi, weight)
-        case "listwise_dpo":
-            target = chosen.float() / chosen.sum()
-            main = sega_loss_fn(log_pi, listwise_dpo_reward(log_pi, log_ref, target, beta=arguments.beta))
-        case "dpo" | "ipo":
-            pair_loss = dpo_loss if arguments.loss == "dpo" else ipo_loss
-            pair = (log_pi[chosen], log_pi[rejected], log_ref[chosen], log_ref[rejected])
-            main = pair_loss(*pair, beta=arguments.beta).sum()
-        case _:
-            best_first = torch.argsort(weight + chosen.float() - rejected.float(), descending=True, stable=True)
-            main = pro_loss(log_pi[best_first], lengths[best_first])
-    # k3 estimates the KL of what was sampled: of the candidates, per sequence.
-    sampled = candidate[sequence]
-    kl = kl_k3(logprob[sampled], ref_logprob[sampled]).sum() / candidate.sum().clamp(min=1)
-    nll = -log_pi[chosen].sum() / lengths[chosen].sum().clamp(min=1)
-    loss = main + arguments.sft_weight * nll
-    if arguments.loss in ("sega", "listwise_dpo"):
-        loss = loss + arguments.kl_weight * kl
-    parts = {
-        "loss": loss,
-        "kl": kl,
-        "weight_positive": weight.clamp(min=0).sum(),
-        "weight_negative": -weight.clamp(max=0).sum(),
-    }
-    if chosen.any() and rejected.any():
-        parts |= {"logprob_chosen": log_pi[chosen].mean(), "logprob_rejected": log_pi[rejected].mean()}
-    return parts
-
-
 def group_health(groups: Sequence[Group]) -> dict[str, list[float]]:
-    """What the report's curves show of the candidates of a batch. {} when there are none (sft, dpo)."""
+    """Return the values behind the report's curves for the candidates of a batch; {} if there are none (sft, dpo)."""
     candidates = [member for group in groups for member in group.members if member.role == "candidate"]
     if not candidates:
         return {}
@@ -305,7 +256,7 @@ def group_health(groups: Sequence[Group]) -> dict[str, list[float]]:
 
 
 class Progress(ProgressCallback):
-    """The Trainer's bar with a few numbers behind it, in place of a printed dictionary a step."""
+    """Trainer's progress bar with a few numbers behind it, instead of a printed dictionary per step."""
 
     SHOWN = ("loss", "score", "eval_accuracy_sampled", "eval_preference_sum")
 
@@ -313,41 +264,3 @@ class Progress(ProgressCallback):
         if self.training_bar is not None and logs:
             self.shown = {**getattr(self, "shown", {}), **{k: f"{logs[k]:.3g}" for k in self.SHOWN if k in logs}}
             self.training_bar.set_postfix(self.shown)
-
-
-class CollapseGuard(TrainerCallback):
-    """Warns when S hardly tells right from wrong, and stops when held-out accuracy or AUROC has fallen for good.
-
-    Its memory is the trainer's log history, so that a resumed run stops where an uninterrupted one would.
-    """
-
-    WATCHED = ("eval_accuracy_sampled", "eval_auroc")
-
-    def __init__(self, guard: GuardArguments) -> None:
-        self.guard = guard
-
-    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        metrics: dict[str, float] = kwargs["metrics"]
-        if state.global_step == 0 and metrics.get("eval_auroc", 1.0) < self.guard.auroc_gate:
-            logger.warning("AUROC gate: %s", gate_message(metrics["eval_auroc"], self.guard))
-        for name in self.WATCHED:
-            values = [entry[name] for entry in state.log_history if name in entry]
-            if has_fallen(values, self.guard):
-                logger.warning("stopping at step %d: %s fell to %.3f", state.global_step, name, values[-1])
-                control.should_training_stop = True
-
-
-def gate_message(auroc: float, guard: GuardArguments) -> str:
-    return (
-        f"S orders {auroc:.2f} of the pairs rightly, below auroc_gate={guard.auroc_gate}: "
-        "training on it may teach the wrong thing"
-    )
-
-
-def has_fallen(values: Sequence[float], guard: GuardArguments) -> bool:
-    """Whether each of the last stop_patience values is more than stop_margin below the best before them."""
-    patience = guard.stop_patience
-    if not patience or len(values) <= patience:
-        return False
-    best = max(values[:-patience])
-    return all(value < best - guard.stop_margin for value in values[-patience:])

@@ -1,7 +1,7 @@
-"""The TrainingArguments that GEMTrainer does not heed. Each is refused by name: what is ignored in silence is a trap.
+"""The TrainingArguments that have no effect with GEMTrainer. Each is refused by name, as a silently ignored setting is a trap.
 
-transformers' Trainer reads some of its settings in parts that GEMTrainer replaces (evaluation, collation, the loss), and others
-only beside a third one. What no table here names acts.
+Trainer reads some settings in parts that GEMTrainer replaces (evaluation, collation, the loss), and others only together with a
+third one. Settings that no table here names have their usual effect.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ EVALUATION = "evaluation is gem's own; eval_limit, eval_samples, rollout_batch_s
 DISTRIBUTED = "one process a device trains by DistributedDataParallel: torchrun --nproc_per_node N -m gem ..."
 COMMAND = "what is done is the command's business"
 
-# Never: name -> why, and what to use.
+# Settings that never have an effect: name -> reason, and what to use instead.
 IGNORED: dict[str, str] = {
     "per_device_eval_batch_size": EVALUATION,
     "prediction_loss_only": EVALUATION,
@@ -42,9 +42,10 @@ IGNORED: dict[str, str] = {
 }
 
 NO_ADAM = ("sgd", "adagrad", "rmsprop", "adafactor", "lomo", "adalomo")
-NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # and the last two ask an evaluation
+NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # the last two need an evaluation
 
-# Sometimes: names, when they act, and why they do not else. A name that the installed transformers lacks is passed over.
+# Settings with a condition: names, the condition for an effect, and the reason otherwise. Names that the installed transformers
+# lacks are skipped.
 ONLY_WITH: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("train_sampling_strategy", lambda a: a.train_sampling_strategy == "sequential", "groups have no one length"),
     ("remove_unused_columns", lambda a: not a.remove_unused_columns, "groups have no columns"),
@@ -105,7 +106,7 @@ ONLY_WITH: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
 )
 
-# Of accelerator_config: name -> (what it must be, why).
+# Fields of accelerator_config: name -> (required value, reason).
 ACCELERATOR: dict[str, tuple[Any, str]] = {
     "dispatch_batches": (None, "groups are no tensors, which alone can be sent to other processes"),
     "even_batches": (True, "the others would wait for ever for a process with fewer batches"),
@@ -116,16 +117,16 @@ LEAST: dict[str, float] = {"per_device_train_batch_size": 1, "gradient_accumulat
 
 
 def refuse_ignored(args: Any, loss: str, *, evaluates: bool = True, defaults: Mapping[str, Any] | None = None) -> None:
-    """Refuse the settings of transformers that would change nothing with GEMTrainer.
+    """Refuse the settings of transformers that would have no effect with GEMTrainer.
 
     Args:
-        args: TrainingArguments, or anything with their names before they are built; a name that it lacks is not looked at.
-        loss: which loss is trained (gem.config.LossArguments.loss).
-        evaluates: whether there is something to evaluate on.
-        defaults: what counts as not set, where that is another value than transformers' own default.
+        args: TrainingArguments, or any object with the same names before they are built; missing names are skipped.
+        loss: the loss that is trained (gem.config.LossArguments.loss).
+        evaluates: True if there is evaluation data.
+        defaults: values that count as not set, if they differ from transformers' defaults.
 
     Raises:
-        ValueError: the first that is set in vain, with its value and the reason; or one out of its range.
+        ValueError: the first setting without effect, with its value and the reason; or one out of its range.
     """
     unset = {**training_defaults(), **(defaults or {})}
     present = {name: getattr(args, name) for name in unset if hasattr(args, name)}
@@ -152,12 +153,12 @@ def refuse_ignored(args: Any, loss: str, *, evaluates: bool = True, defaults: Ma
 
 
 def _refusal(name: str, default: Any, value: Any, why: str) -> ValueError:
-    plain = getattr(value, "value", value)  # of an enum
+    plain = getattr(value, "value", value)  # an enum's value
     return ValueError(f"{name} would do nothing and must be left at {default!r}, got {plain!r}: {why}")
 
 
 def _check_best_metric(args: Any, present: Mapping[str, Any]) -> None:
-    """transformers compares by eval_loss unless told otherwise, and GEMTrainer's evaluation computes none."""
+    """Refuse eval_loss as the best metric, transformers' default: GEMTrainer's evaluation computes no loss."""
     metric = present.get("metric_for_best_model")
     by_metric = (
         present.get("load_best_model_at_end")
@@ -182,7 +183,7 @@ def _check_ranges(present: Mapping[str, Any]) -> None:
 
 
 def training_defaults() -> dict[str, Any]:
-    """Name -> default of every field of the installed TrainingArguments."""
+    """Return name -> default for every field of the installed TrainingArguments."""
     from transformers import TrainingArguments
 
     return {
@@ -193,20 +194,20 @@ def training_defaults() -> dict[str, Any]:
 
 
 def trackers(report_to: Any) -> list[str]:
-    """The names that report_to holds, as a flag or as TrainingArguments keep them."""
+    """Return the names in report_to, which may be a flag's text or the list of TrainingArguments."""
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
     return [name for name in names if name not in ("none", "all")]
 
 
-# Where the package of a tracker has another name than its word in report_to.
+# Packages whose name differs from the tracker's name in report_to.
 PACKAGES = {"azure_ml": "azureml-sdk", "comet_ml": "comet-ml", "flyte": "flytekit"}
 
 
 def check_trackers(report_to: Any) -> None:
-    """Refuse a tracker that is not installed, while nothing has been loaded yet.
+    """Refuse a tracker that is not installed, before anything is loaded.
 
     Raises:
-        ValueError: it is unknown to transformers, or its package is missing; with the package.
+        ValueError: transformers does not know it, or its package is missing; the message names the package.
     """
     from transformers.integrations.integration_utils import (
         INTEGRATION_TO_CALLBACK,

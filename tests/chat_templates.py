@@ -1,8 +1,8 @@
-"""Chat templates and tokenizers of the kinds that published models have, and conversations that try them.
+"""Chat templates and tokenizers of the kinds that published models have, and conversations to test them.
 
-The templates are written after the documentation of each family: its special tokens, the text that it puts around a
-content, and what it does to one (trims, drops, refuses, moves). They are no copies: wording of their own stands for
-default system prompts. The tokenizers are built in memory from text in this file.
+The templates follow the documentation of each family: its special tokens, the text around a content, and its changes to one
+(trim, drop, refuse, move). They are not copies: default system prompts have words of ours. The tokenizers are built in memory
+from text in this file.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template with what its model's tokenizer and generation config say.
+    """A template with the settings of its model's tokenizer and generation config.
 
-    special: tokens to add; bos, eos: of the tokenizer; ends: what the generation config lists as ends of sequence.
+    special: tokens to add; bos, eos: of the tokenizer; ends: the ends of sequence in the generation config.
     swallow: special tokens that take the blanks behind them (rstrip).
     """
 
@@ -293,7 +293,7 @@ _CORPUS = [line.format(a=a, b=b) for line in _LINES for a in _WORDS for b in _WO
 
 
 def _finished(base: Tokenizer, spec: ChatTemplate, *, ends_text: bool, **unknown: str) -> PreTrainedTokenizerFast:
-    """The base with the special tokens of a template; it writes BOS (and, as BERT, an end) when asked for specials."""
+    """Add a template's special tokens to the base; with special tokens it writes BOS (and, as BERT, an end)."""
     names = dict.fromkeys((*spec.special, *spec.ends, spec.eos, *([spec.bos] if spec.bos else []), "<pad>"))
     base.add_special_tokens(
         [AddedToken(name, special=True, normalized=False, rstrip=name in spec.swallow) for name in names]
@@ -327,9 +327,9 @@ def _byte_level_base(blank: bool) -> str:
 
 
 def byte_level(spec: ChatTemplate, blank: bool = False, composed: bool = False) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as GPT-2 and Llama 3: no text is unknown, tokens span blanks and line breaks.
+    """Return a byte-level BPE, as GPT-2 and Llama 3: no text is unknown, tokens span blanks and line breaks.
 
-    blank: puts a blank before what begins without one, as RoBERTa. composed: writes accents as one character, as Qwen.
+    blank: put a blank before a text without one, as RoBERTa. composed: write accents as one character, as Qwen.
     """
     base = Tokenizer.from_str(_byte_level_base(blank))
     if composed:
@@ -349,9 +349,9 @@ def _sentencepiece_model() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def sentencepiece(spec: ChatTemplate, prepend_scheme: str = "always") -> PreTrainedTokenizerFast:
-    """BPE over blanks written as a character, as Llama 2: a blank before the text, the unknown as bytes.
+    """Return a BPE that writes blanks as a character, as Llama 2: a blank before the text, unknown characters as bytes.
 
-    prepend_scheme: "always": the blank stands behind each special token, too; "first": before the whole text only.
+    prepend_scheme: "always": a blank also behind each special token; "first": before the whole text only.
     """
     vocab, merges = _sentencepiece_model()
     base = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -379,7 +379,7 @@ def _wordpiece_base(lowercase: bool) -> str:
 
 
 def wordpiece(spec: ChatTemplate, lowercase: bool = False) -> PreTrainedTokenizerFast:
-    """WordPiece, as BERT: words and punctuation without the blanks between them, [UNK] for the rest."""
+    """Return a WordPiece, as BERT: words and punctuation without the blanks between them, [UNK] for the rest."""
     return _finished(Tokenizer.from_str(_wordpiece_base(lowercase)), spec, ends_text=True, unk_token="[UNK]")
 
 
@@ -395,5 +395,5 @@ TOKENIZERS: dict[str, Any] = {
 
 
 def end_ids(spec: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
-    """All ends of sequence: the generation config's and the tokenizer's."""
+    """Return all ends of sequence, of the generation config and the tokenizer."""
     return frozenset(tokenizer.convert_tokens_to_ids([*spec.ends, spec.eos]))

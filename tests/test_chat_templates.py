@@ -1,7 +1,7 @@
-"""What is learnt is what the assistant says: chat templates x conversations x kinds of tokenizer.
+"""Only the assistant's text is trained on, for chat templates x conversations x kinds of tokenizer.
 
-The judge derives what a template writes around a content from renderings with marker words, and knows nothing of gem: it
-reads the tokens of an example back and finds each of the assistant's words in its place, or names what is wrong.
+The judge derives what a template writes around a content from renderings with marker words, independently of gem. It reads the
+tokens of an example back and finds each of the assistant's words in its place, or names the fault.
 """
 
 from __future__ import annotations
@@ -114,11 +114,11 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
 
 
 class RefusedError(Exception):
-    """The template takes no such conversation."""
+    """The template refuses the conversation."""
 
 
 class Turn(NamedTuple):
-    """Places in the text of a conversation: [at, after) is said; the labels begin in [first, at], end in [need, last]."""
+    """Places in the text of a conversation: [at, after) is content; the labels begin in [first, at] and end in [need, last]."""
 
     first: int
     at: int
@@ -139,7 +139,7 @@ def _tokenizer(template: str, kind: str) -> Any:
 
 @functools.cache
 def expected(conversation: str, name: str, template: str) -> Expected:
-    """The text of a conversation, the assistant's contents as they are and the rest as the template writes it.
+    """Return the text of a conversation, with the assistant's contents as they are and the rest as the template writes it.
 
     Raises:
         RefusedError: the template refuses the conversation.
@@ -163,7 +163,7 @@ def expected(conversation: str, name: str, template: str) -> Expected:
     said = [k for k in range(len(head), len(messages)) if messages[k]["role"] == "assistant"]
     marks = _marks(messages, said, render)
     marked = [{**m, "content": marks.get(k, m["content"])} for k, m in enumerate(messages)]
-    # With the others' words of the completion marked as well, what lies between two marks is the template's alone.
+    # Mark the other roles' words too: the text between two markers is then the template's alone.
     bare = [{**m, "content": f"Heron{k}x"} if k >= len(head) - 1 and k not in said else m for k, m in enumerate(marked)]
     text, between = render(marked), re.split(r"Heron\d+x|" + "|".join(map(re.escape, marks.values())), render(bare))
     turns, whole, done = [], "", 0
@@ -179,7 +179,9 @@ def expected(conversation: str, name: str, template: str) -> Expected:
         content = messages[k]["content"]
         whole, done = whole + content, place + len(marks[k])
         opening = re.search(r"<think>\s*$", begun)
-        if turns and opening and asked == len(begun) and content.startswith(opening.group()):  # it has been said
+        if (
+            turns and opening and asked == len(begun) and content.startswith(opening.group())
+        ):  # the prompt has it already
             first = at = at + len(opening.group())
         ended = re.search("|".join(map(re.escape, spec.special)), behind)
         last = len(whole) + (ended.end() if ended else len(behind) - len(behind.lstrip()))
@@ -189,8 +191,10 @@ def expected(conversation: str, name: str, template: str) -> Expected:
 
 
 def _marks(messages: list[Message], said: list[int], render: Any) -> dict[int, str]:
-    """A word for each content: behind a word of reasoning where the content has some, for a template may put an empty block
-    before a content that has none. A template that drops reasoning is not shown any.
+    """Return a marker word for each content.
+
+    The word stands behind a word of reasoning if the content has some, because a template may put an empty block before a
+    content without reasoning. A template that drops reasoning gets none.
     """
     plain = {k: f"Kestrel{k}x" for k in said}
     shaped = {k: f"<think>\nWren{k}x\n</think>\n\n{plain[k]}" for k in said if "</think>" in messages[k]["content"]}
@@ -199,14 +203,14 @@ def _marks(messages: list[Message], said: list[int], render: Any) -> dict[int, s
 
 
 def _opened(meant: Expected, begun: str, started: str) -> Expected:
-    """The first turn, where the prompt holds the beginning of what is said: a message's, or the generation prompt's."""
+    """Return the first turn if the prompt holds the start of its text: a message's, or the generation prompt's."""
     (text, (turn, *others)), shift = meant, 0
     if started:
         turn = turn._replace(first=turn.at + len(started), at=turn.at + len(started))
     elif text.startswith(begun):
         turn = turn._replace(first=len(begun), at=max(turn.at, len(begun)))
     elif (tag := re.search(r"<think>\s*$", begun)) and text.startswith(begun[: tag.start()] + "<think>"):
-        # Both open the reasoning: the generation prompt does it for the record, with its own blanks behind the tag.
+        # Both open the reasoning; the generation prompt uses its own blanks behind the tag.
         behind = turn.at + len("<think>")
         behind += len(text[behind:]) - len(text[behind:].lstrip())
         text, shift = begun + text[behind:], len(begun) - behind
@@ -215,7 +219,7 @@ def _opened(meant: Expected, begun: str, started: str) -> Expected:
 
 
 def faults(example: Any, conversation: str, template: str, kind: str) -> dict[str, str]:
-    """What is wrong with the tokens of an example, by completion; {} where nothing is."""
+    """Return the faults in the tokens of an example, by completion; {} if there are none."""
     found = {}
     for name in ("chosen", "rejected"):
         ids, given = getattr(example, f"{name}_ids"), getattr(example, f"{name}_given")
@@ -249,7 +253,7 @@ def _fault(
     try:
         spans = _spans(pieces, meant, spec, tokenizer, kind)
     except ValueError:
-        try:  # an end behind the text of a template that writes none
+        try:  # an end behind the text, if the template writes none
             pieces[-2] = (True, pieces[-2][1][:-1])
             spans = _spans(pieces, meant, spec, tokenizer, kind)
         except ValueError as error:
@@ -257,7 +261,7 @@ def _fault(
         if re.search("|".join(map(re.escape, spec.ends)), meant.text[meant.turns[-1].after :]):
             return "an end beside the template's own"
         meant = Expected(meant.text, [*meant.turns[:-1], meant.turns[-1]._replace(need=meant.turns[-1].after)])
-    loose = kind.startswith("wordpiece")  # it knows no blanks
+    loose = kind.startswith("wordpiece")  # WordPiece drops blanks
     for turn, (start, end) in zip(meant.turns, spans, strict=True):
         labels, said = meant.text[start:end], meant.text[turn.at : turn.after]
         if start > turn.at and not (loose and not meant.text[turn.at : start].strip()):
@@ -274,7 +278,7 @@ def _fault(
 def _spans(
     pieces: list[tuple[bool, list[int]]], meant: Expected, spec: ChatTemplate, tokenizer: Any, kind: str
 ) -> list[tuple[int, int]]:
-    """[start, end) in the text of each run of labels."""
+    """Return [start, end) in the text of each run of labels."""
 
     def decode(n: int) -> str:
         ids = [token for _, piece in pieces[:n] for token in piece]
@@ -294,20 +298,20 @@ def _spans(
 
 
 def _walk(came: str, meant: Expected, spec: ChatTemplate, tokenizer: Any, kind: str) -> list[int]:
-    """The place in the text of each character that came; -1: a blank of the tokenizer's own.
+    """Return the place in the text of each decoded character; -1 for a blank that the tokenizer added.
 
-    A tokenizer may do what it does to every text: a SentencePiece one puts a blank behind a special token, some special
-    tokens take the blanks behind them, WordPiece knows no blanks (and no capitals or accents). Not to what is said.
+    In text that is only read, a tokenizer may make its usual changes: SentencePiece puts a blank behind a special token, some
+    special tokens take the blanks behind them, WordPiece drops blanks (and capitals or accents). Trained text allows none.
 
     Raises:
-        ValueError: another word came than the text's.
+        ValueError: a decoded word differs from the text's.
     """
     loose, at, places = kind.startswith("wordpiece"), 0, []
     said = {place for turn in meant.turns for place in range(turn.at, turn.after)}
-    came = came.lower() if kind == "wordpiece-lower" else came  # but for special tokens, it is
+    came = came.lower() if kind == "wordpiece-lower" else came  # all but the special tokens are
     plain = [(c, place) for place, whole in _characters(meant.text, kind) for c in whole]
     added = "|".join(re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values())
-    if kind.startswith("sentencepiece"):  # whose decoder reads the sign as a blank, in the names of special tokens too
+    if kind.startswith("sentencepiece"):  # the decoder maps the sign to a blank, also in the names of special tokens
         added = re.sub("▁", " ", added)
         plain = [(" " if c == "▁" and i not in said else c, i) for c, i in plain]
     behind = {0}
@@ -315,7 +319,7 @@ def _walk(came: str, meant: Expected, spec: ChatTemplate, tokenizer: Any, kind: 
         behind |= {found.end() for found in re.finditer(added, came)}
     eaten = {found.end() for found in re.finditer("|".join(map(re.escape, spec.swallow)) or "(?!)", came)}
     for j, c in enumerate(came):
-        # Blanks that are the tokenizer's doing, in what is not said.
+        # Blanks that the tokenizer added or dropped in text that is only read.
         while at < len(plain) and plain[at][0].isspace() and plain[at][1] not in said and j in eaten:
             at += 1
         while at < len(plain) and plain[at][0].isspace() and plain[at][0] != c and loose:
@@ -334,7 +338,7 @@ def _walk(came: str, meant: Expected, spec: ChatTemplate, tokenizer: Any, kind: 
 
 
 def _characters(text: str, kind: str) -> list[tuple[int, str]]:
-    """(place, characters) of a text as a tokenizer of the kind writes it."""
+    """Return (place, characters) of a text as a tokenizer of the kind writes it."""
     if kind == "wordpiece-lower":
         plain = (unicodedata.normalize("NFD", c.lower()) for c in text)
         return [
@@ -350,7 +354,7 @@ def _characters(text: str, kind: str) -> list[tuple[int, str]]:
 
 
 class Outcome(NamedTuple):
-    """Of one conversation: the example, or the message of the ValueError that refuses it."""
+    """The result for one conversation: the example, or the message of the ValueError that refuses it."""
 
     example: Example | None
     refused: str = ""
@@ -378,7 +382,7 @@ def _encoded(spec: ChatTemplate, tokenizer: Any, conversation: str) -> Outcome:
     return Outcome(example)
 
 
-_REFUSAL = r"/rows\.jsonl, line 1: .{20,}"  # the row, and a cause
+_REFUSAL = r"/rows\.jsonl, line 1: .{20,}"  # names the row, and a cause
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -395,7 +399,7 @@ def test_what_is_learnt_is_what_the_assistant_says(kind: str, template: str) -> 
     assert not wrong
 
 
-# What may be refused, by cause. A tokenizer that can write any text leaves nothing to refuse but what a template refuses.
+# Expected refusals by cause. With a tokenizer that can write any text, only the template's own refusals remain.
 _CAUSES = {
     "the chat template must take the conversation": "refused by the template",
     "the chat template must render the prompt as a prefix": "another prompt in the whole",
@@ -432,7 +436,7 @@ def test_refusals_by_cause(kind: str) -> None:
     found = Counter(next((cause for text, cause in _CAUSES.items() if text in why), why) for why in refused if why)
     if kind in _REFUSED:
         assert found == _REFUSED[kind]
-    else:  # of WordPiece's words and blanks, few come back
+    else:  # WordPiece restores few words and blanks
         assert set(found) <= set(_CAUSES.values()) and refused.count("") >= len(TEMPLATES) // 2
 
 
@@ -474,7 +478,7 @@ class _Made(NamedTuple):
 
 
 def _made(conversation: str, template: str, kind: str = "byte-level") -> _Made:
-    """An example by hand, piece by piece: right where tokenising the pieces is."""
+    """Build an example by hand, piece by piece; it is right if the pieces can be tokenised one by one."""
     spec, tokenizer = TEMPLATES[template], _tokenizer(template, kind)
     sides: list[Any] = []
     for name in ("chosen", "rejected"):
@@ -505,7 +509,7 @@ def test_the_judge_takes_what_is_right(template: str, conversation: str) -> None
 
 
 def _planted(right: _Made, name: str, tokenizer: Any) -> _Made:
-    """The example with one thing wrong in it."""
+    """Return the example with one fault planted."""
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -585,6 +589,6 @@ def test_the_judge_finds_a_planted_fault(template: str, fault: str) -> None:
     ],
 )
 def test_the_judge_finds_what_a_tokenizer_does(kind: str, template: str, conversation: str, came: str) -> None:
-    """A piece tokenised alone begins with a blank of the tokenizer's; a sign or a word that it does not know is lost."""
+    """A piece tokenised alone starts with a blank of the tokenizer's; an unknown sign or word is lost."""
     found = faults(_made(conversation, template, kind), conversation, template, kind)
     assert re.search(f"another text came: {came}", found["chosen"])

@@ -1,4 +1,4 @@
-"""The command line: help, where settings come from, one line for every mistake, output folders, and a run end to end."""
+"""The command line: help, sources of settings, one line per mistake, output folders, and a run end to end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COMMANDS: dict[str, tuple[type, ...]] = {
     "eval": (c.ModelArguments, c.DataArguments, c.RolloutArguments, c.ScoreArguments, c.EvalArguments,
              c.OutputArguments),
 }  # fmt: skip
-SYMBOLS = {  # of MATHS.md, for the settings that have one
+SYMBOLS = {  # setting -> its symbol in MATHS.md
     "group_size": "k:", "top_m": "rho:", "branch_weight": "lambda:", "final_weight": "w_final:", "tau": "tau:",
     "prior_sd": "s:", "human_weight": "n_h:", "reward": "f:", "weight_norm": "w = A", "length_norm": "log pi",
     "beta": "beta:", "kl_weight": "KL(policy || reference)",
@@ -41,7 +41,7 @@ SYMBOLS = {  # of MATHS.md, for the settings that have one
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
-    """(status, stdout, stderr), whichever way the command ends."""
+    """Return (status, stdout, stderr) of a command, however it ends."""
     try:
         status: Any = main(argv)
     except SystemExit as end:
@@ -51,7 +51,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one line that a mistake gives."""
+    """Return the single line of stderr that a refused command prints."""
     status, _, err = run(capsys, *argv)
     assert status == 2, err
     assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err
@@ -80,7 +80,7 @@ def test_help_gives_the_papers_symbols() -> None:
     settings = {f.name: f for classes in COMMANDS.values() for cls in classes for f in fields(cls)}
     for name, symbol in SYMBOLS.items():
         assert symbol in settings[name].metadata["help"], name
-    for name, choices in c.CHOICES.items():  # every choice is told
+    for name, choices in c.CHOICES.items():  # the help lists every choice
         assert all(choice in settings[name].metadata["help"] for choice in choices), name
     assert set(c.CHOICES) | set(c.RANGES) <= set(settings)
 
@@ -100,7 +100,7 @@ def test_usage(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> Non
     assert all(name in out and summary in out for name, summary in SUMMARIES.items())
 
 
-# --- where settings come from -----------------------------------------------------------------------------------------
+# --- sources of settings -----------------------------------------------------------------------------------------
 
 
 def settings_of(*argv: str, command: str = "train") -> dict[str, Any]:
@@ -128,7 +128,7 @@ def test_defaults_are_those_of_config() -> None:
 def test_preset_paper_is_what_config_says(command: str) -> None:
     found, default = settings_of("--preset", "paper", command=command), settings_of(command=command)
     paper = {k: v for k, v in c.PRESETS["paper"].items() if k in found}
-    assert {k: found[k] for k in paper} == paper and (paper or command == "eval")  # which nothing of it concerns
+    assert {k: found[k] for k in paper} == paper and (paper or command == "eval")  # eval has none of these settings
     ours = {f.name for cls in COMMANDS[command] for f in fields(cls)}
     assert {k for k in ours if found[k] != default[k]} == set(paper)
 
@@ -137,7 +137,7 @@ def test_flags_beat_yaml_beats_preset(tmp_path: Path) -> None:
     file = yaml_file(tmp_path, "preset: paper\nkl_weight: 0.3\nsft_weight: 0.4\nlearning_rate: 2e-4\n")
     found = settings_of("--config", file, "--sft_weight", "0.5")
     assert (found["reward"], found["kl_weight"], found["sft_weight"]) == ("identity", 0.3, 0.5)
-    assert found["learning_rate"] == 2e-4  # which yaml reads as text
+    assert found["learning_rate"] == 2e-4  # yaml reads it as text
     assert settings_of(f"--config={file}", "--preset", "default")["reward"] == "bt"
     assert settings_of("--config", file, "--preset=paper", "--taper", "true")["taper"] is True
 
@@ -252,7 +252,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write_files(folder: Path) -> Path:
-    """A config, a tokenizer, data and yaml files, in the current folder."""
+    """Write a config, a tokenizer, data and yaml files into the current folder."""
     LlamaConfig(
         vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3,
@@ -288,15 +288,15 @@ def test_every_phase_of_a_tiny_model(files: Path, capsys: pytest.CaptureFixture[
     trained, evaluated = (json.loads(Path(name).read_text()) for name in ("gem/metrics.json", "eval.json"))
     assert trained["train_steps"] == 2
     assert {"preference_sum", "preference_reference", "accuracy_greedy", "truncated"} <= trained.keys()
-    same = ("preference_sum", "preference_token", "preference_length", "accuracy_greedy")  # what no sampling enters
+    same = ("preference_sum", "preference_token", "preference_length", "accuracy_greedy")  # metrics without sampling
     assert {k: trained[k] for k in same} == pytest.approx({k: evaluated[k] for k in same})
-    assert "preference_reference" not in evaluated  # the model is its own
+    assert "preference_reference" not in evaluated  # the model is its own reference
     history = json.loads(Path("gem/trainer_state.json").read_text())["log_history"]
     assert all(any(key in entry for entry in history) for key in ("loss", "kl", "score", "eval_preference_sum"))
     assert Path("gem/completions.jsonl").read_text().count("\n") == 8
     assert "<html" in Path("page.html").read_text() and "gem" in Path("page.html").read_text()
 
-    # Once more: what is finished stays as it is, and a groups file is never overwritten.
+    # Run again: a finished run stays as it is, and a groups file is never overwritten.
     files_before = {p: p.read_bytes() for folder in ("sft", "gem") for p in Path(folder).rglob("*") if p.is_file()}
     for command in ("sft", "train"):
         status, out, err = run(capsys, command, "--config", f"{command}.yaml")
@@ -357,7 +357,7 @@ def test_groups_of_another_tokenizer(files: Path, capsys: pytest.CaptureFixture[
     assert not Path("gem").exists()
 
 
-# --- whatever else goes wrong: one line, status 2 -----------------------------------------------------------------------
+# --- any other error: one line, status 2 -----------------------------------------------------------------------
 
 LONG = "Error(s) in loading state_dict for LlamaForCausalLM:\n\n\tsize mismatch for lm_head.weight\n\tand 200 more"
 GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1 GiB is free."
@@ -368,7 +368,7 @@ HINT = "(--debug shows the traceback)"
 
 
 class StrangeError(Exception):
-    """One that nobody has heard of."""
+    """An exception class that no handler knows."""
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_every_error_is_one_line(
     monkeypatch.setattr(cli, f"_{command}", fail)
     found = refused(capsys, command)
     assert found.startswith(f"gem-kernels {command}: {line}") and len(found) < 600
-    # The traceback is there for the asking, wherever one asks, and the line still comes last.
+    # --debug shows the traceback, wherever it stands, and the line still comes last.
     for argv in (("--debug", command), (command, "--debug"), (command, "x", "--debug", "y")):
         status, _, err = run(capsys, *argv)
         assert status == 2 and err.startswith("Traceback (most recent call last)") and "in fail" in err
@@ -431,7 +431,7 @@ def test_every_error_is_one_line(
 
 @pytest.mark.parametrize("command", ["sft", "train", "score", "eval"])
 def test_out_of_memory_says_what_to_lower(command: str) -> None:
-    """In settings that the command has, by their names."""
+    """The message names settings that the command has."""
     line = explain(torch.OutOfMemoryError(GPU), command)
     names = re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", line.split(": lower ")[1])
     training = {f.name for f in fields(TrainingArguments)} if command in ("sft", "train") else set()
@@ -458,7 +458,7 @@ def test_an_interruption(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
 
 def test_debug_of_transformers_stays_its_own() -> None:
-    """--debug with one of TrainingArguments' values is that setting."""
+    """--debug followed by a value of TrainingArguments' setting is that setting."""
     found = settings_of("--groups", "g", "--debug", "underflow_overflow")
     assert [option.value for option in found["debug"]] == ["underflow_overflow"]
     assert cli._without_debug(["train", "--debug", "underflow_overflow"]) == (

@@ -1,4 +1,4 @@
-"""Records from files and folders, chat templates, and the one place where labels are shifted; every bad input by message."""
+"""Records from files and folders, chat templates, and label shifting; every bad input has its message."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_completion_is_read_as_chosen(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_null_is_absent(tmp_path: Path, tokenizer: Any) -> None:
-    """A table whose rows differ in their columns fills up with nulls."""
+    """A table fills the columns that a row lacks with nulls."""
     rows = [{"prompt": "1=", "completion": "2", "chosen": None, "rejected": None, "candidates": None}, PAIR]
     datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "d"))
     first, second = encode(tokenizer, *load_records(str(tmp_path / "d"), need=("chosen",)))
@@ -114,7 +114,10 @@ def test_byte_order_mark_windows_lines_and_blank_lines(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("not json", "line 2: expected one JSON object a line, got 'not json'"),
-        ('{"prompt": "1=", "chosen": "2', "line 2: expected one JSON object a line"),  # the end of a killed writer
+        (
+            '{"prompt": "1=", "chosen": "2',
+            "line 2: expected one JSON object a line",
+        ),  # the last line of a killed writer
         ("[1, 2]", "line 2: expected a JSON object, got list"),
         ('{"prompt": "1=", "rejected": "2"}', "line 2: expected a record with 'chosen', got the fields .*'rejected'"),
         ('{"chosen": "2"}', "line 2: expected a record with 'prompt'"),
@@ -125,7 +128,10 @@ def test_byte_order_mark_windows_lines_and_blank_lines(tmp_path: Path) -> None:
         ('{"prompt": ["hi"], "chosen": "2"}', "line 2: 'prompt' must be text or chat messages"),
         ('{"prompt": [{"role": "user"}], "chosen": "2"}', "line 2: 'prompt' must be"),
         ('{"prompt": [{"role": "user", "content": null}], "chosen": "2"}', "line 2: 'prompt' must be"),
-        ('{"prompt": "\\ud800", "chosen": "2"}', "line 2: 'prompt' must be"),  # half a character: no tokenizer takes it
+        (
+            '{"prompt": "\\ud800", "chosen": "2"}',
+            "line 2: 'prompt' must be",
+        ),  # half a surrogate pair: no tokenizer takes it
         ('{"prompt": "1=", "chosen": "2", "candidates": "3"}', "line 2: 'candidates' must be a list"),
         ('{"prompt": "1=", "chosen": "2", "candidates": [3]}', "line 2: 'candidates' must be a list"),
     ],
@@ -197,7 +203,7 @@ def test_chat_record(tokenizer: Any, as_messages: bool) -> None:
     row = {"prompt": user("12"), "chosen": wrap("3"), "rejected": wrap("4 5")}
     (example,) = encode(tokenizer, row, template="not for chat {prompt}")
     assert example.prompt == tokenizer.decode(example.prompt_ids) == "+12=####"
-    # What follows the end of sequence in the template is never generated, so it is not trained on either.
+    # The template's text behind the end of sequence is never generated, so it is not trained on either.
     assert tokenizer.decode(example.chosen_ids) == "3<eos>" and tokenizer.decode(example.rejected_ids) == "4 5<eos>"
 
 
@@ -270,7 +276,7 @@ def test_pack_shifts_once(layout: Layout) -> None:
     labels = batch["shift_labels"].flatten()
     at = (labels != -100).nonzero().squeeze(1)
     assert labels[at].tolist() == [7, 8, EOS, EOS, 3, EOS]
-    # The hidden state that predicts a completion token is that of the token before it, in the same sequence.
+    # A completion token is predicted by the hidden state of the token before it in its sequence.
     assert torch.equal(flat_ids[at + 1], labels[at])
     assert flat_ids[at].tolist() == [5, 7, 8, 5, 4, 3]
     assert flat_positions[at].tolist() == [1, 2, 3, 1, 3, 4]
@@ -287,7 +293,7 @@ def test_pack_layouts() -> None:
     packed, right, left = (pack(GROUPS, layout=layout, pad_id=16) for layout in LAYOUTS)
     assert packed["input_ids"].tolist() == [[1, 5, 7, 8, EOS, 1, 5, EOS, 1, 6, 9, 4, 3, EOS]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3, 4, 5]]
-    assert "attention_mask" not in packed  # with one, transformers would not see where the sequences begin
+    assert "attention_mask" not in packed  # with one, transformers would not find the starts of the sequences
     assert right["input_ids"][1].tolist() == [1, 5, EOS, 16, 16, 16]
     assert right["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0], [1] * 6]
     assert right["position_ids"][1, :3].tolist() == [0, 1, 2]
@@ -315,7 +321,7 @@ def test_what_others_say_is_read_and_not_learnt(layout: Layout) -> None:
     ids, labels = batch["input_ids"].flatten(), batch["shift_labels"].flatten()
     at = (labels != -100).nonzero().squeeze(1)
     assert labels[at].tolist() == [7, EOS, 8, EOS, 9, EOS] and torch.equal(ids[at + 1], labels[at])
-    assert ids[at].tolist() == [5, 7, 4, 8, 6, 9]  # each after what stands before it in the text, whoever said it
+    assert ids[at].tolist() == [5, 7, 4, 8, 6, 9]  # each label follows the token before it in the text, of any role
     assert batch["cu_seqlens"].tolist() == [0, 4, 6] and batch["sequence"].tolist() == [0] * 4 + [1] * 2
     text = [i for i in ids.tolist() if i]
     assert text == [1, 5, 7, EOS, 3, 4, 8, EOS, 1, 5, 6, 9, EOS]

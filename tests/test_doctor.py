@@ -1,4 +1,4 @@
-"""gem-kernels doctor: the report of a model's head, in the library and on the command line."""
+"""gem-kernels doctor: the report on a model's head, in the library and on the command line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from architectures import TEXT, available, build
+from head_cases import Changed
 from peft import LoraConfig, get_peft_model
-from test_head_check import Changed
 from transformers import LlamaConfig
 
 from gem import cli
@@ -57,7 +57,7 @@ def test_a_frozen_head_in_bf16_under_an_adapter() -> None:
     report = diagnose(model)
     assert report.adapter == "LoRA default (r=4)" and not report.trained and report.bias and not report.tied
     assert "bias, not tied to the input embeddings, frozen: 4 N D V FLOP" in row(report, "lm_head")
-    assert report.logit_bytes == 8 * 2047 * 97 * 14  # bf16, and then all of it in fp32
+    assert report.logit_bytes == 8 * 2047 * 97 * 14  # bf16 logits, and fp32 logits, log-probs and gradient
 
 
 def test_settings_of_a_fused_model_stay() -> None:

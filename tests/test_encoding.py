@@ -1,4 +1,4 @@
-"""What is trained is what the record says: one text, cut where the prompt ends; what the assistant says alone is learnt."""
+"""Training text equals the record: one text, cut where the prompt ends, of which only the assistant's part is trained on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ R1, QWEN_3 = TEMPLATES["deepseek-r1"], TEMPLATES["qwen-3"]
 
 
 def say(*turns: str) -> list[dict[str, Any]]:
-    """ "user: hi" -> a message."""
+    """Return the messages for "user: hi", ..."""
     return [{"role": role, "content": text} for role, text in (turn.split(": ", 1) for turn in turns)]
 
 
@@ -31,13 +31,13 @@ def encode(tokenizer: Any, record: dict[str, Any], spec: Any = None, **options: 
 
 
 def whole(tokenizer: Any, prompt: list[int], ids: list[int], given: Any) -> str:
-    """The text of a sequence with what others say in its place."""
+    """Return the text of a sequence with the other roles' text in its place."""
     for at, others in reversed(given):
         ids = [*ids[:at], *others, *ids[at:]]
     return str(tokenizer.decode([*prompt, *ids]))
 
 
-# --- only the assistant is learnt -------------------------------------------------------------------------------------
+# --- only the assistant's text is trained on --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["chatml", "gemma", "llama-3", "zephyr", "phi-4", "gpt-oss", "generation", "granite"])
@@ -55,7 +55,7 @@ def test_the_users_turns_are_read_and_not_learnt(name: str) -> None:
     rendered = tokenizer.apply_chat_template([*say("user: count"), *turns], tokenize=False)
     assert rendered.startswith(text) and not rendered.removeprefix(text).strip()
     ends = end_ids(spec, tokenizer) | {tokenizer.eos_token_id}
-    # Each turn ends with what the model stops at (gpt-oss: <|end|> between turns, which it goes on from).
+    # Each turn ends with the model's stop token (gpt-oss: <|end|> between turns, which the model continues from).
     last = [at - 1 for at, _ in example.chosen_given] + [len(example.chosen_ids) - 1]
     if name != "gpt-oss":
         assert all(example.chosen_ids[i] in ends for i in last)
@@ -109,7 +109,7 @@ def test_reasoning_that_the_template_drops_is_learnt(content: str) -> None:
     tokenizer = byte_level(R1)
     example = encode(tokenizer, {"prompt": say("user: 2+2?"), "chosen": say(f"assistant: {content}")}, R1)
     text = whole(tokenizer, example.prompt_ids, example.chosen_ids, [])
-    # The generation prompt has opened the block already.
+    # The generation prompt already opens the block.
     assert example.prompt.endswith("<think>\n") and text.count("<think>") == 1
     assert text.endswith(content.removeprefix("<think>").lstrip("\n") + R1.eos)
 
@@ -128,7 +128,7 @@ def test_a_pair_of_which_one_reasons_shares_a_prompt() -> None:
 
 
 def test_one_block_of_reasoning() -> None:
-    """The template puts an empty one before an answer without; a record that brings its own has no other."""
+    """The template puts an empty block before an answer without reasoning; a record with its own block has only that one."""
     tokenizer = byte_level(QWEN_3)
     chosen, rejected = say("assistant: <think>hm</think>4"), say("assistant: 5")
     example = encode(tokenizer, {"prompt": say("user: 2+2?"), "chosen": chosen, "rejected": rejected}, QWEN_3)
@@ -197,7 +197,7 @@ def test_tokens_that_would_merge_across_the_end_of_the_prompt(content: str) -> N
     record = {"prompt": say("user: hi"), "chosen": say(f"assistant: {content}x")}
     example = encode(tokenizer, record, CHATML)
     assert tokenizer.decode(example.chosen_ids) == content + "x<|im_end|>"
-    # The prompt is what generation is given.
+    # The prompt is the input of generation.
     prompt = tokenizer.apply_chat_template(record["prompt"], tokenize=False, add_generation_prompt=True)
     assert example.prompt_ids == tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
@@ -262,11 +262,11 @@ def test_an_end_that_only_the_generation_config_names() -> None:
     tokenizer = byte_level(GEMMA)
     record = {"prompt": say("user: hi"), "chosen": say("assistant: yo")}
     assert tokenizer.decode(encode(tokenizer, record, GEMMA).chosen_ids) == "yo<end_of_turn>"
-    # Where nobody names it, the end of sequence comes behind it: an answer must end.
+    # If no config names it, the end of sequence is appended: an answer must end.
     assert tokenizer.decode(encode(tokenizer, record).chosen_ids) == "yo<end_of_turn><eos>"
 
 
-# --- what a tokenizer cannot say ----------------------------------------------------------------------------------------
+# --- text that a tokenizer cannot represent -----------------------------------------------------------------------------
 
 
 def test_words_that_a_tokenizer_does_not_know_are_refused() -> None:
@@ -280,7 +280,7 @@ def test_words_that_a_tokenizer_does_not_know_are_refused() -> None:
 
 
 def test_a_tokenizer_that_composes_characters() -> None:
-    """NFC is another way to write the same text; NFKC is another text."""
+    """NFC is an equivalent form of the same text; NFKC is another text."""
     tokenizer = byte_level(CHATML)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     example = encode(tokenizer, {"prompt": "a", "chosen": " cafe\u0301"})
@@ -320,7 +320,7 @@ def test_a_tokenizer_that_does_not_tell_where_its_tokens_stand() -> None:
     assert tokenizer.decode(example.chosen_ids) == "one</s>two</s>"
 
 
-# --- a prompt whose last turn the completions go on with, and templates that mark what is learnt ------------------------
+# --- prompts whose last turn the completions continue, and templates that mark the text to train on ---------------------
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama-2", "gemma", "vicuna", "qwen-3", "deepseek-r1", "generation"])
@@ -344,7 +344,7 @@ def test_an_unfinished_turn_of_reasoning() -> None:
 
 
 def test_the_template_says_what_is_learnt() -> None:
-    """A {% generation %} that leaves the first turn and the end token out."""
+    """The {% generation %} blocks leave out the first turn and the end token."""
     tokenizer = byte_level(CHATML)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' and loop.index > 2 "
@@ -482,7 +482,7 @@ def test_what_a_template_says_over_several_lines_is_one_line() -> None:
 
 
 def test_a_call_of_a_template_that_ends_the_last_turn_otherwise() -> None:
-    """What both ways to end it begin with is no token, and not learnt."""
+    """The common start of both ways to end the turn is no whole token, and not trained on."""
     tokenizer = byte_level(CHATML)
     tokenizer.add_tokens(["<|more|>", "<|done|>"], special_tokens=True)
     tokenizer.chat_template = (
@@ -501,5 +501,5 @@ def test_odd_calls_and_tools_do_not_end_in_other_errors(function: dict[str, Any]
     tokenizer = byte_level(CHATML)
     call = {"role": "assistant", "content": "x", "tool_calls": [function]}
     for record in ({"chosen": [call]}, {"chosen": "x", "tools": [function]}):
-        with contextlib.suppress(ValueError):  # and nothing else
+        with contextlib.suppress(ValueError):  # no other type
             encode(tokenizer, {"prompt": say("user: hi"), **record}, CHATML)

@@ -1,4 +1,4 @@
-"""What ends a completion, what of it is saved, and the templates whose turns have no end."""
+"""The ends of a completion, the ends that are saved with a model, and templates whose turns do not end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EOS, BOS, PAD, EOT, EOM = range(256, 261)
 
 
 def byte_tokenizer(template: str | None = None, **roles: str | None) -> Any:
-    """A token a byte, so that a character may be several, and the special tokens above."""
+    """Return a tokenizer with one token a byte, so that a character may be several, and the special tokens above."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
@@ -81,7 +81,7 @@ def test_a_tokenizer_alone_and_texts() -> None:
     ("generation", "config", "expected"),
     [
         ([EOT, EOM], EOS, {EOT, EOM, EOS}),
-        (None, [EOT, EOM], {EOS, EOT, EOM}),  # what transformers falls back to
+        (None, [EOT, EOM], {EOS, EOT, EOM}),  # transformers' fallback
         (None, 7, {EOS, 7}),
         (EOT, 2, {EOS, EOT}),  # the class's default, here an ordinary letter
         (EOT, [2, EOM], {EOS, EOT, EOM}),
@@ -93,14 +93,14 @@ def test_a_models_ends(generation: Any, config: Any, expected: set[int]) -> None
     tokenizer = byte_tokenizer()
     adapted: Any = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
     wrapped = torch.nn.Module()
-    wrapped.module = adapted  # as torch's wrappers hold it
+    wrapped.module = adapted  # as in torch's wrappers
     for m in (model, adapted, wrapped):
         assert model_ends(m, tokenizer).ids == expected
     assert model_ends(model, tokenizer, ["x"]).texts == ("x",)
 
 
 def test_the_ends_of_a_text_part() -> None:
-    """A model of several kinds of input names its ends in the config of its text part."""
+    """A multimodal model names its ends in its text config."""
 
     class Outer:
         eos_token_id = None
@@ -140,7 +140,7 @@ def test_ended_by_any_id() -> None:
         ("7 User: 8 User:", ("User:",), "7 User:", "7 "),
         ("été fini là", ("fini",), "été fini", "été "),
         ("答え。次", ("。",), "答え。", "答え"),  # three bytes, so three tokens
-        ("ab cd", ("cd", "b"), "ab", "a"),  # the first to be complete
+        ("ab cd", ("cd", "b"), "ab", "a"),  # the text that is completed first
         ("abc", ("abc", "b"), "ab", "a"),
         ("END", ("END",), "END", ""),
         ("going on", ("stop",), "going on", "going on"),
@@ -158,7 +158,7 @@ def test_cut_where_a_text_is_complete(said: str, stop: tuple[str, ...], kept: st
 def test_a_text_behind_the_end_is_nobodys() -> None:
     ends, tokenizer = Ends(frozenset({EOS}), ("stop",)), byte_tokenizer()
     assert ends.cut([*ids_of("a"), EOS, *ids_of("stop")], tokenizer) == [*ids_of("a"), EOS]
-    # A completion of a record that holds the text and goes on to its own end is whole.
+    # A record's completion that contains the text and ends with its own end is whole.
     whole = [*ids_of("do not stop here"), EOS]
     assert ends.content(whole, tokenizer) == whole[:-1]
 
@@ -210,7 +210,7 @@ def test_turns_that_end_by_the_models_list(caplog: pytest.LogCaptureFixture) -> 
 
 # --- what is saved ----------------------------------------------------------------------------------------------------
 
-# Who publishes it: eos of config.json, generation_config.json, and the tokenizer's roles.
+# Name of the publisher: eos of config.json, generation_config.json, and the tokenizer's roles.
 PUBLISHED: dict[str, tuple[Any, dict[str, Any], dict[str, str | None]]] = {
     "two ends": ([EOS, EOT], {"eos_token_id": [EOS, EOT], "bos_token_id": BOS, "top_k": 64}, {"bos_token": "<bos>"}),
     "three ends": (EOS, {"eos_token_id": [EOS, EOM, EOT], "bos_token_id": BOS, "do_sample": True, "temperature": 0.6,
@@ -231,14 +231,14 @@ def publish(folder: Path, name: str) -> Path:
 
 
 def settings_of(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What generation_config.json says, and the special tokens of config.json."""
+    """Return the content of generation_config.json, and the special tokens of config.json."""
     generation, config = (json.loads((folder / f"{n}.json").read_text()) for n in ("generation_config", "config"))
     said = {k: v for k, v in generation.items() if k not in ("transformers_version", "_from_model_config")}
     return said, {k: config.get(k) for k in ("eos_token_id", "bos_token_id", "pad_token_id")}
 
 
 def trained(folder: Path, output: Path, **changes: Any) -> Path:
-    """One step of supervised training, saved as the command line saves."""
+    """Run one step of supervised training and save as the command line does; return the folder."""
     arguments = ModelArguments(model=str(folder), **changes)
     tokenizer = load_tokenizer(arguments)
     model = load_model(arguments, tokenizer)
@@ -301,9 +301,7 @@ def test_a_generation_config_that_is_refused_is_found_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = publish(tmp_path / "published", "sampling not switched on")
-    changed = trained(
-        folder, tmp_path / "trained", eos_token="<eom>"
-    )  # which transformers saves no more unless sampling
+    changed = trained(folder, tmp_path / "trained", eos_token="<eom>")  # transformers saves it only with do_sample
     said, _ = settings_of(changed)
     assert said["do_sample"] is True and said["temperature"] == 0.6 and said["eos_token_id"] == [EOM, EOS, EOT]
     assert "do_sample" in caplog.text

@@ -1,4 +1,4 @@
-"""The metrics against hand values and scipy, what counts as the same answer, and a whole evaluation of a tiny model."""
+"""Metrics against hand values and scipy, the comparison of answers, and a whole evaluation of a tiny model."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from gem.data import Example
 from gem.demo import build_tokenizer
 from gem.evaluate import Evaluation, auroc, normalise, pair_auroc, preference_accuracy
 from gem.groups import Group, Member
+from gem.rollout import Sampler
 
 EOS = 2
 
@@ -146,10 +147,12 @@ def examples(n: int = 12) -> list[Example]:
     return rows
 
 
-def evaluation(model: Any, rows: list[Example] | None = None, **changes: Any) -> Evaluation:
+def evaluation(
+    model: Any, rows: list[Example] | None = None, sampler: Sampler | None = None, **changes: Any
+) -> Evaluation:
     rollout = RolloutArguments(max_new_tokens=6)
     rows = examples() if rows is None else rows
-    return Evaluation(model, build_tokenizer(), rows, rollout, ScoreArguments(), EvalArguments(**changes))
+    return Evaluation(model, build_tokenizer(), rows, rollout, ScoreArguments(), EvalArguments(**changes), sampler)
 
 
 SHARES = {"preference_sum", "preference_token", "preference_reference", "preference_length", "accuracy_greedy",
@@ -178,7 +181,7 @@ def test_same_seed_same_numbers() -> None:
         results.append((run(model), run.completions))
         assert model.training
     assert results[0] == results[1] and results[0][0] != results[2][0]
-    assert results[0][1] == results[2][1]  # greedy completions need no luck
+    assert results[0][1] == results[2][1]  # greedy completions do not depend on the seed
 
 
 def test_preferences_by_hand() -> None:
@@ -200,23 +203,23 @@ def test_preferences_by_hand() -> None:
         wins["token"] += mc / len(e.chosen_ids) > mr / len(e.rejected_ids)
         wins["reference"] += mc - rc > mr - rr
     assert {k: found[f"preference_{k}"] for k in wins} == pytest.approx({k: v / len(rows) for k, v in wins.items()})
-    assert 0 < found["preference_reference"] < 1  # else this test would see little
+    assert 0 < found["preference_reference"] < 1  # not at a limit, where the test would be weak
 
 
-def speaking(monkeypatch: pytest.MonkeyPatch, *texts: str) -> None:
-    """generate() gives these completions in turn; "..." at the end: cut off."""
+def speaking(*texts: str) -> Sampler:
+    """Return a sampler that gives these completions in turn; "..." at the end of a text: cut off."""
 
-    def generate(model: Any, tokenizer: Any, prompts: Any, arguments: Any, greedy: bool = False, **_: Any) -> Any:
+    def sample(prompts: Any, *, greedy: bool = False, progress: str | None = None) -> list[list[int]]:
         said = [texts[i % len(texts)] for i in range(len(prompts))]
         return [ids_of(t[:-3]) if t.endswith("...") else [*ids_of(t), EOS] for t in said]
 
-    monkeypatch.setattr("gem.evaluate.generate", generate)
+    return sample
 
 
-def test_accuracy_compares_final_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    speaking(monkeypatch, "#### 1", "0 #### 1", "#### 1...", "#### 10", "1=", " #### 1 ", "####")
+def test_accuracy_compares_final_answers() -> None:
+    sampler = speaking("#### 1", "0 #### 1", "#### 1...", "#### 10", "1=", " #### 1 ", "####")
     model = tiny_model()
-    run = evaluation(model, [examples(1)[0]] * 7)
+    run = evaluation(model, [examples(1)[0]] * 7, sampler)
     found = run(model)
     assert [c["correct"] for c in run.completions] == ["true", "true", "false", "false", "true", "true", "false"]
     assert found["accuracy_greedy"] == found["accuracy_sampled"] == pytest.approx(4 / 7)
@@ -225,35 +228,34 @@ def test_accuracy_compares_final_answers(monkeypatch: pytest.MonkeyPatch) -> Non
     assert run.completions[1] == expected
 
 
-def test_a_chosen_answer_that_says_nothing_is_matched_by_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    speaking(monkeypatch, "####")
+def test_a_chosen_answer_that_says_nothing_is_matched_by_nothing() -> None:
     model = tiny_model()
     row = Example("", [1], [*ids_of("####"), EOS])
-    assert evaluation(model, [row])(model)["accuracy_greedy"] == 0
+    assert evaluation(model, [row], speaking("####"))(model)["accuracy_greedy"] == 0
 
 
-def test_what_cannot_be_had_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    speaking(monkeypatch, "#### 1")
+def test_what_cannot_be_had_is_absent() -> None:
+    sampler = speaking("#### 1")
     model = tiny_model()
     alone = [Example(e.prompt, e.prompt_ids, e.chosen_ids) for e in examples(1)]
-    found = evaluation(model, alone)(model)
+    found = evaluation(model, alone, sampler)(model)
     assert found.keys() == {"accuracy_greedy", "accuracy_sampled", "truncated", "length", "final_entropy",
                             "branch_entropy"}  # fmt: skip
-    assert evaluation(model, alone, eval_samples=0)(model) == {"accuracy_greedy": 1.0}
+    assert evaluation(model, alone, sampler, eval_samples=0)(model) == {"accuracy_greedy": 1.0}
 
 
 def several_turns(e: Example) -> Example:
-    """The same answer, and a question and an answer before it."""
+    """Return the example with a question and an answer put before its answer."""
     before, question = [*ids_of("1+1=2"), EOS], [1, *ids_of("7+7=")]
     chosen = [*before, *e.chosen_ids]
     return Example(e.prompt, e.prompt_ids, chosen, e.rejected_ids, chosen_given=[(len(before), question)])
 
 
-def test_a_preference_of_several_turns_has_no_task_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
-    speaking(monkeypatch, "#### 3")
+def test_a_preference_of_several_turns_has_no_task_accuracy() -> None:
+    sampler = speaking("#### 3")
     model, rows = tiny_model(), examples(6)
     mixed = [several_turns(e) if i % 2 else e for i, e in enumerate(rows)]
-    run = evaluation(model, mixed)
+    run = evaluation(model, mixed, sampler)
     found = run(model)
     assert [c["prompt"] for c in run.completions] == ["0+1=", "2+1=", "4+1="]
     assert found["accuracy_greedy"] == pytest.approx(1 / 3)
@@ -269,18 +271,17 @@ def test_a_preference_of_several_turns_has_no_task_accuracy(monkeypatch: pytest.
     assert found.keys() == {"preference_sum", "preference_token", "preference_reference", "preference_length"}
 
 
-def test_candidates_are_of_the_prompt_that_is_sampled_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_are_of_the_prompt_that_is_sampled_from() -> None:
     asked = []
 
-    def generate(model: Any, tokenizer: Any, prompts: Any, *_: Any, **__: Any) -> Any:
+    def sample(prompts: Any, **_: Any) -> list[list[int]]:
         asked.append(prompts)
         return [[*ids_of("#### 1"), EOS]] * len(prompts)
 
-    monkeypatch.setattr("gem.evaluate.generate", generate)
     e = examples(1)[0]
     steps = [*e.prompt_ids, 5, 6]
     rows = [e, Example(e.prompt, e.prompt_ids, e.chosen_ids, sampling_prompt_ids=steps)]
-    evaluation(model := tiny_model(), rows)(model)
+    evaluation(model := tiny_model(), rows, sample)(model)
     assert asked == [[e.prompt_ids, steps]] * 2
 
 

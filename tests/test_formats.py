@@ -1,4 +1,4 @@
-"""Public formats, each with a row of its public shape (the words are ours): recognised, converted, and told in one line."""
+"""Each public format by a row of its public shape (the words are ours): recognised, converted, and logged in one line."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ RAW = {"source": "evol_instruct", "instruction": ASK, "models": ["x", "y", "z"],
 ARGILLA = {"source": "evol_instruct", "instruction": ASK, "chosen_response": GOOD, "rejected_response": BAD,
            "chosen_avg_rating": 4.75, "rejected_avg_rating": 3.5, "chosen_model": "x"}  # fmt: skip
 
-# name, rows, and the records that they become.
+# Name, rows, and the expected records.
 CASES: list[tuple[str, Row, Row]] = [
     ("ultrafeedback-binarized", ULTRAFEEDBACK, TURNS),
     (
@@ -87,12 +87,12 @@ CASES: list[tuple[str, Row, Row]] = [
         {"prompt": HH_PROMPT, "chosen": [a(GOOD)], "rejected": [a(BAD)]},
     ),
     (
-        "anthropic-hh",  # as copies of it have it: the prompt apart, the answers alone
+        "anthropic-hh",  # the shape of some copies: separate prompt, answers alone
         {"prompt": HH, "response": f" {GOOD}", "chosen": f" {GOOD}", "rejected": f" {BAD}"},
         {"prompt": HH_PROMPT, "chosen": GOOD, "rejected": BAD},
     ),
     (
-        "anthropic-hh",  # stripped, and parting at an earlier turn
+        "anthropic-hh",  # stripped, and with different earlier turns
         {"chosen": f"Human: {ASK}\n\nAssistant: {GOOD}",
          "rejected": f"Human: {ASK}\n\nAssistant: {BAD}\n\nHuman: No.\n\nAssistant: 2"},
         {**TURNS, "rejected": [a(BAD), u("No."), a("2")]},
@@ -161,7 +161,7 @@ CASES: list[tuple[str, Row, Row]] = [
     ),
     ("conversation-pairs", {"messages": [u(ASK)], "chosen": [a(GOOD)], "rejected": [a(BAD)]}, TURNS),
     (
-        "conversation-pairs",  # where the messages are a copy of chosen
+        "conversation-pairs",  # with messages that copy chosen
         {"messages": [u(ASK), a(GOOD)], "chosen": [u(ASK), a(GOOD)], "rejected": [u(ASK), a(BAD)]},
         TURNS,
     ),
@@ -245,7 +245,7 @@ def test_every_format_has_a_row_here_and_a_line_in_the_documentation() -> None:
 
 @pytest.mark.parametrize(("name", "row", "record"), CASES, ids=[f"{name}-{i}" for i, (name, _, _) in enumerate(CASES)])
 def test_a_table_of_text_holds_each_format(tmp_path: Path, name: str, row: Row, record: Row) -> None:
-    """In csv, numbers, truths and lists are text."""
+    """csv holds numbers, booleans and lists as text."""
     if isinstance(row.get("output"), list):
         pytest.skip("in a table, a list of texts as output is a text")
     cells = {k: str(v) if isinstance(v, str | bool) else json.dumps(v) for k, v in row.items()}
@@ -410,7 +410,7 @@ def test_columns_that_no_format_has_are_refused_with_what_there_is(tmp_path: Pat
 
 
 def test_the_format_is_told_by_the_first_rows_together(tmp_path: Path) -> None:
-    """A table has the columns of all its rows, each row some of them."""
+    """Each row of a source may have only some of its columns."""
     rows = [{"prompt": "1", "completion": "2", "chosen": None}, TEXTS, {**TEXTS, "prompt": "x", "rejected": None}]
     records = load_records(jsonl(tmp_path / "d.jsonl", *rows), need=("chosen",))
     assert [r["chosen"] for r in records] == ["2", GOOD, GOOD] and "rejected" not in records[2]

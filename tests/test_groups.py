@@ -1,4 +1,4 @@
-"""The groups file: what is written comes back, it appears whole or not at all, and a bad line is named."""
+"""The groups file: a round trip, writing all or nothing, and errors that name the line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def groups() -> list[Group]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal, with NaN equal to itself and types compared."""
+    """Return True if a and b are equal, with NaN equal to itself and types compared."""
     if type(a) is not type(b):
         return False
     if isinstance(a, float):
@@ -41,7 +41,7 @@ def test_round_trip(tmp_path: Path) -> None:
     loaded = load_groups(path)
     assert same(loaded, groups())
     assert loaded[0].members[0].branch_span == (0, 1) and math.isnan(loaded[0].members[1].score)
-    assert "NaN" not in path.read_text(encoding="utf-8")  # which is no JSON
+    assert "NaN" not in path.read_text(encoding="utf-8")  # not valid JSON
     assert path.read_bytes().count(b"\n") == 2
     assert loaded[0].role("candidate") == 0 and loaded[0].role("rejected") is None and loaded[1].role("chosen") == 0
 
@@ -58,7 +58,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 
     def failing() -> Iterator[Group]:
         yield from groups()
-        assert not path.exists() or path.read_text() == "old"  # not there before it is whole
+        assert not path.exists() or path.read_text() == "old"  # absent until complete
         raise KeyboardInterrupt
 
     for before in (None, "old"):

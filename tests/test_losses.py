@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gem.losses import dpo_loss, ipo_loss, kl_k3, listwise_dpo_reward, pro_loss, sega_loss_fn
+from gem.config import CHOICES, LossArguments
+from gem.groups import ROLES
+from gem.losses import dpo_loss, group_loss, ipo_loss, kl_k3, listwise_dpo_reward, pro_loss, sega_loss_fn
 from gem.rank import bradley_terry_posterior
 from gem.sega import RewardKind, advantages, rewards, sega_weights
 
@@ -48,7 +50,7 @@ def categorical(dtype: torch.dtype) -> Policy:
 
 
 def llama(dtype: torch.dtype) -> Policy:
-    """Seven responses of 6 tokens to one prompt of 3."""
+    """Return a tiny Llama with seven responses of 6 tokens to one prompt of 3."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=32,
@@ -84,7 +86,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 def sega(logprob: Tensor, reward: Tensor) -> Tensor:
-    """SEGA of one group without normalisation: the literal Eq. 2."""
+    """Return SEGA's loss of one group without normalisation: the literal Eq. 2."""
     reward = reward.to(logprob.dtype)[None]
     mask = torch.ones_like(reward, dtype=torch.bool)
     return sega_loss_fn(logprob, sega_weights(advantages(reward, mask), mask, norm="none")[0])
@@ -109,7 +111,7 @@ def test_gradient_is_unchanged_under_a_shift_of_the_scores(policy: Policy, kind:
 
 
 def cosine_with_dpo(policy: Policy, reward: Tensor) -> float:
-    """Between the gradients of SEGA and of DPO on responses 0 (chosen) and 1 (rejected); 0 where SEGA's is zero."""
+    """Return the cosine between the gradients of SEGA and DPO on responses 0 (chosen) and 1 (rejected); 0 if SEGA's is 0."""
     ours = policy.gradient(sega(policy.logprob()[:2], reward))
     lp, ref = policy.logprob(), policy.ref
     dpo = policy.gradient(dpo_loss(lp[:1], lp[1:2], ref[:1], ref[1:2], beta=BETA).sum())
@@ -146,7 +148,7 @@ def test_two_responses_are_dpo_exactly_when_the_reward_gap_is_its_own(policy: Po
     ratio = (lp - policy.ref[:2]).detach()
     gap = 2 * BETA * torch.sigmoid(-BETA * (ratio[0] - ratio[1]))  # r_c - r_r = 2 beta s(-d)
     policy.assert_same_gradient(sega(lp, torch.stack((0.7 + gap, torch.full_like(gap, 0.7)))), dpo())
-    # Any other gap has the direction and not the size: "SEGA is DPO at k = 2" is false without the condition.
+    # Any other gap gives the direction but not the size: "SEGA is DPO at k = 2" needs the condition.
     other = policy.gradient(sega(policy.logprob()[:2], torch.stack((2 * gap, 0 * gap))))
     assert float(other.norm()) == pytest.approx(2 * float(policy.gradient(dpo()).norm()), rel=1e-4)
 
@@ -211,7 +213,7 @@ def test_dpo_and_ipo_by_hand() -> None:
     dpo = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.1)
     torch.testing.assert_close(dpo, torch.tensor([math.log1p(math.exp(-0.2)), math.log(2)]))
     ipo = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.25)
-    torch.testing.assert_close(ipo, torch.tensor([0.0, 4.0]))  # the margin asked for is 1 / (2 beta) = 2
+    torch.testing.assert_close(ipo, torch.tensor([0.0, 4.0]))  # the target margin is 1 / (2 beta) = 2
 
 
 def test_dpo_stays_finite_far_out() -> None:
@@ -263,6 +265,56 @@ def test_k3_resolves_small_differences_and_its_gradient_flows_to_the_policy_only
     k3.sum().backward()
     assert logprob.grad is not None and logprob.grad.item() == pytest.approx(-math.expm1(2**-12), rel=1e-3)
     assert ref.grad is None
+
+
+# -- the loss of a group -----------------------------------------------------------------------------------------------
+
+
+def loss_of_group(arguments: LossArguments, *, roles: tuple[str, ...] = ("candidate", "chosen", "rejected")) -> Tensor:
+    """Return the loss of a group whose members have two tokens each."""
+    k = len(roles)
+    generator = torch.Generator().manual_seed(4)
+    logprob, ref = (-torch.rand(2 * k, generator=generator) for _ in range(2))
+    sequence, role = torch.arange(k).repeat_interleave(2), torch.tensor([ROLES[name] for name in roles])  # type: ignore[index]
+    weight, fresh = torch.linspace(0.5, -0.5, k), torch.zeros(k, dtype=torch.bool)
+    return group_loss(logprob, ref, sequence, weight, role, fresh, arguments)["loss"]
+
+
+def test_every_loss_of_the_configuration_has_a_case_of_its_own() -> None:
+    found = [float(loss_of_group(LossArguments(loss=name))) for name in CHOICES["loss"]]
+    assert all(map(math.isfinite, found)) and len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_an_unknown_loss_raises(listed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that the configuration allows and group_loss lacks trains nothing, rather than another loss."""
+    if listed:
+        monkeypatch.setitem(CHOICES, "loss", (*CHOICES["loss"], "ppo"))
+    with pytest.raises(ValueError, match="loss must be one of sega, listwise_dpo, dpo, ipo, pro, sft, got 'ppo'"):
+        loss_of_group(LossArguments(loss="ppo"))
+    with pytest.raises(ValueError, match="got 'ppo'"):
+        group_loss(ONE, None, ONE.long(), ONE, ONE.long(), ONE.bool(), LossArguments(loss="ppo"))
+
+
+@pytest.mark.parametrize("name", ["listwise_dpo", "dpo", "ipo", "pro"])
+def test_losses_that_need_a_human_pair_say_so(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"loss={name} needs groups with the log-probs of a reference and a human pair"
+    ):
+        loss_of_group(LossArguments(loss=name), roles=("candidate", "chosen"))
+    assert math.isfinite(loss_of_group(LossArguments(), roles=("candidate", "chosen")))
+
+
+def test_taper_ends_the_push_on_what_the_policy_no_longer_says() -> None:
+    role, sequence = torch.tensor([1, 2]), torch.tensor([0, 1])
+    weight, fresh = torch.tensor([1.0, -1.0]), torch.tensor([False, False])
+    for drop, expected in ((0.0, 1.0), (2.0, 2.718281828**-2.0), (100.0, 0.0)):
+        logprob = torch.tensor([-1.0, -1.0 - drop], requires_grad=True)
+        terms = group_loss(
+            logprob, torch.tensor([-1.0, -1.0]), sequence, weight, role, fresh, LossArguments(sft_weight=0.0)
+        )
+        terms["loss"].backward()
+        torch.testing.assert_close(logprob.grad, torch.tensor([-1.0, expected]))
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

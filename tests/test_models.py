@@ -1,4 +1,4 @@
-"""Models and tokenizers from every place that ModelArguments names, and the messages when they are not there."""
+"""Models and tokenizers from every source that ModelArguments names, and the messages for missing ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def config(**changes: Any) -> LlamaConfig:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """config.json, tok/ (whole) and plain.json: a bare tokenizer whose <eos> is a word like any other."""
+    """Write config.json, tok/ (whole) and plain.json: a bare tokenizer whose <eos> is an ordinary word."""
     config().save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path / "tok")
     plain = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "<eos>": 3}, unk_token="<unk>"))
@@ -66,7 +66,7 @@ def test_dtype_attention_and_a_saved_folder(folder: Path) -> None:
     load_tokenizer(arguments).save_pretrained(folder / "saved")
     arguments = ModelArguments(model=str(folder / "saved"))
     saved: Any = load_model(arguments, load_tokenizer(arguments))
-    assert {p.dtype for p in saved.parameters()} == {torch.float32}  # what was asked for, not what was saved
+    assert {p.dtype for p in saved.parameters()} == {torch.float32}  # the requested dtype, not the saved one
     for a, b in zip(model.parameters(), saved.parameters(), strict=True):
         assert torch.equal(a.float(), b)
 
@@ -79,7 +79,7 @@ def test_bare_tokenizer_needs_its_end_of_sequence(folder: Path) -> None:
         load_tokenizer(ModelArguments(tokenizer=bare, eos_token="<end>"))
     tokenizer = load_tokenizer(ModelArguments(tokenizer=bare, eos_token="<eos>"))
     assert tokenizer.eos_token_id == tokenizer.pad_token_id == 3 and len(tokenizer) == 4
-    # Special from now on, for the decoder too: else it would show up in every final answer.
+    # It is special for the decoder too, else it would appear in every final answer.
     assert tokenizer.decode([1, 3], skip_special_tokens=True) == "a"
 
 
@@ -135,7 +135,7 @@ def test_model_that_is_not_there(model: str, message: str) -> None:
 
 @pytest.fixture
 def base(folder: Path) -> Path:
-    """A pretrained folder: weights, config and tokenizer."""
+    """Write a pretrained folder: weights, config and tokenizer."""
     arguments = ModelArguments(model=str(folder / "config.json"), tokenizer=str(folder / "tok"))
     tokenizer = load_tokenizer(arguments)
     load_model(arguments, tokenizer).save_pretrained(folder / "base")  # type: ignore[operator]
@@ -144,7 +144,7 @@ def base(folder: Path) -> Path:
 
 
 def lora(source: Path) -> Any:
-    """A peft model whose adapters do something, as after some training."""
+    """Return a peft model whose adapters have an effect, as after some training."""
     model: Any = load_model(ModelArguments(model=str(source), lora_rank=2), build_tokenizer())
     for name, p in model.named_parameters():
         if "lora_B" in name:
@@ -175,7 +175,7 @@ def test_the_head_through_the_peft_wrapper(base: Path) -> None:
 
 
 def test_training_goes_on_from_saved_adapters(base: Path, tmp_path: Path) -> None:
-    """sft with LoRA, then train with LoRA, then eval: each stage reads the folder that the one before wrote."""
+    """In sft with LoRA, train with LoRA, then eval, each stage reads the folder of the one before."""
     ids = torch.tensor([[1, 5, 6, 7]])
     first = lora(base)
     first.save_pretrained(tmp_path / "first")
@@ -217,7 +217,7 @@ IDS = torch.tensor([[1, 5, 6, 7, 16, 3]])
 
 
 def with_adapters(folder: Path, settings: dict[str, Any], *, rows: int, tied: bool, tokenizer: Any = None) -> Any:
-    """base/ of 40 tokens and adapters/ trained with `rows` of them, as peft saves them. Returns the peft model."""
+    """Write base/ of 40 tokens and adapters/ trained with `rows` of them, as peft saves them; return the peft model."""
     torch.manual_seed(0)
     base = LlamaForCausalLM(config(tie_word_embeddings=tied, initializer_range=0.3, bos_token_id=1))
     base.save_pretrained(folder / "base")
@@ -236,10 +236,10 @@ def with_adapters(folder: Path, settings: dict[str, Any], *, rows: int, tied: bo
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("rows", [19, 42, 64])  # a vocabulary cut, with two new tokens, and padded
+@pytest.mark.parametrize("rows", [19, 42, 64])  # vocabularies: cut, with two new tokens, padded
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_are_loaded_with_their_vocabulary(name: str, rows: int, tied: bool, tmp_path: Path) -> None:
-    """The same logits from doctor's model, from the merged one, and from that saved."""
+    """The adapted, the merged and the saved model have the same logits."""
     tokenizer = build_tokenizer()
     tokenizer.add_tokens(["<tool>", "</tool>"])
     expected = with_adapters(tmp_path, ADAPTERS[name], rows=rows, tied=tied, tokenizer=tokenizer)(IDS).logits
@@ -280,7 +280,7 @@ def test_new_tokens_whose_embeddings_were_not_saved_are_told(tmp_path: Path, cap
 
 
 def test_adapters_of_adapters_with_tokens(tmp_path: Path) -> None:
-    """Each brings rows of its own; the second has the first as its base."""
+    """The second adapters have the first as their base; each adds rows."""
     tokenizer = build_tokenizer()
     with_adapters(tmp_path, ADAPTERS["on both"], rows=42, tied=True, tokenizer=tokenizer)
     first = str(tmp_path / "adapters")
@@ -312,7 +312,7 @@ def test_a_padding_token_beyond_the_model(base: Path, caplog: pytest.LogCaptureF
     tokenizer = build_tokenizer()
     tokenizer.add_tokens([f"<{i}>" for i in range(23)])
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    assert tokenizer.pad_token_id == 40  # as after Alpaca's recipe without a resized model
+    assert tokenizer.pad_token_id == 40  # as in Alpaca's recipe without
     load_model(ModelArguments(model=str(base)), tokenizer)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     assert "no embedding for [PAD], which pads: the end of sequence pads" in caplog.text

@@ -1,4 +1,4 @@
-"""Weights of groups from scores and the human pair, by hand where a hand can do it; and the whole of phase one, tiny."""
+"""Weights of groups from scores and the human pair, by hand where possible; and all of phase one on a tiny model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LITERAL = RankArguments(human_weight=0.0, reward="identity", weight_norm="none",
 
 
 def group(*scores: float, chosen: float | None = None, rejected: float | None = None) -> Group:
-    """Distinct candidates with these scores, then the human pair with theirs."""
+    """Return a group of distinct candidates with these scores, then the human pair with its scores."""
     members = [Member("candidate", [5 + i, EOS], score=s, truncated=math.isnan(s)) for i, s in enumerate(scores)]
     human: tuple[tuple[Role, float | None], ...] = (("chosen", chosen), ("rejected", rejected))
     members += [Member(role, [30 + i, EOS], score=s) for i, (role, s) in enumerate(human) if s is not None]
@@ -80,7 +80,7 @@ def test_weights_sum_to_nothing_and_follow_the_scores(reward: str, norm: str) ->
 @pytest.mark.parametrize("reward", ["identity", "bt"])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
 def test_scores_of_any_size(scale: float, reward: str) -> None:
-    """log-prob sized scores, or a huge tau's worth of agreement, are no reason to crash."""
+    """Scores as large as log-probs, or far below tau, give finite weights in the right order."""
     arguments = RankArguments(reward=reward, filter_groups=False)
     got = weights(group(*(scale * s for s in (-1.0, 0.5, 2.0)), chosen=scale, rejected=3 * scale), arguments)
     assert all(map(math.isfinite, got)) and got[0] < got[1] < got[2]
@@ -96,7 +96,7 @@ def test_human_weight_of_any_size(human_weight: float) -> None:
 
 
 def test_human_pair_lifts_the_chosen_above_the_rejected() -> None:
-    """Their scores say the opposite."""
+    """Even though the rejected answer has the higher score."""
     g = group(0.0, 0.1, 0.2, chosen=-0.3, rejected=0.3)
     got = weights(g, RankArguments(human_weight=8.0))
     assert g.kept and got[3] > 0 > got[4]
@@ -112,7 +112,7 @@ def test_human_weight_zero_leaves_the_pair_out() -> None:
 
 
 def test_pair_without_scores_takes_part_by_its_observation() -> None:
-    """Also with every candidate cut off: the human preference is information enough."""
+    """The human preference alone ranks the pair, even if no candidate has a score."""
     for g in (group(0.0, 1.0, chosen=NAN, rejected=NAN), group(0.5, chosen=NAN, rejected=NAN)):
         got = weights(g, RankArguments(filter_groups=False))
         assert got[-2] > 0 > got[-1] and all(map(math.isfinite, got))
@@ -120,7 +120,7 @@ def test_pair_without_scores_takes_part_by_its_observation() -> None:
 
 def test_without_a_rejected_answer_no_preference_is_observed() -> None:
     got = weights(group(0.0, 1.0, 3.0, chosen=1.0), RankArguments())
-    assert got[3] == pytest.approx(got[1])  # the same score, and nobody preferred it to anything
+    assert got[3] == pytest.approx(got[1])  # the same score, and no preference between them
     assert got[0] < got[1] < got[2]
     literal = weights(group(0.0, 1.0, 3.0, chosen=1.0), LITERAL)
     assert literal == pytest.approx([-4 / 3, -1 / 3, 5 / 3, 0.0])
@@ -169,7 +169,7 @@ def test_low_outliers_are_trimmed() -> None:
 def test_groups_that_agree_are_dropped(norm: str) -> None:
     g = group(0.7, 0.7, 0.7 + 1e-6)
     assert weights(g, RankArguments(human_weight=0.0, weight_norm=norm)) == [0, 0, 0] and not g.kept
-    near = group(0.7, 0.71, 0.72)  # they differ, by less than the ranking is unsure of
+    near = group(0.7, 0.71, 0.72)  # they differ by less than the uncertainty of the ranking
     assert weights(near, RankArguments(human_weight=0.0, weight_norm=norm)) == [0, 0, 0] and not near.kept
 
 
@@ -250,6 +250,23 @@ def test_reference_and_policy_each_do_their_part() -> None:
         assert a.entropies == c.entropies != b.entropies
 
 
+def test_candidates_of_another_backend() -> None:
+    """Any callable of the Sampler protocol draws the candidates; only examples without their own are sampled."""
+    asked: list[Any] = []
+
+    def sample(prompts: Any, *, greedy: bool = False, progress: str | None = None) -> list[list[int]]:
+        asked.append((prompts, greedy, progress))
+        return [[9, 7 + i, EOS] for i in range(len(prompts))]
+
+    rollout = RolloutArguments(group_size=2, max_new_tokens=6)
+    maker = GroupMaker(model(), build_tokenizer(), rollout, ScoreArguments(), RankArguments(), sampler=sample)
+    found = maker(examples(), progress=True)
+    assert asked == [([[1, 8], [1, 8], [1], [1]], False, "candidates")]
+    drawn = [[m.ids for m in g.members if m.sampled] for g in found]
+    assert drawn == [[[9, 7, EOS], [9, 8, EOS]], [], [[9, 9, EOS], [9, 10, EOS]]]
+    assert all(math.isfinite(m.score) and m.logprobs for m in found[0].members[:2])
+
+
 def test_pairs_alone() -> None:
     maker = GroupMaker(
         model(), build_tokenizer(), RolloutArguments(group_size=0), ScoreArguments(), RankArguments(human_weight=8.0)
@@ -266,7 +283,7 @@ def test_pair_group() -> None:
 
 
 def test_members_are_scored_under_their_own_prompt_and_behind_what_others_say() -> None:
-    """A sampled candidate under the prompt that asks for a chain of thought; a pair of several turns, the user's between."""
+    """A candidate is scored under the prompt that it was sampled from; a pair of several turns skips the user's turns."""
     given = [(2, [5, 4])]
     example = Example(
         "1", [1, 8], [7, EOS, 9, EOS], [8, EOS], chosen_given=given, question="1", sampling_prompt_ids=[1, 8, 6, 6]

@@ -1,4 +1,4 @@
-"""What was left out of a source and why: three ways to act, one message each, every reason in it."""
+"""The records left out of a source and the reasons: three ways to act, one message each, which lists every reason."""
 
 from __future__ import annotations
 
@@ -111,4 +111,4 @@ def test_another_word_is_refused(wrong: str) -> None:
 def test_what_came_is_shown_in_brief_and_can_be_printed() -> None:
     assert shown("short") == "'short'" and shown(7) == "7"
     assert len(shown("x" * 1000)) == 60 and shown("x" * 1000).endswith("...")
-    shown("\ud800").encode()  # half a character, escaped
+    shown("\ud800").encode()  # half a surrogate pair, escaped

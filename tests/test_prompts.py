@@ -1,4 +1,4 @@
-"""What a model is asked: plain prompts on chat models, the system message, and the prompt that asks for a chain of thought."""
+"""The prompt of a model: plain prompts on chat models, the system message, and the request for a chain of thought."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_chain_of_thought_is_asked_of_candidates_alone() -> None:
     assert tokenizer.decode(example.sampling_prompt_ids) == asked(tokenizer, ("user", "2+2?\n\nThink."))
     both = encode(tokenizer, PLAIN, prompt_format="auto", cot_prompt="Think.", cot_pairs=True)
     assert both.prompt == asked(tokenizer, ("user", "2+2?\n\nThink.")) and not both.sampling_prompt_ids
-    # Candidates that the record brings were sampled elsewhere.
+    # A record's own candidates were sampled elsewhere.
     brought = encode(tokenizer, {**PLAIN, "candidates": ["4"]}, prompt_format="auto", cot_prompt="Think.")
     assert not brought.sampling_prompt_ids
     turns = [

@@ -70,8 +70,8 @@ def test_c_a_strong_human_preference_wins_whatever_the_scores_say(prior_sd: floa
 
 @pytest.mark.parametrize(("human_weight", "scale"), [(10.0, 0.2), (1000.0, 0.04)])
 def test_c_the_others_hardly_move(human_weight: float, scale: float) -> None:
-    # True of candidates halfway between the human pair, whose pulls up and down cancel there. Elsewhere they do move: a
-    # pair that has gone far holds the rest less tightly, so that it spreads.
+    # Halfway between the human pair, its pulls up and down cancel. Elsewhere candidates do move: a pair far apart holds the
+    # others less tightly, and they spread.
     scores = torch.cat((scale * seeded(32, 5), torch.tensor([-0.5, 0.5]).expand(32, 2)), 1)
     before = bradley_terry_posterior(scores, tau=1.0, prior_sd=1.0).mean
     human = pairs([5] * 32, [6] * 32)
@@ -97,7 +97,7 @@ def test_d_permutation_equivariant() -> None:
 
 
 def test_e_choix_on_rankings_and_a_human_pair() -> None:
-    """Scores far apart give p = 0 or 1: each comparator is a ranking, and choix can be told all of its games."""
+    """Scores far apart give p = 0 or 1: each comparator is a ranking, that is, a list of games for choix."""
     prior_sd, n_h = 1.5, 3
     scores = torch.stack([seeded(5, seed=seed).argsort().double() for seed in range(4)])  # (C, K)
     games = [(i, j) for s in scores.tolist() for i in range(5) for j in range(5) if s[i] > s[j]] + [(0, 3)] * n_h
@@ -164,7 +164,7 @@ def test_not_converged_raises() -> None:
 
 
 def test_no_mode_raises() -> None:
-    # Nothing but one won game is known about member 2, and no prior holds it: its ability has no bound.
+    # Member 2 has won its only game, and no prior holds it: its ability has no bound.
     with pytest.raises(RuntimeError, match="with prior_sd=inf every member needs comparisons"):
         bradley_terry_posterior(
             torch.tensor([[0.0, 1.0, NAN]]), tau=1.0, prior_sd=INF, human_weight=1.0, **pairs([2], [0])
@@ -285,7 +285,7 @@ def test_keep_members_trims_below_tukeys_fence() -> None:
             [0.0, 1.0, 2.0, 3.0, -3.1],  # Q1 = 0, Q3 = 2: the fence is at -3
             [0.0, 1.0, 2.0, 3.0, -2.9],
             [0.0, 1.0, 2.0, 3.0, 90.0],  # only the low side is trimmed
-            [0.0, 1.0, 2.0, -99.0, NAN],  # four scores: no quartiles worth the name
+            [0.0, 1.0, 2.0, -99.0, NAN],  # four scores: too few for quartiles
             [0.7, 0.7, 0.7, 0.7, 0.7],
         ]
     )

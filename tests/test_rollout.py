@@ -1,4 +1,4 @@
-"""Candidates end where the model, its tokenizer or the user says, at the first end and with nothing behind it."""
+"""Candidates stop at the first end that the model, its tokenizer or the user names, with nothing behind it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from test_ends import EOM, EOS, EOT, PAD, byte_tokenizer, tiny
 
 from gem.config import EvalArguments, RolloutArguments, ScoreArguments, check
 from gem.data import Example
+from gem.ends import Ends
 from gem.evaluate import Evaluation
 from gem.head import ensure_fused
-from gem.models import _warn_of_long_rows
-from gem.rollout import generate
+from gem.positions import _warn_of_long_rows
+from gem.rollout import generate, sample_completions
 from gem.score import token_stats
 
 PROMPTS = [[5, 6], [7], [8, 9, 10, 11], [12, 13]]
@@ -28,7 +29,7 @@ def model() -> Any:
 
 
 def freely(model: Any, tokens: int = 12) -> list[list[int]]:
-    """What the model says greedily, prompt by prompt, when nothing ends it."""
+    """Return the model's greedy tokens for each prompt when nothing ends a completion."""
     options = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": None, "pad_token_id": 0}
     return [model.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in PROMPTS]
 
@@ -38,7 +39,7 @@ def freely(model: Any, tokens: int = 12) -> list[list[int]]:
 
 @pytest.mark.parametrize(("which", "batch"), [((3,), 1), ((3,), 4), ((2, 5), 4), ((0, 4, 7), 2)])
 def test_every_id_ends_as_in_transformers(model: Any, which: tuple[int, ...], batch: int) -> None:
-    """Ends taken from what the model says, at other places in every row."""
+    """The ends are tokens that the model generates, at a different place in each row."""
     said, ending = freely(model), copy.deepcopy(model)
     ids = [EOS, *(said[row % 4][place] for row, place in enumerate(which))]
     ending.generation_config.eos_token_id = ids
@@ -55,14 +56,14 @@ def test_the_tokenizers_end_and_the_configs(model: Any) -> None:
     said, ending = freely(model), copy.deepcopy(model)
     ending.generation_config.eos_token_id = EOT
     tokenizer = byte_tokenizer(eos_token="<eom>")
-    ending.lm_head.weight.data[EOM] += 2 * ending.lm_head.weight.data[said[0][2]]  # said in place of that
+    ending.lm_head.weight.data[EOM] += 2 * ending.lm_head.weight.data[said[0][2]]  # now generated in its place
     ((*row, last),) = generate(ending, tokenizer, PROMPTS[:1], RolloutArguments(max_new_tokens=12), greedy=True)
     assert last == EOM and row == said[0][: len(row)]
 
 
 @pytest.mark.parametrize("pad", ["<eos>", "<eot>", "<pad>", None, "<new>"])
 def test_any_padding(model: Any, pad: str | None) -> None:
-    """An end, a token of its own, none, and one that the model has no embedding for."""
+    """Padding that is an end, a token of its own, absent, or an id without an embedding."""
     said, ending = freely(model), copy.deepcopy(model)
     ending.generation_config.eos_token_id = [EOS, EOT, said[0][2], said[1][4]]
     tokenizer = byte_tokenizer(pad_token=pad)
@@ -82,7 +83,7 @@ def test_any_padding(model: Any, pad: str | None) -> None:
 @pytest.mark.parametrize("places", [[(0, 2, 4)], [(1, 5, 6)], [(0, 1, 3), (2, 6, 9)]])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_stop_texts(model: Any, places: list[tuple[int, int, int]], batch: int) -> None:
-    """Texts of what is said freely: each row ends with the first token that completes one of them."""
+    """Stop texts from free completions: each row ends with the first token that completes one."""
     said, tokenizer = freely(model), byte_tokenizer()
     stop = [tokenizer.decode(said[row][start:end]) for row, start, end in places]
     arguments = RolloutArguments(max_new_tokens=12, stop=stop, rollout_batch_size=batch)
@@ -95,7 +96,7 @@ def test_stop_texts(model: Any, places: list[tuple[int, int, int]], batch: int) 
 
 
 def test_a_stopped_sample_is_the_beginning_of_the_free_one(model: Any) -> None:
-    """Nothing but the length changes: the log-probabilities are those of the model."""
+    """A stop text changes the length alone; the log-probabilities stay the model's."""
     tokenizer, prompts, free = byte_tokenizer(), [[5, 6]] * 6, RolloutArguments(max_new_tokens=10)
     torch.manual_seed(1)
     whole = generate(model, tokenizer, prompts, free)
@@ -106,7 +107,7 @@ def test_a_stopped_sample_is_the_beginning_of_the_free_one(model: Any) -> None:
 
 
 def test_nothing_is_generated_behind_the_end(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one row by itself, the model makes no token more than what is kept."""
+    """For a single row, the model generates no token beyond those kept."""
     said, tokenizer, widths = freely(model), byte_tokenizer(), []
     ending = copy.deepcopy(model)
     generate_all = ending.generate
@@ -135,7 +136,7 @@ def test_what_is_no_list_of_texts(stop: Any) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gptj"])
 def test_a_model_without_room_generates_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions in a table of 64: learnt, learnt with an offset, and computed ahead."""
+    """Models with a table of 64 positions: learnt, learnt with an offset, and precomputed."""
     model, tokenizer = build(name), byte_tokenizer()
     within = RolloutArguments(max_new_tokens=4)
     assert len(generate(model, tokenizer, [[5] * 60], within, greedy=True)[0]) <= 4
@@ -165,7 +166,7 @@ def test_a_model_that_goes_on_is_let(name: str, caplog: pytest.LogCaptureFixture
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def test_an_evaluation_knows_every_end(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_knows_every_end(model: Any) -> None:
     ending, tokenizer = copy.deepcopy(model), byte_tokenizer()
     ending.generation_config.eos_token_id = [EOS, EOT]
 
@@ -174,11 +175,33 @@ def test_an_evaluation_knows_every_end(model: Any, monkeypatch: pytest.MonkeyPat
         return found
 
     said = [[*ids("#### 4"), EOS], [*ids("#### 4"), EOT], ids("#### 4\nUser 2:"), ids("#### 4"), [*ids("#### 4"), EOM]]
-    monkeypatch.setattr("gem.evaluate.generate", lambda model, tokenizer, prompts, *_, **__: said)
     rows = [Example("", [5], [*ids("2+2 #### 4"), end]) for end in (EOS, EOT, EOS, EOS, EOT)]
     arguments = RolloutArguments(stop=["\nUser 2:"])
-    run = Evaluation(ending, tokenizer, rows, arguments, ScoreArguments(), EvalArguments())
+    run = Evaluation(
+        ending, tokenizer, rows, arguments, ScoreArguments(), EvalArguments(), sampler=lambda *_, **__: said
+    )
     found = run(ending)
     assert run.expected == ["4"] * 5
     assert [c["correct"] for c in run.completions] == ["true", "true", "true", "false", "false"]
     assert found["truncated"] == pytest.approx(2 / 5) and found["accuracy_sampled"] == pytest.approx(3 / 5)
+
+
+@pytest.mark.parametrize(
+    ("completions", "message"),
+    [
+        ([[5]], "sampler must return a completion for each of 2 prompts, got 1"),
+        ([[5], []], r"sampler must return non-empty lists of token ids, got '\[\]'"),
+        ([[5], "text"], "sampler must return non-empty lists of token ids, got 'text'"),
+        ([[5], torch.tensor([5, 6])], r"sampler must return non-empty lists of token ids, got 'tensor\(\[5, 6\]\)'"),
+    ],
+)
+def test_what_a_sampler_returns_is_checked(completions: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample_completions(lambda *_, **__: completions, [[5], [6]], Ends(frozenset({EOS})), byte_tokenizer())
+
+
+def test_what_a_sampler_returns_is_cut_behind_its_end() -> None:
+    sampled = [[5, EOS, 7], [5, 6]]
+    ends, tokenizer = Ends(frozenset({EOS})), byte_tokenizer()
+    assert sample_completions(lambda *_, **__: sampled, [[5], [6]], ends, tokenizer) == [[5, EOS], [5, 6]]
+    assert sample_completions(lambda *_, **__: pytest.fail("called without prompts"), [], ends, tokenizer) == []

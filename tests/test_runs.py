@@ -1,4 +1,4 @@
-"""A run's folder: who may write there, when it is claimed, where a run goes on from, and files that are damaged."""
+"""A run's folder: which run may use it, when it is claimed, where a run resumes, and damaged files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import transformers
 from test_cli import refused, run, write_files
 from transformers import TrainerCallback
 
-from gem.cli import newest_checkpoint, prepare_output
-from gem.runs import check_output, find_checkpoint, load_run, steps_of
+from gem.checkpoints import find_checkpoint, newest_checkpoint, steps_of
+from gem.results import load_run
+from gem.runs import check_output, prepare_output
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 SFT = ("sft", "--config", "sft.yaml", "--save_steps", "1", "--save_total_limit", "9")
 
 
-# --- who may write there ---------------------------------------------------------------------------------------------------
+# --- which run may use it ---------------------------------------------------------------------------------------------------
 
 
 def test_folder_is_claimed_once(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_folder_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         prepare_output(tmp_path / "thesis.tex", "sft", {})
     with pytest.raises(ValueError, match=r"output_dir must be in a folder, .*thesis\.tex is a file"):
         prepare_output(tmp_path / "thesis.tex" / "runs" / "sft", "sft", {})
-    (tmp_path / "run.json").write_text('{"name": "DPO", "seed": 0}')  # an arm of the demo: no settings in it
+    (tmp_path / "run.json").write_text('{"name": "DPO", "seed": 0}')  # an arm of the demo, which records no settings
     with pytest.raises(ValueError, match="output_dir must be empty or hold a run of this command"):
         prepare_output(tmp_path, "sft", {})
     (tmp_path / "empty").mkdir()
@@ -120,7 +121,7 @@ def test_one_that_fails_later_leaves_its_checkpoints(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Before the first checkpoint it may be tried again with other settings, afterwards it goes on with its own."""
+    """Before its first checkpoint a run may be retried with other settings; afterwards it resumes with its own."""
     from gem.trainer import GEMTrainer
 
     own, failing = GEMTrainer.training_step, [0]
@@ -145,11 +146,11 @@ def test_one_that_fails_later_leaves_its_checkpoints(
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3]
 
 
-# --- where a run goes on from -----------------------------------------------------------------------------------------------
+# --- where a run resumes -----------------------------------------------------------------------------------------------
 
 
 def checkpoint(folder: Path, step: int, of: int = 1000, without: str = "") -> Path:
-    """What Trainer saves, as small as it can be."""
+    """Write the files of a checkpoint of Trainer, as small as possible."""
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     linear = torch.nn.Linear(2, 2)
@@ -167,7 +168,7 @@ def test_the_newest_whole_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     for step in (9, 20):
         checkpoint(tmp_path, step)
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")  # 20 > 9 as numbers
-    checkpoint(tmp_path, 100, without="trainer_state.json")  # which comes last: a kill came before
+    checkpoint(tmp_path, 100, without="trainer_state.json")  # written last, so a kill came before
     (checkpoint(tmp_path, 200) / "trainer_state.json").write_text('{"global_st')
     checkpoint(tmp_path, 300, of=300)  # finished
     (tmp_path / "checkpoint-tmp").mkdir()
@@ -246,11 +247,11 @@ def test_resuming_as_asked(files: Path, capsys: pytest.CaptureFixture[str]) -> N
     elsewhere = (*SFT, "--output_dir", "again", "--resume_from_checkpoint")
     state = Path("sft/checkpoint-1/trainer_state.json")
     told = json.loads(state.read_text())
-    told["log_history"][0]["loss"] = 99.0  # by which the checkpoint is known again
+    told["log_history"][0]["loss"] = 99.0  # marks this checkpoint
     state.write_text(json.dumps(told))
     assert run(capsys, *elsewhere, "sft/checkpoint-1")[0] == 0
     assert losses("again") == pytest.approx([99.0, *whole[1:]], abs=1e-6)
-    # Of the last step and beyond there is nothing to go on from.
+    # A checkpoint of the last step or a later one leaves no step to take.
     shutil.rmtree("again")
     for flags in ((), ("--max_steps", "2"), ("--max_steps", "-1", "--num_train_epochs", "0.5")):
         assert "must be of a step before the last" in run(capsys, *elsewhere, "sft/checkpoint-3", *flags)[2]
@@ -258,7 +259,7 @@ def test_resuming_as_asked(files: Path, capsys: pytest.CaptureFixture[str]) -> N
     # A finished run is shown, and is not resumed.
     assert "this run is finished" in refused(capsys, *SFT, "--resume_from_checkpoint", "sft/checkpoint-1")
     assert "finished" in run(capsys, *SFT, "--resume_from_checkpoint", "true")[1]
-    # true is the newest, false none.
+    # true: resume from the newest; false: start over.
     for asked, first in (("true", 99.0), ("false", whole[0])):
         shutil.copytree("sft", asked)
         for name in ("metrics.json", "checkpoint-2", "checkpoint-3"):
@@ -273,7 +274,7 @@ def test_a_terminated_run_goes_on(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """enable_jit_checkpoint: at SIGTERM a checkpoint and an end, and what is not finished is not called so."""
+    """enable_jit_checkpoint: SIGTERM saves a checkpoint and stops, and the run does not count as finished."""
     from transformers import trainer_jit_checkpoint
 
     class Kill(TrainerCallback):

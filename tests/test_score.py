@@ -1,4 +1,4 @@
-"""Eq. 1 on a tiny model: statistics in any batching, spans at the right offsets when members are packed, cut-offs, clips."""
+"""Eq. 1 on a tiny model: statistics in any batching, spans at the right offsets in packed members, cut-offs, clips."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def alone(model: Any, prompt: list[int], completion: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """log-probs and entropies by the definition: one sequence, all logits, float64."""
+    """Return log-probs and entropies by definition: one sequence, all logits, float64."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
     logp = logits.double().log_softmax(-1)
@@ -63,7 +63,7 @@ SEQUENCES = [
 
 @pytest.mark.parametrize("batch_tokens", [1, 12, 31, 10_000])
 def test_token_stats_are_the_models_own(model: Any, batch_tokens: int) -> None:
-    fuse_lm_head(model, temperature=2.0)  # which is none of scoring's business
+    fuse_lm_head(model, temperature=2.0)  # scoring must ignore it
     stats = token_stats(model, SEQUENCES, batch_tokens=batch_tokens)
     assert len(stats) == len(SEQUENCES)
     for (prompt, completion), got in zip(SEQUENCES, stats, strict=True):
@@ -106,7 +106,7 @@ TEXTS = ["1+2=3 3+4=7 #### 7", "#### 12", "1+2 #### 3+4 #### 5"]  # no reasoning
 
 
 def groups() -> list[Group]:
-    """Members of many lengths, in two groups: every offset but the first is off by something."""
+    """Return members of many lengths in two groups, so a wrong offset gives a wrong span."""
     members = [Member("candidate", [*ids_of(text), EOS]) for text in TEXTS]
     cut_off = Member("candidate", ids_of("1+2=3 #### 3"))
     human = [Member("chosen", [*ids_of("1+2=3 #### 3"), EOS]), Member("rejected", [*ids_of("#### 4"), EOS])]
@@ -125,7 +125,7 @@ def scored(model: Any, reference: Any = None, **changes: Any) -> list[Group]:
 def expected_score(
     member: Member, m: float = 0.1, branch_weight: float = 1.0, final_weight: float = 1.0
 ) -> tuple[float, float, float]:
-    """Eq. 1 with a list and a sort."""
+    """Return (S, final entropy, branch entropy) of Eq. 1, computed with a list and a sort."""
     (b0, b1), (a0, a1) = member.branch_span, member.answer_span
     branch = sorted(member.entropies[b0:b1], reverse=True)
     count = max(1, math.ceil(m * len(branch))) if m < 1 else min(int(m), len(branch))
@@ -200,7 +200,7 @@ def test_entropy_clip(model: Any) -> None:
     limit = float(values.quantile(0.5))
     assert (values > limit).any()
     for a, b in zip((m for g in plain for m in g.members), (m for g in clipped for m in g.members), strict=True):
-        assert a.entropies == b.entropies  # what the file shows is what the model gave; the clip is Eq. 1's
+        assert a.entropies == b.entropies  # the file shows the model's entropies; only Eq. 1 clips
         a.entropies = [min(x, limit) for x in a.entropies]
         score, final, branch = expected_score(a, m=0.5)
         assert (b.final_entropy, b.branch_entropy) == pytest.approx((final, branch), abs=1e-5)
@@ -251,7 +251,7 @@ def test_a_flawed_candidate_has_no_score(model: Any) -> None:
     ensure_fused(model)
     said = ["12 #### 3", "1+2=", "1+2=1+2=", ""]
     candidates = [Member("candidate", [*ids_of(text), EOS]) for text in said]
-    human = Member("chosen", [*ids_of("1+2="), EOS])  # what the record says is taken as it is
+    human = Member("chosen", [*ids_of("1+2="), EOS])  # a human answer is never flawed
     for group in (
         Group("User: 1+2= Assistant:", [1, *ids_of("1+2=")], [*candidates, human], question="1+2="),
         Group("1+2=", [1, *ids_of("1+2=")], [*candidates, human]),
@@ -264,7 +264,7 @@ def test_a_flawed_candidate_has_no_score(model: Any) -> None:
 
 
 def test_every_end_of_the_model_ends_a_member(model: Any) -> None:
-    """Ids of the generation config beside the tokenizer's, and stop texts; what ends is in no span."""
+    """Ends are ids of the generation config and the tokenizer, and stop texts; no span includes an end."""
     ending = copy.deepcopy(model)
     digit = ids_of("9")[0]
     ending.generation_config.eos_token_id = [EOS, digit]
@@ -319,7 +319,7 @@ def test_greedy_is_the_argmax_in_any_batching(model: Any, batch: int) -> None:
 
 
 def test_generation_settings_of_the_checkpoint_do_not_leak_in(model: Any) -> None:
-    """Hub models ship repetition penalties and the like; Eq. 2 is about samples from the model itself."""
+    """Hub models ship repetition penalties and the like; Eq. 2 needs samples of the model itself."""
     shipped = copy.deepcopy(model)
     shipped.generation_config.update(repetition_penalty=5.0, min_new_tokens=8, no_repeat_ngram_size=1, min_p=0.9)
     arguments = RolloutArguments(max_new_tokens=8)

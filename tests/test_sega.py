@@ -1,4 +1,4 @@
-"""Eq. 2 in numbers: rewards, advantages, weights. Its identities with other losses' gradients are in test_losses.py."""
+"""Eq. 2 in numbers: rewards, advantages, weights. test_losses.py has its identities with the gradients of other losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that a command or the chosen loss would ignore are refused by name; what yaml and flags make of a field."""
+"""Settings that a command or the chosen loss would ignore are refused by name; yaml and flags give the same values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OFFLINE = "--groups groups.jsonl"
 ONLINE = "--data pairs.jsonl"
 EVALUATED = "--eval_data test.jsonl --eval_strategy epoch"
 
-# command and flags -> the name that is refused, and a word of the reason
+# Command and flags -> the setting that is refused, and a word of the reason.
 IN_VAIN: list[tuple[str, str, str]] = [
     ("sft --loss dpo", "loss", "sft has one loss"),
     ("sft --beta 0.3", "beta", "sft has one loss"),
@@ -83,7 +83,7 @@ IN_VAIN: list[tuple[str, str, str]] = [
     (f"train {ONLINE} {EVALUATED} --stop_patience 0 --stop_margin 0.2", "stop_margin", "never stops"),
     (f"train {ONLINE} {EVALUATED} --auroc_gate 0.7", "auroc_gate", "eval_on_start"),
 ]
-# What a rule is about, where it does not hold.
+# Settings of the rules above, with their condition not met.
 NOT_IN_VAIN = [
     "sft --loss sft --cache_mib 2",
     "score --auroc_gate 0.7 --min_spread 0.1 --temperature 0.5",
@@ -99,7 +99,7 @@ NOT_IN_VAIN = [
     f"train {ONLINE} --tau 1 --group_size 3 --score_with reference --temperature 0.5 --limit 9",
     f"train {ONLINE} --loss pro --tau 1",
     f"train {ONLINE} {EVALUATED} --eval_on_start --auroc_gate 0.7",
-    f"train {OFFLINE} --beta 0.1 --tau 0.5 --group_size 5",  # what holds anyway
+    f"train {OFFLINE} --beta 0.1 --tau 0.5 --group_size 5",  # the values that hold by default
 ]
 
 
@@ -127,7 +127,7 @@ def test_a_setting_with_effect_is_not(line: str) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    """And names settings that there are."""
+    """Every rule has a case above and names existing settings."""
     tried = {(line.split()[0], why) for line, _, why in IN_VAIN}
     for commands, names, _, why in UNUSED:
         for command in commands.split():
@@ -141,7 +141,7 @@ def test_a_file_is_held_to_the_same(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"kl_weight would do nothing in `gem-kernels train` .* got 0\.3"):
         parsed(f"train --config {file}")
     assert parsed(f"train --config {file} --loss sega")["kl_weight"] == 0.3
-    # A preset is no demand: it sets what there is to set.
+    # A preset is not refused: it sets the settings that the command has.
     assert parsed(f"train {OFFLINE} --preset paper --loss dpo")["kl_weight"] == 0
 
 

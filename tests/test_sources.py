@@ -1,4 +1,4 @@
-"""GGUF files as models: what is loaded, what is saved, adapters on them, and the message of every file that is none."""
+"""GGUF files as models: loading, saving, adapters on them; and the message for every damaged or wrong file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEMPLATE = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
 
 
 def write_gguf(path: Path, architecture: str = "llama") -> dict[str, np.ndarray]:
-    """A tiny Llama whose matrices are in blocks of 8 bits, with a tokenizer of single letters. Returns what was rounded."""
+    """Write a tiny Llama with matrices in blocks of 8 bits and a tokenizer of single letters; return the rounded weights."""
     writer = GGUFWriter(str(path), architecture)
     writer.add_block_count(1)
     writer.add_context_length(64)
@@ -91,7 +91,7 @@ def test_weights_are_dequantised(named: str, dtype: str, tmp_path: Path, caplog:
     assert type(model.lm_head) is nn.Linear
     for name, weight in (("output", model.lm_head.weight), ("token_embd", model.get_input_embeddings().weight)):
         due = torch.from_numpy(weights[name])
-        assert (weight.float() - due).abs().max() < 0.02  # half a step of 8 bits of the largest
+        assert (weight.float() - due).abs().max() < 0.02  # half a step of 8 bits for the largest entry
         assert not torch.equal(weight.float(), due)
 
 
@@ -112,14 +112,14 @@ def test_it_is_saved_as_an_ordinary_checkpoint(file: Path, tmp_path: Path) -> No
 
 
 def test_training_and_adapters(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full and with LoRA, whose adapters then are a model of their own, for training on and for doctor."""
+    """Train fully and with LoRA; the adapters load as a model for more training and for doctor."""
     monkeypatch.chdir(tmp_path)
     Path("sft.jsonl").write_text('{"prompt": "ab", "completion": "ba"}\n' * 4)
     common = ["sft", "--data", "sft.jsonl", "--max_steps", "2", "--learning_rate", "0.1", "--use_cpu", "true"]
     assert cli.main([*common, "--model", file.name, "--output_dir", "full"]) == 0
     assert cli.main([*common, "--model", file.name, "--output_dir", "adapters", "--lora_rank", "2"]) == 0
     settings = json.loads(Path("adapters/adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(file)  # whatever folder one is in
+    assert settings["base_model_name_or_path"] == str(file)  # independent of the working directory
     ids = torch.tensor([[1, 5, 6, 7]])
     merged: Any = load_model(ModelArguments(model="adapters"), build_tokenizer())
     adapted: Any = load("adapters")
@@ -127,14 +127,14 @@ def test_training_and_adapters(file: Path, tmp_path: Path, monkeypatch: pytest.M
     before: Any = load(str(file))
     assert (merged(ids).logits - before(ids).logits).abs().max() > 1e-3
     assert cli.main([*common, "--model", "adapters", "--output_dir", "second", "--lora_rank", "2"]) == 0
-    stacked: Any = load("second")  # their base are the first adapters, merged
+    stacked: Any = load("second")  # their base is the first adapters, merged
     torch.testing.assert_close(
         stacked.eval()(ids).logits, load_model(ModelArguments(model="second"), build_tokenizer())(ids).logits
     )
 
 
 def test_adapters_that_brought_tokens(file: Path, tmp_path: Path) -> None:
-    """Their embeddings have more rows than those of their base."""
+    """The embeddings of the adapters have more rows than those of their base."""
     arguments = ModelArguments(model=str(file))
     tokenizer = load_tokenizer(arguments)
     model: Any = load_model(arguments, tokenizer)
@@ -163,7 +163,7 @@ def test_a_tokenizer_beside_it_comes_first(file: Path, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_has_the_tokens_of_its_file(file: Path) -> None:
-    """transformers may add one more, <|endoftext|>, for which the model has no row."""
+    """transformers may add <|endoftext|>, for which the model has no row."""
     tokenizer = load_tokenizer(ModelArguments(model=str(file)))
     assert len(tokenizer) == V and tokenizer.chat_template == TEMPLATE
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
@@ -174,7 +174,7 @@ def test_a_tokenizer_has_the_tokens_of_its_file(file: Path) -> None:
 
 
 def refused(source: Path) -> str:
-    """The message, the same for a model, its tokenizer and doctor's model."""
+    """Return the message, which is the same for a model, its tokenizer and doctor's model."""
     messages = set()
     for attempt in (
         lambda: load_tokenizer(ModelArguments(model=str(source))),
@@ -245,7 +245,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 class Running:
-    """A pickle that would run something."""
+    """A pickle that runs code when loaded."""
 
     def __reduce__(self) -> Any:
         return print, ("run",)
@@ -265,7 +265,7 @@ def pickled(folder: Path, content: Any) -> None:
 
 
 def llama(folder: Path, **options: Any) -> Path:
-    """A tiny checkpoint with its tokenizer."""
+    """Write a tiny checkpoint with its tokenizer."""
     settings = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**settings, num_attention_heads=2, num_key_value_heads=2, eos_token_id=2))
     model.save_pretrained(folder, **options)
@@ -334,7 +334,7 @@ def test_damaged_shards(name: str, tmp_path: Path) -> None:
 
 
 def other_class(name: str, vocabulary: str, **settings: Any) -> Callable[[Path], None]:
-    """A tokenizer of that class, whose vocabulary is in a file that a package reads."""
+    """Return a damage: a tokenizer of that class, whose vocabulary file another package reads."""
 
     def damage(folder: Path) -> None:
         change(folder / "tokenizer_config.json", tokenizer_class=name, **settings)

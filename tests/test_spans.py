@@ -1,4 +1,4 @@
-"""find_spans: the rules on text, and the way back to tokens with byte-level, SentencePiece-like and real tokenizers."""
+"""find_spans: the rules on text, and the map back to tokens with byte-level, SentencePiece-like and real tokenizers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EOS = "<eos>"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges: every byte is a token."""
+    """Return a byte-level BPE without merges: every byte is a token."""
     vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -29,7 +29,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def word_tokenizer(*texts: str) -> PreTrainedTokenizerFast:
-    """Words that carry their leading space, as SentencePiece's do: the first one loses it when decoded."""
+    """Return a tokenizer of words with their leading space, as SentencePiece's: the first one loses it when decoded."""
     split = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(sorted(words))}, unk_token="?"))
@@ -39,7 +39,7 @@ def word_tokenizer(*texts: str) -> PreTrainedTokenizerFast:
 
 
 def fallback_tokenizer(*texts: str) -> PreTrainedTokenizerFast:
-    """Llama's decoder: characters outside the vocabulary are spelled in bytes, one replacement a byte at first."""
+    """Return a tokenizer with Llama's decoder: unknown characters are bytes, each decoded to a replacement until complete."""
     chars = sorted({c for c in "".join(texts).replace(" ", "▁") if ord(c) < 128 or c == "▁"} | {"▁"})
     vocab = {token: i for i, token in enumerate([f"<0x{b:02X}>" for b in range(256)] + chars)}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
@@ -51,7 +51,7 @@ def fallback_tokenizer(*texts: str) -> PreTrainedTokenizerFast:
 
 
 def spans(tokenizer: PreTrainedTokenizerFast, text: str, last_tokens: int = 8) -> tuple[str, str, str]:
-    """(branch, answer, rule), the spans decoded on their own."""
+    """Return (branch, answer, rule), each span decoded alone."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
     found = find_spans(ids, tokenizer, markers=MARKERS, last_tokens=last_tokens)
     assert 0 == found.branch[0] <= found.branch[1] <= found.answer[0] <= found.answer[1] <= len(ids)
@@ -83,7 +83,7 @@ def spans(tokenizer: PreTrainedTokenizerFast, text: str, last_tokens: int = 8) -
         ("one\n\n two \n", "one\n\n ", "two", "last_line"),
         ("one\ntwo\n#### ", "one\n", "two", "last_line"),  # cut off at the marker
         ("0123456789", "01", "23456789", "last_tokens"),
-        ("\n\n0123456789\n", "\n\n01", "23456789", "last_tokens"),  # one line is not several
+        ("\n\n0123456789\n", "\n\n01", "23456789", "last_tokens"),  # a single line
         ("123", "", "123", "last_tokens"),
         ("", "", "", "last_tokens"),
         (EOS, "", "", "last_tokens"),

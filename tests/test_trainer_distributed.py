@@ -20,7 +20,7 @@ STEPS, GROUPS = 2, 4  # groups of a step
 
 
 def steps(folder: Path, processes: int) -> dict[str, Any]:
-    """Weights after two steps, and what was logged, of each loss."""
+    """Return the weights after two steps and the logged losses, for each kind of loss."""
     found = {}
     for name, loss in KINDS.items():
         model = tiny_model()

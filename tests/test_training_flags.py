@@ -1,4 +1,4 @@
-"""Every flag of `gem-kernels train --help` acts or is refused by name: which do which, and that they do."""
+"""Every flag of `gem-kernels train --help` has an effect or is refused by name."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gem.trainer import GEMTrainer
 from gem.training_flags import IGNORED, ONLY_WITH, PACKAGES, check_trackers, refuse_ignored
 
 INSTALLED = {f.name for f in fields(TrainingArguments)}
-# All of gem's own act, with what the rules of test_settings.py ask for; beside them what shows it.
+# All of gem's own settings have an effect, given the conditions in test_settings.py; the comments name the tests.
 OURS = {
     "config", "preset",  # test_cli.py
     "model", "tokenizer", "eos_token", "dtype", "attn_implementation", "lora_rank",  # test_models.py, test_sources.py
@@ -48,7 +48,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 1}
 BEST = {**STEPWISE, "metric_for_best_model": "preference_sum"}
 WORKER = {"dataloader_num_workers": 1}
 
-# Other settings -> another history of losses than the same with the rest alone.
+# Other settings -> the history of losses differs from that of the rest alone.
 CHANGES_THE_LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "per_device_train_batch_size": ({"per_device_train_batch_size": 3}, {}),
     "gradient_accumulation_steps": ({"gradient_accumulation_steps": 2}, {}),
@@ -77,7 +77,7 @@ CHANGES_THE_LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dataloader_drop_last": ({"dataloader_drop_last": True}, {"per_device_train_batch_size": 3}),
     "accelerator_config": ({"accelerator_config": {"use_seedable_sampler": False}}, {}),
 }
-# Other settings -> what a look at the finished trainer must find.
+# Other settings -> the expected property of the finished trainer.
 SHOWS: dict[str, tuple[dict[str, Any], Callable[[GEMTrainer], Any]]] = {
     "eval_strategy": ({"eval_strategy": "epoch"}, lambda t: evaluations(t) == [4]),
     "eval_steps": ({**STEPWISE, "eval_steps": 2}, lambda t: evaluations(t) == [2, 4]),
@@ -128,21 +128,21 @@ SHOWS: dict[str, tuple[dict[str, Any], Callable[[GEMTrainer], Any]]] = {
         lambda t: restores_callbacks(t),
     ),
 }
-# What needs a GPU, other machines, the network, a tracker or other steps than those here.
+# Settings that need a GPU, other machines, the network, a tracker or other steps than the test's.
 ELSEWHERE = {
     "auto_find_batch_size", "logging_nan_inf_filter", "torch_empty_cache_steps", "log_level", "debug", "report_to",
     "enable_jit_checkpoint", "resume_from_checkpoint",  # tests of their own: below, and test_runs.py
-    "activation_checkpointing", "activation_checkpointing_kwargs",  # the newer names of gradient_checkpointing
+    "activation_checkpointing", "activation_checkpointing_kwargs",  # newer names of gradient_checkpointing
     "torch_compile", "torch_compile_backend", "torch_compile_mode",  # below
     "dataloader_multiprocessing_context", "dataloader_in_order",  # as their neighbours
-    "ignore_data_skip",  # of a resumed run
+    "ignore_data_skip",  # only for a resumed run
     "fp16", "tf32", "optim_target_modules",  # a GPU; a package
     "log_level_replica", "log_on_each_node", "save_on_each_node", "ddp_find_unused_parameters", "ddp_bucket_cap_mb",
     "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout",  # several processes
     "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
     "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "logging_dir",
-    "warmup_ratio",  # the older name of warmup_steps
-    "remove_unused_columns",  # false, as it always is
+    "warmup_ratio",  # older name of warmup_steps
+    "remove_unused_columns",  # always false
 }  # fmt: skip
 
 # --- what is refused: name -> flags with which it is, and with which it is not ----------------------------------------------
@@ -209,7 +209,7 @@ def test_every_flag_is_in_a_list() -> None:
     assert not acting & (IGNORED.keys() - {"resume_from_checkpoint"})
     assert REFUSED.keys() == (IGNORED.keys() - {"resume_from_checkpoint"}) | CONDITIONAL
     never = CONDITIONAL - acting
-    assert never == {"do_eval", "local_rank", "dataloader_pin_memory"}  # they say what holds anyway, or are refused
+    assert never == {"do_eval", "local_rank", "dataloader_pin_memory"}  # they state the default, or are refused
 
 
 def test_help_shows_what_acts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ def test_help_shows_what_acts(capsys: pytest.CaptureFixture[str], monkeypatch: p
 def test_a_flag_that_would_do_nothing_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     value, *more = REFUSED[name].split()
-    # Given false, use_cpu leaves pinned memory to transformers, which it would else have switched off.
+    # use_cpu=false leaves pinned memory on, which transformers would otherwise switch off.
     more += ["--use_cpu", "false"] if name == "dataloader_pin_memory" else []
     with pytest.raises(ValueError, match=rf"^{name} would do nothing and must be left at .*, got .*: "):
         parsed(f"--{name}", value, *more)
@@ -331,7 +331,7 @@ def trained(
     resume: str = "",
     **changes: Any,
 ) -> GEMTrainer:
-    """A trainer after four steps on eight groups, and an evaluation whose second metric is the best."""
+    """Return a trainer after four steps on eight groups, and an evaluation whose second metric is the best."""
     shown = iter([0.5, 0.9, 0.7, 0.6, 0.5])
     settings = {"per_device_train_batch_size": 2, "num_train_epochs": 1, "learning_rate": 1e-2, "save_strategy": "no"}
     settings |= {"logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
@@ -377,7 +377,7 @@ def names_of_callbacks(trainer: GEMTrainer) -> list[str]:
 
 
 def checkpointing(trainer: GEMTrainer) -> Any:
-    """The function by which a layer of the model checkpoints, None: it does not."""
+    """Return the function with which a layer of the model checkpoints; None if it does not."""
     found = [m for m in trainer.model.modules() if getattr(m, "gradient_checkpointing", False)]  # type: ignore[union-attr]
     return found[0]._gradient_checkpointing_func if found else None
 
@@ -398,7 +398,7 @@ Cache = Callable[..., GEMTrainer]
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """trained(), once for each of its settings."""
+    """Call trained() once for each of its settings."""
     known: dict[str, GEMTrainer] = {}
 
     def get(**settings: Any) -> GEMTrainer:
@@ -429,9 +429,9 @@ def test_a_flag_shows(name: str, cached: Cache, tmp_path: Path, monkeypatch: pyt
         assert look(trained(tmp_path, **changes))
     finally:
         torch.use_deterministic_algorithms(False)
-    if name in changes:  # and it is this flag that shows
+    if name in changes:  # the property is due to this flag
         without = cached(**{other: value for other, value in changes.items() if other != name})
-        with contextlib.suppress(AttributeError, OSError):  # there is nothing to look at
+        with contextlib.suppress(AttributeError, OSError):  # the property does not exist
             assert not look(without)
 
 
@@ -463,7 +463,7 @@ def test_the_model_is_compiled(changes: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_batch_that_does_not_fit_gets_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, own = [], GEMTrainer.compute_loss
-    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # which takes a second, and nothing else
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)  # it takes a second and has no other effect here
 
     def compute_loss(self: GEMTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         sizes.append(len(inputs["members_per_group"]))
