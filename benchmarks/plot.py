@@ -1,10 +1,10 @@
-"""README tables and plots from the results on file, none by hand.
+"""Write every measured number and picture of README.md and docs/benchmarks.md from benchmarks/results.
 
     python -m benchmarks.plot [--check]
 
-Takes the newest file of every device in benchmarks/results, writes the block between the markers of README.md, all tables to
-docs/benchmarks.md, and docs/bench-<device>-{tokens,error}.png. --check writes nothing and fails where README.md or
-docs/benchmarks.md is not what the files say.
+For the newest file of each device: the block between the markers of README.md, the tables of docs/benchmarks.md, and
+docs/bench-<device>-{step,tokens,error}.png. With --check nothing is written, and the exit status is 1 if README.md or
+docs/benchmarks.md differs from what the files give.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,27 @@ from benchmarks.peers import ENTROPY_FIRST
 from benchmarks.results import EAGER, HEADER, OURS, ROOT, Json
 
 BEGIN, END = "<!-- benchmarks: python -m benchmarks.plot -->", "<!-- end of benchmarks -->"
-# What the README shows, each at its largest shape. The rest is in docs/benchmarks.md.
-IN_README = ("SEGA, weights from the pass", "SEGA, frozen head", "score: logprob and entropy, forward")
-COLUMNS_IN_README = ("", "time", "/ eager", "/ bare mm", "extra MiB", "Δ logprob", "Δ dhidden")
-OVER_TOKENS = "SEGA, weights from the pass"
-OTHERS = ("drop_mass", "gpu-", "planted_faults", "real_step", "trl_heads")  # results of scripts of their own
-COLORS = {OURS: "#c1272d", EAGER: "#555555", "torch.compile": "#999999", "TRL": "#0072b2", "Liger scaled CE": "#009e73"}
+STEP = "SEGA, weights from the pass"
+SCORE = "score: logprob and entropy, forward"
+TRL, SMALL_CACHE = "TRL", f"{OURS}, cache 128 MiB"
+DOCS = ROOT / "docs"
+PICTURES = {  # the last part of the file's name -> its alternative text in docs/benchmarks.md
+    "step": "time and memory of one SEGA step, by library",
+    "tokens": "time and memory of the SEGA step against tokens",
+    "error": "error of bf16 log-probabilities and entropies against time",
+}
+OTHERS = ("gpu-", "planted_faults", "real_step", "trl_heads")  # results of scripts that write their own tables
+COLORS = {OURS: "#c1272d", EAGER: "#555555", "torch.compile": "#999999", TRL: "#0072b2", "Liger scaled CE": "#009e73"}
 COLORS |= {"F.linear_cross_entropy": "#8e44ad", ENTROPY_FIRST: "#e69f00"}
 
 
 def newest() -> dict[str, Path]:
-    """device (as in the file's name) -> its newest file."""
+    """Map each device, as files are named after it, to its newest file."""
     found = {}
     for path in sorted(results.FOLDER.glob("*.json")):
         match = re.fullmatch(r"(.+)-\d{4}-\d\d-\d\d", path.stem)
         if match and not path.stem.startswith(OTHERS):
-            found[match[1]] = path  # sorted by date: the last one stays
+            found[match[1]] = path  # in order of dates: the last one stays
     return found
 
 
@@ -50,14 +56,15 @@ def _markdown(header: Sequence[str], grid: Sequence[Sequence[str]]) -> list[str]
     return lines + ["| " + " | ".join(row[i] for i in used) + " |" for row in grid]
 
 
-def _section(of_task: Sequence[Json], columns: Sequence[str], level: str) -> list[str]:
+def _section(of_task: Sequence[Json]) -> list[str]:
     row = of_task[0]
-    lines = [f"{level} {row['task']}", "", f"{row['shape']}: {results.title(row)}.", ""]
-    picked = [HEADER.index(name) for name in columns]
-    grid = [[cells[i] for i in picked] for cells in results.filled(of_task)]
-    lines += _markdown(columns, grid)
+    rounds = [r["rounds"] for r in of_task if "rounds" in r]
+    fewest, most = min(rounds, default=0), max(rounds, default=0)
+    medians = f"medians of {most} rounds" if fewest == most else f"medians of {fewest} to {most} rounds"
+    lines = [f"### {row['task']}", "", f"{row['shape']}: {results.title(row)}; {medians}.", ""]
+    lines += _markdown(HEADER, results.filled(of_task))
     if said := results.reasons(of_task):
-        lines += ["", f"Does not: {said}."]
+        lines += ["", f"Not timed: {said}."]
     return [*lines, ""]
 
 
@@ -72,21 +79,60 @@ def _about(document: Json) -> str:
     return f"{where}; {versions}; {document['datetime'][:10]}, commit {str(commit['id'])[:8]}{changed}"
 
 
+def _largest(document: Json, task: str) -> dict[str, Json]:
+    """Return the timed rows of a task at its largest shape by library; nothing if the task was not timed."""
+    timed = [row for row in results.rows(document) if row["task"] == task and "median s" in row]
+    largest = max((row["N"] * row["D"] * row["V"] for row in timed), default=0)
+    return {row["library"]: row for row in timed if row["N"] * row["D"] * row["V"] == largest}
+
+
+def _bf16(document: Json) -> dict[str, Json]:
+    """Return the timed rows of the scoring task on bf16 operands by library."""
+    timed = [row for row in results.rows(document) if row["task"] == SCORE and "median s" in row]
+    return {row["library"]: row for row in timed if row["dtype"] == "bfloat16"}
+
+
+def _picture(device: str, kind: str, folder: str = ".") -> str:
+    return (Path(folder) / f"bench-{device}-{kind}.png").as_posix()
+
+
+def _size(row: Json) -> str:
+    return f"N={row['N']:,} tokens, D={row['D']:,}, V={row['V']:,}, {row['dtype']}"
+
+
+def _where(document: Json) -> str:
+    machine = document["machine_info"]
+    return str(machine["device"]) + ("" if "capability" in machine else f", {machine['threads']} threads")
+
+
+def _headline(document: Json) -> str:
+    """State time, memory and error beside eager and TRL: the one measurement on the README's first screen."""
+    step, score = _largest(document, STEP), _bf16(document)
+    cost = {
+        name: f"{results.seconds(row['median s'])} and {row['peak extra MiB']:,.0f} MiB" for name, row in step.items()
+    }
+    ours = step[OURS]
+    says = (
+        f"**One SEGA step takes {cost[OURS]}; eager PyTorch takes {cost[EAGER]}, TRL {cost[TRL]}**"
+        f" ({_where(document)}; {_size(ours)}; medians of rounds in turns). The step is the forward and backward of SEGA, GEM's"
+        " weighted loss, whose weights come from the entropies of the same pass. Memory is counted beyond inputs and gradients."
+    )
+    if SMALL_CACHE in step:
+        says += f" With a cache of 128 MiB in place of 1 GiB the step takes {cost[SMALL_CACHE]}."
+    if {OURS, EAGER, TRL} <= score.keys():
+        error = {name: f"{row['error of logprob']:.0e}" for name, row in score.items()}
+        says += (
+            f" Scoring {next(iter(score.values()))['N']:,} tokens in bf16, the largest error of a log-probability against fp64"
+            f" is {error[OURS]} nats (eager {error[EAGER]}, TRL {error[TRL]})."
+        )
+    return textwrap.fill(says, 120, break_on_hyphens=False)
+
+
 def readme_block(documents: dict[str, Json]) -> str:
     lines = [BEGIN, ""]
     for device, document in documents.items():
-        tasks = results.by_task(results.rows(document))
-        lines += [f"**{document['machine_info']['device']}** ({_about(document)})", ""]
-        for wanted in IN_README:
-            shapes = [of_task for (task, _), of_task in tasks.items() if task == wanted]
-            if shapes:
-                largest = max(shapes, key=lambda of_task: of_task[0]["N"] * of_task[0]["D"] * of_task[0]["V"])
-                lines += _section(largest, COLUMNS_IN_README, "####")
-        for kind, says in (("tokens", "time and memory against tokens"), ("error", "error against time")):
-            if (ROOT / "docs" / f"bench-{device}-{kind}.png").exists():
-                lines += [f"![{device}: {says}](docs/bench-{device}-{kind}.png)", ""]
-    if not any("capability" in document["machine_info"] for document in documents.values()):
-        lines += ["On A100, H100 and H200: **not measured yet**.", ""]
+        if {OURS, EAGER, TRL} <= _largest(document, STEP).keys():
+            lines += [_headline(document), "", f"![{PICTURES['step']}]({_picture(device, 'step', 'docs')})", ""]
     return "\n".join([*lines, END])
 
 
@@ -94,17 +140,29 @@ def page(documents: dict[str, Json]) -> str:
     lines = [
         "# Benchmarks",
         "",
-        "Written by `python -m benchmarks.plot` from benchmarks/results. Median times, all libraries in one process on the",
-        "same inputs, in turns; each was held against fp64 before. **/ eager**: time over that of plain torch. **/ bare mm**:",
-        "over one matrix product of 2NDV FLOP. **of GEMM rate**: the products that the task cannot do without, at the speed of",
-        "that one, over the time. **extra MiB**: peak memory beyond inputs and gradients. **Δ**: largest error of a",
-        "log-probability or entropy in nats, relative error of a gradient.",
+        "`python -m benchmarks.plot` writes this page from [benchmarks/results](../benchmarks/results); `make bench` runs the",
+        "benchmarks and then this page. All libraries run in one process on the same inputs, in turns. Each is compared with",
+        "fp64 before it is timed.",
+        "",
+        "| column | meaning |",
+        "|---|---|",
+        "| / eager | time over the time of plain torch |",
+        "| / bare mm | time over the time of one matrix product of 2NDV FLOP |",
+        "| of GEMM rate | time of the products that the task cannot avoid, at the rate of that one, over the time |",
+        "| extra MiB | peak memory beyond inputs and gradients |",
+        "| Δ logprob, Δ entropy | largest error against fp64, nats |",
+        "| Δ dhidden, Δ dweight | relative error of the gradient against fp64 |",
         "",
     ]
-    for document in documents.values():
+    if not any("capability" in document["machine_info"] for document in documents.values()):
+        lines += ["A100, H100, H200: **not measured yet**.", ""]
+    for device, document in documents.items():
         lines += [f"## {document['machine_info']['device']}", "", f"{_about(document)}.", ""]
+        for kind, shows in PICTURES.items():
+            if (DOCS / _picture(device, kind)).exists():
+                lines += [f"![{shows}]({_picture(device, kind)})", ""]
         for of_task in results.by_task(results.rows(document)).values():
-            lines += _section(of_task, HEADER, "###")
+            lines += _section(of_task)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -123,14 +181,46 @@ def _style(library: str) -> dict[str, Any]:
     }
 
 
+def plot_step(document: Json, path: Path) -> None:
+    """Draw time and memory of the SEGA step at its largest shape, one bar per library, the fastest on top."""
+    from matplotlib import pyplot as plt
+
+    rows = sorted(_largest(document, STEP).values(), key=lambda row: row["median s"], reverse=True)
+    if not rows:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.9 + 0.33 * len(rows)), layout="constrained", sharey=True)
+    panels = (
+        ("median s", "Time, s", "{:.2f}"),
+        ("peak extra MiB", "Memory beyond inputs and gradients, MiB", "{:,.0f}"),
+    )
+    for axis, (what, label, form) in zip(axes, panels, strict=True):
+        bars = axis.barh(
+            [row["library"] for row in rows],
+            [row[what] for row in rows],
+            color=[COLORS[OURS] if row["library"].startswith(OURS) else "#9aa5b1" for row in rows],
+            height=0.7,
+        )
+        axis.bar_label(bars, [form.format(row[what]) for row in rows], padding=4, fontsize=9)
+        axis.set_title(label, fontsize=10, loc="left")
+        axis.margins(x=0.12)
+        axis.xaxis.set_ticks([])
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        axis.tick_params(axis="y", length=0)
+    for name in axes[0].get_yticklabels():
+        name.set_fontweight("bold" if name.get_text().startswith(OURS) else "normal")
+    figure.suptitle(f"One SEGA step, {_size(rows[0])}: {_where(document)}", fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def plot_tokens(document: Json, path: Path) -> None:
-    """Time and memory of the SEGA step against the number of tokens, of one head."""
+    """Draw time and memory of the SEGA step against the number of tokens, for one head."""
     from matplotlib import pyplot as plt
     from matplotlib.ticker import LogLocator
 
-    timed = [r for r in results.rows(document) if r["task"] == OVER_TOKENS and "median s" in r]
+    timed = [r for r in results.rows(document) if r["task"] == STEP and "median s" in r]
     heads = [(r["D"], r["V"]) for r in timed if r["library"] == OURS]
-    head = max(heads, key=heads.count, default=None)  # the one that was measured with the most numbers of tokens
+    head = max(heads, key=heads.count, default=None)  # the head measured at the most numbers of tokens
     lines: dict[str, list[Json]] = {}
     for row in timed:
         if (row["D"], row["V"]) == head:
@@ -154,62 +244,63 @@ def plot_tokens(document: Json, path: Path) -> None:
     axes[1].set_title("Memory beyond inputs and gradients")
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     device = document["machine_info"]["device"]
-    figure.suptitle(f"{OVER_TOKENS}, D={head[0]}, V={head[1]}: {device}", fontsize=11)
+    figure.suptitle(f"{STEP}, D={head[0]}, V={head[1]}: {device}", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def plot_error(document: Json, path: Path) -> None:
-    """Error of the log-probability against time, of bf16 operands: what fp32 logits buy, and what they cost."""
+    """Draw the errors of the statistics of bf16 operands against time: what fp32 logits gain and cost."""
     from matplotlib import pyplot as plt
 
-    task = "score: logprob and entropy, forward"
-    timed = [r for r in results.rows(document) if r["task"] == task and "median s" in r and r["dtype"] == "bfloat16"]
-    eager = next((r for r in timed if r["library"] == EAGER), None)
+    timed = _bf16(document)
+    eager = timed.get(EAGER)
     if eager is None:
         return
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
     for axis, what in zip(axes, ("logprob", "entropy"), strict=True):
-        for i, row in enumerate(sorted(timed, key=lambda row: row["median s"])):
+        for i, row in enumerate(sorted(timed.values(), key=lambda row: row["median s"])):
             x, y = row["median s"] / eager["median s"], row[f"error of {what}"]
             axis.scatter(x, y, s=70, color=_style(row["library"])["color"] or "#d55e00", zorder=3)
-            beside = (0, 9 if i % 2 else -16)  # above and below in turns, to be legible
+            beside = (0, 9 if i % 2 else -16)  # alternate above and below: neighbours would overlap
             axis.annotate(row["library"], (x, y), beside, textcoords="offset points", ha="center", fontsize=9)
         axis.set(yscale="log", xlabel="time / eager", ylabel="nats", title=f"Largest error of the {what}")
-        axis.set_xlim(0, 1.25 * max(row["median s"] for row in timed) / eager["median s"])
+        axis.set_xlim(0, 1.25 * max(row["median s"] for row in timed.values()) / eager["median s"])
         axis.margins(y=0.15)
         axis.grid(alpha=0.3)
-    figure.suptitle(f"{task}, {results.title(timed[0])}", fontsize=10)
+    figure.suptitle(f"{SCORE}, {results.title(eager)}", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="README tables and plots from benchmarks/results.")
+    parser = argparse.ArgumentParser(
+        description="Write the README block, docs/benchmarks.md and pictures from benchmarks/results."
+    )
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; fail where README.md or docs/ is not up to date"
+        "--check", action="store_true", help="write nothing; exit 1 if README.md or docs/benchmarks.md is out of date"
     )
     args = parser.parse_args(argv)
     documents = {device: results.read(path) for device, path in newest().items()}
-    docs = ROOT / "docs"
     if not args.check:
         import matplotlib
 
         matplotlib.use("Agg")
+        plots = {"step": plot_step, "tokens": plot_tokens, "error": plot_error}
         for device, document in documents.items():
-            plot_tokens(document, docs / f"bench-{device}-tokens.png")
-            plot_error(document, docs / f"bench-{device}-error.png")
+            for kind, plot in plots.items():
+                plot(document, DOCS / _picture(device, kind))
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN, 1)
     after = rest.split(END, 1)[1]
-    wanted = {readme: before + readme_block(documents) + after, docs / "benchmarks.md": page(documents)}
+    wanted = {readme: before + readme_block(documents) + after, DOCS / "benchmarks.md": page(documents)}
     stale = [
         path for path, content in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != content
     ]
     for path in stale:
         if args.check:
-            print(f"{path.relative_to(ROOT)} is not what benchmarks/results says: run `python -m benchmarks.plot`")
+            print(f"{path.relative_to(ROOT)} differs from benchmarks/results: run `python -m benchmarks.plot`")
         else:
             path.write_text(wanted[path], encoding="utf-8")
             print(path.relative_to(ROOT))

@@ -1,4 +1,4 @@
-"""Every command of the README is run, or its parts are: the two make targets by what they call, the rest as written."""
+"""The README's code and commands run as written; the pages link to files and name modules that exist."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from gem.demo import build_model, build_tokenizer, worked
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.S)
+STATS = ("logprob", "entropy", "lse", "max_logprob")
 COMMANDS = [line.split("#")[0].split() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
 
 
@@ -28,11 +30,49 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     kernels, model = [block for kind, block in BLOCKS if kind == "python"]
     names: dict[str, Any] = {}
     for code in (kernels, model):
-        assert len(code.strip().splitlines()) <= 11
+        assert len([line for line in code.splitlines() if line]) <= 8
         exec(compile(code, "README.md", "exec"), names)
-    assert names["weight"].grad is not None
+    assert names["weight"].grad is not None and names["hidden"].grad is not None
+    assert all(getattr(names["result"].stats, name).shape == (12,) for name in STATS)
     assert all(p.grad is not None for p in names["model"].parameters())
     assert names["out"].log_probs.shape == (1, names["ids"].shape[1] - 1)
+
+
+def test_the_first_page_is_short() -> None:
+    assert len(README.splitlines()) <= 110
+    first_screen = README.split("\n## ")[0]
+    for part in ("pip install .", "make demo", "make test", ".png)", "Not measured yet: any GPU"):
+        assert part in first_screen
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_links_of_a_page_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+def test_every_picture_is_linked() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert not [path.name for path in (ROOT / "docs").glob("*.png") if f"{path.name})" not in text]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_modules_of_a_page_exist(page: Path) -> None:
+    """Every `python -m name` is a module of the repository; CHANGELOG.md also names one that moved."""
+    text = page.read_text(encoding="utf-8")
+    names = set(re.findall(r"python -m ((?:benchmarks|tools|gem|gem_kernels)[\w.]*)", text)) - {"gem_kernels.aot"}
+    stems = [ROOT.joinpath(*name.split(".")) for name in names]
+    assert not [stem for stem in stems if not stem.with_suffix(".py").exists() and not (stem / "__main__.py").exists()]
+
+
+def test_the_files_that_the_pages_name_exist() -> None:
+    """Paths in backquotes that start at a top-level folder exist; those with a <placeholder> are left out."""
+    named = set()
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs/models.md"):
+        text = page.read_text(encoding="utf-8")
+        named |= set(re.findall(r"`((?:gem|gem_kernels|tools|tests|benchmarks|examples|docs)/[\w./-]+)`", text))
+    assert not sorted(name for name in named if not (ROOT / name).exists())
 
 
 def test_the_number_of_architectures() -> None:
@@ -49,11 +89,14 @@ def test_make_targets_exist() -> None:
 
 
 def test_every_other_command_is_one_of_ours() -> None:
-    assert {command[0] for command in COMMANDS} == {"make", "gem-kernels"}
+    assert {command[0] for command in COMMANDS} == {"pip", "make", "gem-kernels"}
+    assert [command for command in COMMANDS if command[0] == "pip"] == [["pip", "install", "."]]
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert 'name="gem-kernels"' in setup and '"train": TRAIN' in setup
 
 
 def write_inputs(folder: Path) -> None:
-    """MODEL, pairs.jsonl and test.jsonl, as the commands name them."""
+    """Write MODEL, pairs.jsonl and test.jsonl, under the names that the commands use."""
     import random
 
     tokenizer = build_tokenizer()
@@ -109,7 +152,7 @@ def test_the_reference_script_runs(tmp_path: Path) -> None:
 
 
 def test_the_demo_runs_small_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole demo with a few steps: four rows, a report, its data in the public format; a second run replaces it."""
+    """Run the whole demo with a few steps: a row per method, a report, data in the public format; a second run replaces it."""
     for name, value in {"N_SFT": 64, "N_PAIRS": 16, "N_TEST": 4, "WARM_STEPS": 2, "WARM_BATCH": 8}.items():
         monkeypatch.setattr(demo, name, value)
     for name, value in {"STEPS": 2, "PROMPTS": 2, "EVAL_EVERY": 1, "FINAL_SAMPLES": 1}.items():
