@@ -36,10 +36,8 @@ from gem.settings import DEBUG_HELP, SUMMARIES, parse, raise_error
 
 __all__ = ["SUMMARIES", "main", "parse"]
 
-DEBUG_VALUES = (
-    "underflow_overflow",
-    "tpu_metrics_debug",
-)  # with one of these, --debug is TrainingArguments' own setting
+# With one of these, --debug is TrainingArguments' own setting.
+DEBUG_VALUES = ("underflow_overflow", "tpu_metrics_debug")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

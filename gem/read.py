@@ -31,15 +31,8 @@ _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z]).*", re.IGNORECASE)
 _PART = re.compile(r"[-_]?(part|shard)?[-_]?\d+$", re.IGNORECASE)
-_LISTS = (
-    "data",
-    "rows",
-    "records",
-    "examples",
-    "instances",
-    "items",
-    "samples",
-)  # keys of the rows in a JSON object
+# Keys of the rows in a JSON object.
+_LISTS = ("data", "rows", "records", "examples", "instances", "items", "samples")
 _WANTED = "data must be an existing file, folder or hub dataset"
 
 

@@ -173,9 +173,8 @@ def parse(command: str, argv: Sequence[str], *classes: Any) -> tuple[list[Any], 
     instances = list(parser.parse_dict(built, allow_extra_keys=True))
     for instance in instances:
         if isinstance(instance, TrainingArguments):
-            refuse_ignored(
-                instance, loss, evaluates=evaluates
-            )  # some conditions are known only now, such as the device
+            # Some conditions are known only now, such as the device.
+            refuse_ignored(instance, loss, evaluates=evaluates)
         else:
             check(instance)
     return instances, settings

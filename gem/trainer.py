@@ -95,9 +95,8 @@ class GEMTrainer(Trainer):
                 "by its share of the tokens",
                 type(unwrapped(model)).__name__,
             )
-        self.model_accepts_loss_kwargs = (
-            True  # compute_loss divides by the items of the whole step: Trainer must not again
-        )
+        # compute_loss divides by the items of the whole step: Trainer must not divide again.
+        self.model_accepts_loss_kwargs = True
         flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
         self.layout = "packed" if flash else "right"
         self._health: dict[str, list[Tensor]] = {}

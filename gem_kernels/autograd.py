@@ -26,6 +26,7 @@ def define_operator(
 
     `fake` gives shapes and dtypes without computing; without a `backward`, differentiation raises.
     """
+    # Inductor must not change strides: the kernels are launched with those that they were given.
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
     _LIBRARY.define(f"{name}{schema}", tags=tags)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")

@@ -214,7 +214,7 @@ def launch_forward(x: Operands, targets: Tensor, order: Tensor, count: Tensor, t
         transform.limit,
         **common.meta,
     )
-    block = 128
+    block = 128  # a row for each thread of the four default warps
     compat.launch(
         _merge_partials_kernel,
         (triton.cdiv(n, block),),

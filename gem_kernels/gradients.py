@@ -121,7 +121,7 @@ class Gradients:
         elif self.bias is not None:
             self.bias[cols] += dz.sum(0, dtype=torch.float32)
         if self.b is not None and low_hidden is not None:
-            self.b[cols].addmm_(dz.float().t(), low_hidden)
+            self.b[cols].addmm_(dz.float().t(), low_hidden)  # low_hidden is fp32: db has no bf16 operand to gain from
 
     def close(self, cols: slice, dweight: _Sum | None) -> None:
         """Finish dweight of these columns: 0 where no token contributed, rounded where it was collected in a tile."""

@@ -47,9 +47,7 @@ class FusedHead:
     largest_gap: tuple[float, float] = (0.0, 0.0)  # between the model's statistics and ours, and its bound, nats
     roundoff: float = 0.0  # u of the coarsest dtype between head and logits, when it was checked
     router_problem: str = ""  # why a loss with router logits would differ from the model's own
-    router_top_k: int = (
-        0  # experts a token chooses; 0: no router loss, or one of another form than gem/head/router.py's
-    )
+    router_top_k: int = 0  # experts a token chooses; 0: no router loss, or not of the form in gem/head/router.py
 
     def __post_init__(self) -> None:
         # generate() and Trainer read the signature, so it stays the model's.

@@ -74,9 +74,8 @@ def _mean_of_capped(
     rows = weight.split(step)
     biases = [None] * len(rows) if bias is None else bias.split(step)
     bs = [None] * len(rows) if low is None else low.b.split(step)
-    a = (
-        None if low is None else low.a.to(hidden.dtype)
-    )  # converted once: the gradients of the parts add up in this dtype
+    # Converted once: the gradients of the parts add up in this dtype.
+    a = None if low is None else low.a.to(hidden.dtype)
     total = hidden.new_zeros(hidden.shape[:-1])
     for w, v, b in zip(rows, biases, bs, strict=True):
         total = total + checkpoint(sum_of, hidden, w, v, a, b, use_reentrant=False, preserve_rng_state=False)

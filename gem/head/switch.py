@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from gem.head.adapters import serving_module
 
-HeadForward = Callable[
-    [nn.Module, Tensor], Tensor
-]  # the head and its input (..., D) -> what it returns in place of logits
+HeadForward = Callable[[nn.Module, Tensor], Tensor]
+"""Takes the head and its input (..., D), and returns what goes on in place of logits."""
 
 
 class HeadSwitch:

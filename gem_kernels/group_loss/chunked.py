@@ -107,7 +107,7 @@ def forward_backward(
         in_slab = kept.part(rows, tokens)
         part = mine._replace(hidden=mine.hidden[rows])
         own = cache if slab.stop - slab.start <= cached_rows else None
-        if own is not None and exponentials and width > 0:
+        if own is not None and exponentials and width > 0:  # a rank may hold no row of the vocabulary
             from gem_kernels.group_loss.exponentials import Exponentials
 
             logits: _Logits | Exponentials = Exponentials(part, my_targets[rows], transform, own, ranks)

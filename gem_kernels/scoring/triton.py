@@ -62,9 +62,8 @@ def _span_topm_mean_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     span = tl.program_id(0).to(tl.int64)
-    start = tl.maximum(
-        tl.load(spans_ptr + 2 * span).to(tl.int64), 0
-    )  # spans on a GPU are not checked: never read outside
+    # Spans on a GPU are not checked: never read outside.
+    start = tl.maximum(tl.load(spans_ptr + 2 * span).to(tl.int64), 0)
     end = tl.minimum(tl.load(spans_ptr + 2 * span + 1).to(tl.int64), n)
     count = tl.load(counts_ptr + span)
 
