@@ -150,7 +150,7 @@ def build_trainer(kind: type, model: Any, folder: str, tmp_path: Path, **changes
 
 
 def logs(trainer: Any) -> list[dict[str, float]]:
-    """What a trained trainer logged, without what is time."""
+    """Return what a trained trainer logged, without times."""
     return [
         {k: v for k, v in entry.items() if not any(word in k for word in TIMES)} for entry in trainer.state.log_history
     ]
