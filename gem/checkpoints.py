@@ -8,7 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from gem.run_files import STATE_FILE, read_object
+from gem.run_files import STATE_FILE, numbered_checkpoints, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ def newest_checkpoint(folder: Path) -> str | None:
         ValueError: there are such checkpoints, but none is whole. Starting over would cost what is left of them.
     """
     damaged = ""
-    checkpoints = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[-1].isdigit()]
-    for checkpoint in sorted(checkpoints, key=lambda p: int(p.name.split("-")[-1]), reverse=True):
+    for checkpoint in numbered_checkpoints(folder):
         try:
             taken, of = steps_of(checkpoint)
         except (OSError, ValueError):

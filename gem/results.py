@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from gem.files import read_text
-from gem.run_files import COMPLETIONS_FILE, METRICS_FILE, RUN_FILE, STATE_FILE, parse_object, read_object
+from gem.run_files import (
+    COMPLETIONS_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    numbered_checkpoints,
+    parse_object,
+    read_object,
+)
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,9 @@ def load_run(folder: Path) -> Run:
         ValueError: both of the first two are absent, or a file's content is not of the expected form.
     """
     folder = Path(folder)
-    numbered = [p for p in folder.glob(f"checkpoint-*/{STATE_FILE}") if p.parent.name[11:].isdigit()]
-    state, metrics = folder / STATE_FILE, folder / METRICS_FILE
-    if not state.exists():
-        state = max(numbered, key=lambda path: int(path.parent.name[11:]), default=state)
+    metrics = folder / METRICS_FILE
+    states = [holder / STATE_FILE for holder in (folder, *numbered_checkpoints(folder))]
+    state = next((path for path in states if path.exists()), states[0])
     if not state.exists() and not metrics.exists():
         expected = f"{STATE_FILE} (there or in a checkpoint-N) or {METRICS_FILE}"
         raise ValueError(f"folder: expected {expected} in {folder}, found neither")

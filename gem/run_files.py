@@ -14,6 +14,12 @@ METRICS_FILE = "metrics.json"  # written last: a folder with it holds a finished
 COMPLETIONS_FILE = "completions.jsonl"
 
 
+def numbered_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders checkpoint-N in the folder of a run, newest first."""
+    numbers = {p: p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*")}
+    return sorted((p for p, n in numbers.items() if n.isdigit()), key=lambda p: int(numbers[p]), reverse=True)
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file, {} if there is no such file.
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gem_kernels.operands import STATE
-from gem_kernels.softmax import FLOOR, RowGradient, State, Transform
+from gem_kernels.softmax import FLOOR, TARGET, RowGradient, State, Transform
 from gem_kernels.tiles import CHUNKED, ranges
 
 
@@ -36,7 +35,7 @@ def update(z: Tensor, bias: Tensor | None, state: State, first_col: int, transfo
         torch.sum(exps.mul_(shifted), 1, out=weighted[at])
     state.merge_sums_(maximum, total, weighted)
     hit, column = _target_columns(state.targets, first_col, columns)
-    state.values[STATE.index("target_logit"), hit] = z[hit, column]
+    state.values[TARGET, hit] = z[hit, column]
 
 
 def gradient(

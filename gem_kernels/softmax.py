@@ -17,7 +17,7 @@ from gem_kernels.types import LogitTransform, TokenStats
 # exp(-87) is the smallest normal fp32 number. Flooring z - max there moves a row's sum by less than V * 2e-38, far below
 # its rounding, and it keeps -inf logits (masked or padded vocabulary) from giving 0 * inf.
 FLOOR = -87.0
-_TARGET = STATE.index("target_logit")
+TARGET = STATE.index("target_logit")  # its row in the values of a State
 
 
 class Transform(NamedTuple):
@@ -61,7 +61,7 @@ class State(NamedTuple):
         """Return the state of rows none of whose columns have been seen."""
         values = torch.zeros(len(STATE), targets.shape[0], dtype=torch.float32, device=targets.device)
         values[0] = torch.finfo(torch.float32).min
-        values[_TARGET] = float("nan")  # a target out of range is never seen and gives NaN
+        values[TARGET] = float("nan")  # a target out of range is never seen and gives NaN
         return State(targets, values)
 
     def rows(self, rows: slice) -> State:
@@ -71,8 +71,8 @@ class State(NamedTuple):
         """Merge in the statistics (len(STATE), N) of other columns of the same rows."""
         self.merge_sums_(*other[:3])
         # The target is in one part at most; in the others its logit is NaN.
-        mine = self.values[_TARGET]
-        self.values[_TARGET] = torch.where(mine.isnan(), other[_TARGET], mine)
+        mine = self.values[TARGET]
+        self.values[TARGET] = torch.where(mine.isnan(), other[TARGET], mine)
 
     def merge_sums_(self, other_maximum: Tensor, other_total: Tensor, other_weighted: Tensor) -> None:
         """Merge in (m, s, t) of other columns, each (N,)."""

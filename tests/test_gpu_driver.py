@@ -74,3 +74,12 @@ def test_the_suggestion_is_the_fastest() -> None:
         assert row is not None
         rows.put(row, ms=ms)
     assert "RowTile(rows=1, block=2048, warps=4),  # measured: 2.0 ms, the present entry 3.0" in sweep.suggestion(rows)
+
+
+def test_a_lost_device_has_one_status_in_tests_and_driver() -> None:
+    """The tests cannot import it: plain `pytest` does not see tools/."""
+    import devices
+
+    from tools.device import LOST
+
+    assert devices.LOST == LOST
