@@ -20,12 +20,17 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "").lower() in (
 _ADDMM_WIDENS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
 
 _compile: Callable[..., None] | None = None
-_compile_arch = 0
+_compile_arch = _compile_processors = 0
+
+
+def _on_cuda(device: torch.device) -> bool:
+    """True for a CUDA device, and for the meta device while kernels are compiled: what follows is what CUDA would do."""
+    return device.type == "cuda" or (_compile is not None and device.type == "meta")
 
 
 def on_triton(device: torch.device) -> bool:
     """True if Triton kernels can read tensors of this device, or of the meta device while kernels are compiled."""
-    return HAS_TRITON and (device.type == "cuda" or INTERPRETED or _compile is not None)
+    return HAS_TRITON and (_on_cuda(device) or INTERPRETED)
 
 
 @cache
@@ -42,23 +47,30 @@ def arch(device: torch.device) -> int:
 
 
 @cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def processors(device: torch.device) -> int:
-    """Return the number of streaming multiprocessors; 2 under the interpreter, so that kernels are split there too."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return 2 if INTERPRETED else 132
+    """Return the number of streaming multiprocessors; 2 for the interpreter, so that kernels are split there too."""
+    if _compile is not None:
+        return _compile_processors
+    return _processors(device) if device.type == "cuda" else 2
 
 
 @contextmanager
-def compiling(arch: int, compile_kernel: Callable[..., None]) -> Iterator[None]:
-    """Hand every launch, as (kernel, grid, args, meta), to `compile_kernel` for sm_<arch> instead of running it."""
-    global _compile, _compile_arch
-    before = _compile, _compile_arch
-    _compile, _compile_arch = compile_kernel, arch
+def compiling(arch: int, compile_kernel: Callable[..., None], processors: int = 132) -> Iterator[None]:
+    """Hand every launch, as (kernel, grid, args, meta), to `compile_kernel` for sm_<arch> instead of running it.
+
+    processors: streaming multiprocessors of the device for which launches are planned.
+    """
+    global _compile, _compile_arch, _compile_processors
+    before = _compile, _compile_arch, _compile_processors
+    _compile, _compile_arch, _compile_processors = compile_kernel, arch, processors
     try:
         yield
     finally:
-        _compile, _compile_arch = before
+        _compile, _compile_arch, _compile_processors = before
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -69,7 +81,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if 0 in grid:
         return
     device = next(a.device for a in args if isinstance(a, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    # Triton launches on the current device. To enter a context costs the host microseconds, so only where it is another one.
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
         kernel[grid](*args, **meta)
 
 
@@ -116,22 +130,23 @@ def is_dtensor(t: object) -> bool:
 
 def gemm_dtype(t: Tensor) -> torch.dtype:
     """Return the dtype in which the GEMM library multiplies t into fp32: its own on CUDA, fp32 elsewhere."""
-    return t.dtype if t.device.type == "cuda" else torch.float32
+    return t.dtype if _on_cuda(t.device) else torch.float32
 
 
 def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """Write a b to fp32 `out`: exact products, fp32 sums, no rounding to the operands' dtype.
 
-    fp32 operands follow torch.set_float32_matmul_precision as everywhere: unless "highest", the products are TF32.
+    fp32 operands follow torch.set_float32_matmul_precision as everywhere: unless "highest", the products are TF32, or bf16
+    for "medium" on a CPU with AMX.
     """
-    if a.device.type == "cuda" and a.dtype != torch.float32:
+    if _on_cuda(a.device) and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a.float(), b.float(), out=out)
 
 
 def addmm_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Add a b to fp32 `out` with exact products and fp32 sums."""
-    if a.device.type == "cuda" and a.dtype != torch.float32:
+    if _on_cuda(a.device) and a.dtype != torch.float32:
         if _ADDMM_WIDENS:
             return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         return out.add_(torch.mm(a, b, out_dtype=torch.float32))

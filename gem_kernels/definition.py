@@ -10,6 +10,11 @@ from torch import Tensor
 from gem_kernels.types import LogitTransform, TokenStats
 
 
+def counted(targets: Tensor, ignore_index: int | None) -> Tensor:
+    """Return (N,) bool: true for the tokens whose target is not ignored, all of them where ignore_index is None."""
+    return torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
+
+
 def token_stats(logits: Tensor, targets: Tensor, keep: Tensor, transform: LogitTransform) -> TokenStats:
     """Return the statistics (N,) of raw logits (K, V) fp32 or fp64 of the K kept tokens; ignored tokens get 0.
 

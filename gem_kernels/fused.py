@@ -7,15 +7,15 @@ vocabulary is recomputed tile by tile and written once, in the dtype of the oper
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gem_kernels import compat, tiles
-from gem_kernels.operands import STATE, Operands
+from gem_kernels import compat, plan, tiles
+from gem_kernels.operands import STATE, Operands, RowPart
 from gem_kernels.primitives import (
     dlogits,
     fresh_state,
@@ -27,19 +27,20 @@ from gem_kernels.primitives import (
     update_state,
 )
 from gem_kernels.softmax import RowGradient, State, Transform
-from gem_kernels.tiles import FusedTile, buffer_size, chunk_tile, matrix, ranges
+from gem_kernels.tiles import FusedTile, matrix, tiling
+from gem_kernels.tokens import kept_first
 
 
 # Numbers that change from batch to batch are not specialised: else a kernel is compiled again when N is a multiple of 16.
 @triton.jit(do_not_specialize=["N", "stride_partial", "splits", "tiles_per_split"])
 def _linear_logprob_fwd_kernel(
-    hidden_ptr,  # (N, D), kept tokens first
+    hidden_ptr,  # (N, D), if IGNORES kept tokens first
     weight_ptr,  # (V, D)
     bias_ptr,  # (V,)
     low_hidden_ptr,  # (N, R)
     low_weight_ptr,  # (V, R)
     targets_ptr,  # (N,)
-    count_ptr,  # (1,): number of kept tokens
+    count_ptr,  # (1,): number of kept tokens, if IGNORES
     partial_ptr,  # (SPLITS, STATE, N): the state of each part of the vocabulary
     N,
     V,
@@ -54,6 +55,7 @@ def _linear_logprob_fwd_kernel(
     tiles_per_split,
     gain,
     limit,
+    IGNORES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     USE_TMA: tl.constexpr,
@@ -72,7 +74,7 @@ def _linear_logprob_fwd_kernel(
     member = program % (GROUP_N * splits)
     first_row = (group * GROUP_N + member % group_size) * BLOCK_N
     split = member // group_size
-    if first_row >= tl.load(count_ptr):
+    if first_row >= (tl.load(count_ptr) if IGNORES else N):
         return
 
     if USE_TMA:
@@ -121,22 +123,24 @@ def _linear_logprob_fwd_kernel(
 @triton.jit(do_not_specialize=["N", "splits", "stride_partial"])
 def _merge_partials_kernel(
     partial_ptr,  # (SPLITS, STATE, N)
-    order_ptr,  # (N,): token of each row
-    count_ptr,  # (1,)
+    order_ptr,  # (N,): token of each row, if IGNORES; else row i is token i
+    count_ptr,  # (1,), if IGNORES
     state_ptr,  # (STATE, N), by token
     N,
     splits,
     stride_partial,
+    IGNORES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    kept = rows < tl.load(count_ptr)
+    inside = rows < N
+    kept = rows < (tl.load(count_ptr) if IGNORES else N)
     state = fresh_state(BLOCK)
     for split in range(splits):
         part = partial_ptr + tl.cast(split, tl.int64) * stride_partial + rows
         state = merge_states(state, load_state(part, N, kept))
-    inside = rows < N
-    store_state(state_ptr + tl.load(order_ptr + rows, mask=inside, other=0), N, state, inside)
+    tokens = tl.load(order_ptr + rows, mask=inside, other=0) if IGNORES else rows
+    store_state(state_ptr + tokens, N, state, inside)
 
 
 class _Launch:
@@ -179,21 +183,23 @@ class _Launch:
         }
 
 
-def launch_forward(x: Operands, targets: Tensor, order: Tensor, count: Tensor, transform: Transform) -> Tensor:
-    """Return the state (len(STATE), N) by token. Row i is token order[i]; the first `count` rows, a tensor, are kept.
+def launch_forward(x: Operands, targets: Tensor, ignore_index: int | None, transform: Transform) -> Tensor:
+    """Return the state (len(STATE), N) by token; the columns of ignored tokens are undefined.
 
-    Programs beyond `count` return, so ignored tokens cost nothing and nothing waits for the device.
+    Ignored tokens come last and the programs of their rows return: they cost nothing, and nothing waits for their number.
     """
     (n, d), v, device = x.hidden.shape, x.weight.shape[0], x.hidden.device
     if n == 0 or v == 0:  # no token, or another rank holds all of the vocabulary
         return State.fresh(targets).values
+    order = count = targets  # placeholders
+    if ignore_index is not None:
+        order, count = kept_first(targets, ignore_index)
+        x, targets = x._replace(hidden=x.hidden[order]), targets[order]
     state = torch.empty(len(STATE), n, dtype=torch.float32, device=device)
     common = _Launch(x, x.adapter_hidden(), transform, tiles.LINEAR_FORWARD)
     tile = common.tile
     row_blocks, tile_count = triton.cdiv(n, tile.block_n), triton.cdiv(v, tile.block_v)
-    splits = tiles.vocabulary_splits(min(row_blocks, tile.group_n), tile_count, compat.processors(device))
-    tiles_per_split = triton.cdiv(tile_count, splits)
-    splits = triton.cdiv(tile_count, tiles_per_split)  # no empty part
+    splits = plan.vocabulary_splits(row_blocks, tile_count, tile.group_n, compat.processors(device))
     partial = torch.empty(splits, len(STATE), n, dtype=torch.float32, device=device)
     compat.launch(
         _linear_logprob_fwd_kernel,
@@ -209,9 +215,10 @@ def launch_forward(x: Operands, targets: Tensor, order: Tensor, count: Tensor, t
         partial.stride(0),
         *common.strides,
         splits,
-        tiles_per_split,
+        triton.cdiv(tile_count, splits),
         transform.gain,
         transform.limit,
+        IGNORES=ignore_index is not None,
         **common.meta,
     )
     block = 128  # a row for each thread of the four default warps
@@ -225,6 +232,7 @@ def launch_forward(x: Operands, targets: Tensor, order: Tensor, count: Tensor, t
         n,
         splits,
         partial.stride(0),
+        IGNORES=ignore_index is not None,
         BLOCK=block,
     )
     return state
@@ -312,7 +320,7 @@ def _linear_logprob_bwd_kernel(
     inside = rows < N
     is_target = (first + cols)[None, :] == tl.load(targets_ptr + rows, mask=inside, other=-1)[:, None]
     gradient = load_gradient(gradient_ptr, rows, stride_gradient, inside, DEGREE)
-    dz = dlogits(z, gradient, is_target, gain, limit, SOFTCAP, DEGREE)
+    dz = tl.where(is_target, gradient[3][:, None], dlogits(z, gradient, gain, limit, SOFTCAP, DEGREE))
     # A column beyond C would be the first of the next row.
     out = dlogits_ptr + rows.to(tl.int64)[:, None] * stride_dlogits_n + cols[None, :]
     tl.store(out, dz.to(dlogits_ptr.dtype.element_ty), mask=inside[:, None] & (cols < C)[None, :])
@@ -351,22 +359,20 @@ class FusedTiles:
     """Tiles of dL/dlogits from the gradient kernel: a TileSource for Gradients.accumulate."""
 
     def __init__(self, x: Operands, transform: Transform) -> None:
-        self.x, self.transform, self.shape = x, transform, chunk_tile(x.hidden)
-        self.hidden, self.low_hidden = x.hidden, x.adapter_hidden()
-        size = buffer_size(x.hidden.shape[0], x.weight.shape[0], self.shape)
-        self.buffer = x.hidden.new_empty(size, dtype=x.gradient_dtype())
+        self.x, self.transform, self.tiling = x, transform, tiling(x.hidden, x.weight.shape[0])
+        self.row_parts = RowPart.cut(x.hidden, x.adapter_hidden(), self.tiling.rows)
+        self.buffer = x.hidden.new_empty(self.tiling.elements, dtype=x.gradient_dtype())
 
     def columns(self) -> Iterator[tuple[slice, Operands]]:
-        for cols in ranges(self.x.weight.shape[0], self.shape.cols):
+        for cols in self.tiling.columns:
             yield cols, self.x.columns(cols)
 
-    def rows(self) -> Iterator[slice]:
-        return ranges(self.x.hidden.shape[0], self.shape.rows)
+    def rows(self) -> Sequence[RowPart]:
+        return self.row_parts
 
-    def dlogits(self, gradient: RowGradient, rows: slice, cols: slice, part: Operands) -> Tensor:
-        """Return dL/d(raw logits) (R, C) of one tile; the next tile overwrites it."""
-        low_hidden = None if self.low_hidden is None else self.low_hidden[rows]
-        tile = part._replace(hidden=self.hidden[rows])
+    def dlogits(self, gradient: RowGradient, rows: RowPart, cols: slice, part: Operands) -> Tensor:
+        """Return dL/d(raw logits) (R, C) of one tile, for the gradient of its rows; the next tile overwrites it."""
+        tile = part._replace(hidden=rows.hidden)
         dz = matrix(self.buffer, tile.hidden.shape[0], tile.weight.shape[0])
-        launch_dlogits(tile, low_hidden, gradient.rows(rows), cols.start, self.transform, dz)
+        launch_dlogits(tile, rows.low_hidden, gradient, cols.start, self.transform, dz)
         return dz

@@ -12,22 +12,20 @@ import torch
 from torch import Tensor
 
 from gem_kernels import compat
-from gem_kernels.operands import Operands
+from gem_kernels.operands import Operands, RowPart
 from gem_kernels.ranks import sum_ranks_
 from gem_kernels.softmax import RowGradient
+from gem_kernels.tiles import tiling
 
 
 class TileSource(Protocol):
     """Tiles of dL/dlogits, columns outermost: LogitTiles, or the fused kernels."""
 
-    hidden: Tensor  # (N, D), in the dtype of the GEMMs
-    low_hidden: Tensor | None  # (N, r) fp32
-
     def columns(self) -> Iterator[tuple[slice, Operands]]: ...
 
-    def rows(self) -> Iterator[slice]: ...
+    def rows(self) -> Sequence[RowPart]: ...
 
-    def dlogits(self, gradient: RowGradient, rows: slice, cols: slice, part: Operands) -> Tensor: ...
+    def dlogits(self, gradient: RowGradient, rows: RowPart, cols: slice, part: Operands) -> Tensor: ...
 
 
 class _Sum:
@@ -67,13 +65,13 @@ class Gradients:
 
     def accumulate(self, tiles: TileSource, gradient: RowGradient, first_row: int = 0) -> None:
         """Add the gradients of every tile, whose rows begin at first_row of the accumulators."""
+        gradients = [(rows, gradient.rows(rows.rows)) for rows in tiles.rows()]
         for cols, part in tiles.columns():
             dweight = self.open(cols)
-            for rows in tiles.rows():
-                dz = tiles.dlogits(gradient, rows, cols, part)
-                low_hidden = None if tiles.low_hidden is None else tiles.low_hidden[rows]
-                self.add_hidden(dz, part, slice(first_row + rows.start, first_row + rows.stop))
-                self.add_weight(dz, tiles.hidden[rows], low_hidden, cols, dweight)
+            for rows, of_rows in gradients:
+                dz = tiles.dlogits(of_rows, rows, cols, part)
+                self.add_hidden(dz, part, slice(first_row + rows.rows.start, first_row + rows.rows.stop))
+                self.add_weight(dz, rows.hidden, rows.low_hidden, cols, dweight)
             self.close(cols, dweight)
 
     def open(self, cols: slice) -> _Sum | None:
@@ -84,9 +82,14 @@ class Gradients:
         of_cols = self.weight[cols]
         if of_cols.dtype == torch.float32:
             return _Sum(of_cols, new)
-        if self.tile is None:
-            self.tile = torch.empty_like(of_cols, dtype=torch.float32)
+        if self.tile is None:  # there is one pass, so its tiles are those of x
+            widest = tiling(self.x.hidden, self.weight.shape[0]).widest
+            self.tile = of_cols.new_empty(widest, of_cols.shape[1], dtype=torch.float32)
         return _Sum(self.tile[: of_cols.shape[0]], new)
+
+    def takes_whole_slab(self) -> bool:
+        """True if add_weight needs no tiles: dweight is collected in fp32, and no adapter's gradient copies dz to fp32."""
+        return self.b is None and (self.weight is None or self.weight.dtype == torch.float32)
 
     def add_hidden(self, dz: Tensor, part: Operands, rows: slice) -> None:
         """Add dz W to dhidden for dz (R, C) of these rows, and the adapter's part to its own sum."""

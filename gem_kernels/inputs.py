@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class LinearInputs(NamedTuple):
 
     operands: Operands  # hidden (M, D): M = all tokens, ignored ones included
     targets: Tensor  # (M,), indices in the whole vocabulary
-    ignore_index: int
+    ignore_index: int | None
     batch_shape: torch.Size
     shard: VocabShard | None  # None: this process holds the whole vocabulary
 
@@ -47,7 +48,7 @@ class LinearInputs(NamedTuple):
             return self
         rows = self.operands.weight.shape[0]
         targets = ranks.local_targets(self.targets, self.ignore_index, rows, self.shard.start)
-        return self._replace(targets=targets, ignore_index=ranks.IGNORED)
+        return self._replace(targets=targets, ignore_index=None if self.ignore_index is None else ranks.IGNORED)
 
     def expand(self, stats: Iterable[Tensor]) -> list[Tensor]:
         """Give the statistics of the M tokens the caller's batch shape."""
@@ -55,6 +56,10 @@ class LinearInputs(NamedTuple):
 
 
 _T = TypeVar("_T")
+
+
+def _has_autocast(t: Tensor) -> bool:
+    return torch.amp.is_autocast_available(t.device.type)  # not on the meta device
 
 
 def _autocast(t: _T, dtype: torch.dtype) -> _T:
@@ -70,7 +75,7 @@ def linear_inputs(
     bias: Tensor | None,
     transform: LogitTransform,
     low_rank: LowRank | None,
-    ignore_index: int,
+    ignore_index: int | None,
     shard: VocabShard | None,
     **agreed: object,
 ) -> LinearInputs:
@@ -83,7 +88,7 @@ def linear_inputs(
         hidden, weight, targets, bias, low_rank, shard = shards.local_parts(
             hidden, weight, targets, bias, low_rank, shard
         )
-    if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
+    if isinstance(hidden, Tensor) and _has_autocast(hidden) and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight, bias = _autocast(hidden, dtype), _autocast(weight, dtype), _autocast(bias, dtype)
         if isinstance(low_rank, LowRank):
@@ -103,6 +108,6 @@ def linear_inputs(
     return LinearInputs(flat, targets.reshape(-1).contiguous(), ignore_index, targets.shape, shard)
 
 
-def autocast_off(t: Tensor) -> torch.autocast:
+def autocast_off(t: Tensor) -> AbstractContextManager[Any]:
     """Disable autocast inside an op, whose arithmetic is fp32 by decision: autocast would turn its GEMMs back into bf16."""
-    return torch.autocast(t.device.type, enabled=False)
+    return torch.autocast(t.device.type, enabled=False) if _has_autocast(t) else nullcontext()

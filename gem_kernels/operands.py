@@ -57,6 +57,18 @@ class Operands(NamedTuple):
         )
 
 
+class RowPart(NamedTuple):
+    """Some rows of the hidden states. All tiles of these rows share its views: to make one takes the host a microsecond."""
+
+    rows: slice
+    hidden: Tensor  # (R, D)
+    low_hidden: Tensor | None  # (R, r) fp32
+
+    @staticmethod
+    def cut(hidden: Tensor, low_hidden: Tensor | None, parts: Sequence[slice]) -> list[RowPart]:
+        return [RowPart(rows, hidden[rows], None if low_hidden is None else low_hidden[rows]) for rows in parts]
+
+
 class Upstream(NamedTuple):
     """Gradients of the caller's loss with respect to the differentiable statistics, (N,) each; None where not needed."""
 
@@ -70,7 +82,7 @@ class Upstream(NamedTuple):
 TRANSFORM_ARGUMENTS = "float gain, float limit, bool softcap"  # the fields of softmax.Transform
 OPERAND_ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low_a, Tensor? low_b, float low_scale, "
-    f"Tensor targets, {TRANSFORM_ARGUMENTS}, int ignore_index, str impl"
+    f"Tensor targets, {TRANSFORM_ARGUMENTS}, int? ignore_index, str impl"
 )
 N_OPERANDS = 6  # of OPERAND_ARGUMENTS, before the targets
 RANKS = '*, str ranks=""'

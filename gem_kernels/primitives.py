@@ -19,6 +19,7 @@ _STATE_ROWS = tl.constexpr(len(STATE))
 # give exp = 0 and 0 * -87, never 0 * inf or inf - inf. exp(-87) is the smallest normal fp32 number.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 FLOOR = tl.constexpr(-87.0)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -29,6 +30,12 @@ def dot(a, b, acc):
     if a.dtype == tl.float32:
         return tl.dot(a, b, acc, input_precision="tf32x3")
     return tl.dot(a, b, acc)
+
+
+@triton.jit
+def exp(x):
+    """Return e^x for x <= 0 as 2^(x log2 e). Below 2^-126 that is 0; tl.exp spends three more instructions on such numbers."""
+    return tl.exp2(x * _LOG2_E)
 
 
 @triton.jit
@@ -94,12 +101,62 @@ def update_state(state, z, targets, cols, first_col, n_cols):
     target_logit = tl.where(here, found, target_logit)
     new = tl.maximum(maximum, tl.max(z, 1))
     shifted = z - new[:, None]
-    exps = tl.exp(shifted)
+    exps = exp(shifted)
     drop = tl.maximum(maximum - new, FLOOR)
-    decay = tl.exp(drop)
+    decay = exp(drop)
     weighted = decay * (weighted + drop * total) + tl.sum(exps * tl.maximum(shifted, FLOOR), 1)
     total = decay * total + tl.sum(exps, 1)
     return new, total, weighted, target_logit
+
+
+# A kernel that walks rows of logits in memory keeps their sums in lanes, one for each column of a block: a step then reduces
+# nothing but the maximum. Lanes are the tuple (m (BLOCK_N,), s and t (BLOCK_N, BLOCK_V)), with sums relative to m.
+
+
+@triton.jit
+def open_lanes(state, BLOCK_V: tl.constexpr):
+    """Return the lanes of rows with this state; the first lane has their sums so far."""
+    maximum, total, weighted, _ = state
+    first = (tl.arange(0, BLOCK_V) == 0)[None, :]
+    return maximum, tl.where(first, total[:, None], 0.0), tl.where(first, weighted[:, None], 0.0)
+
+
+@triton.jit
+def rises(maximum, z):
+    """Return the maximum of every row with the logits z (BLOCK_N, BLOCK_V), and whether that of any row is a new one."""
+    new = tl.maximum(maximum, tl.max(z, 1))
+    return new, tl.max((new > maximum).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def raise_lanes(lanes, new):
+    """Move the sums to the new maximum. After a few blocks a row rarely has one, so this is behind a branch."""
+    maximum, total, weighted = lanes
+    drop = tl.maximum(maximum - new, FLOOR)[:, None]
+    decay = exp(drop)
+    return new, decay * total, decay * (weighted + drop * total)
+
+
+@triton.jit
+def add_to_lanes(lanes, z):
+    """Add logits z (BLOCK_N, BLOCK_V), -inf where there are none, none above the maximum; return e^(z - m) too."""
+    maximum, total, weighted = lanes
+    shifted = z - maximum[:, None]
+    exps = exp(shifted)
+    return (maximum, total + exps, weighted + exps * tl.maximum(shifted, FLOOR)), exps
+
+
+@triton.jit
+def _add_pairs(s, t, other_s, other_t):
+    return s + other_s, t + other_t
+
+
+@triton.jit
+def close_lanes(lanes, target_logit):
+    """Return the state of rows from their lanes."""
+    maximum, total, weighted = lanes
+    total, weighted = tl.reduce((total, weighted), 1, _add_pairs)
+    return maximum, total, weighted, target_logit
 
 
 @triton.jit
@@ -110,8 +167,8 @@ def merge_states(state, other):
     new = tl.maximum(maximum, other_maximum)
     drop = tl.maximum(maximum - new, FLOOR)
     other_drop = tl.maximum(other_maximum - new, FLOOR)
-    decay = tl.exp(drop)
-    other_decay = tl.exp(other_drop)
+    decay = exp(drop)
+    other_decay = exp(other_drop)
     weighted = decay * (weighted + drop * total) + other_decay * (other_weighted + other_drop * other_total)
     total = decay * total + other_decay * other_total
     return new, total, weighted, tl.where(other_target == other_target, other_target, target_logit)
@@ -128,18 +185,18 @@ def load_gradient(gradient_ptr, rows, stride, mask, DEGREE: tl.constexpr):
 
 
 @triton.jit
-def dlogits(z, gradient, is_target, gain, limit, SOFTCAP: tl.constexpr, DEGREE: tl.constexpr):
-    """Return dL/d(raw logits): e^(z-m) (c_0 + c_1 (z - m)), and the target's entry in the target's column."""
-    maximum, constant, slope, at_target = gradient
+def dlogits(z, gradient, gain, limit, SOFTCAP: tl.constexpr, DEGREE: tl.constexpr):
+    """Return dL/d(raw logits) of every column but the target's: e^(z-m) (c_0 + c_1 (z - m))."""
+    maximum, constant, slope, _ = gradient
     shifted = z - maximum[:, None]
-    dz = tl.exp(shifted)
+    dz = exp(shifted)
     if DEGREE > 0:
         dz *= constant[:, None] + slope[:, None] * tl.maximum(shifted, FLOOR)
     else:
         dz *= constant[:, None]
     if SOFTCAP:
         dz *= transform_slope(z, gain, limit)
-    return tl.where(is_target, at_target[:, None], dz)
+    return dz
 
 
 @triton.jit

@@ -52,10 +52,11 @@ def sum_ranks_(terms: Iterable[Tensor | None], ranks: str) -> None:
             dist.all_reduce(t, group=compat.process_group(ranks))
 
 
-def local_targets(targets: Tensor, ignore_index: int, rows: int, start: int) -> Tensor:
+def local_targets(targets: Tensor, ignore_index: int | None, rows: int, start: int) -> Tensor:
     """Turn indices in the whole vocabulary into indices in this rank's rows; `rows` (out of range) if another rank has them."""
     mine = (targets >= start) & (targets < start + rows)
-    return torch.where(mine, targets - start, rows).masked_fill(targets == ignore_index, IGNORED)
+    local = torch.where(mine, targets - start, rows)
+    return local if ignore_index is None else local.masked_fill(targets == ignore_index, IGNORED)
 
 
 class _WholeRows(torch.autograd.Function):

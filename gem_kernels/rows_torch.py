@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gem_kernels.plan import ranges
 from gem_kernels.softmax import FLOOR, TARGET, RowGradient, State, Transform
-from gem_kernels.tiles import CHUNKED, ranges
+from gem_kernels.tiles import CHUNKED
 
 
 def prepare(z: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:

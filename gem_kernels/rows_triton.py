@@ -15,15 +15,101 @@ from torch import Tensor
 
 from gem_kernels import compat, tiles
 from gem_kernels.primitives import (
+    add_to_lanes,
+    close_lanes,
     dlogits,
     fresh_state,
     load_gradient,
     load_state,
+    open_lanes,
+    raise_lanes,
+    rises,
     store_state,
     transform_logits,
-    update_state,
 )
 from gem_kernels.softmax import RowGradient, State, Transform
+
+# Rows of logits are the tuple (where each begins (BLOCK_N,), which are read (BLOCK_N,), columns, stride of a column, bias,
+# gain, limit): what the device functions below need to load transformed logits.
+
+
+@triton.jit
+def row_addresses(ptr, rows, rows_per_batch, stride_b, stride_t):
+    """Return where these rows of a matrix (N, V) or a batch (B, T, V) begin."""
+    return ptr + (rows // rows_per_batch).to(tl.int64) * stride_b + (rows % rows_per_batch).to(tl.int64) * stride_t
+
+
+@triton.jit
+def block_addresses(base, start, stride_v, BLOCK_V: tl.constexpr):
+    """Return the addresses (BLOCK_N, BLOCK_V) of the columns from `start` on: only the first term changes in a loop."""
+    lanes = tl.arange(0, BLOCK_V).to(tl.int64) * stride_v
+    return (base + tl.cast(start, tl.int64) * stride_v)[:, None] + lanes[None, :]
+
+
+@triton.jit
+def load_logits(
+    logits,
+    start,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKS_ROWS: tl.constexpr,
+    RAGGED: tl.constexpr,  # the block reaches beyond the last column
+    BLOCK_V: tl.constexpr,
+):
+    """Return transformed logits (BLOCK_N, BLOCK_V) from column `start` on; -inf beyond the last one.
+
+    A mask costs two instructions a logit, so only the last block of a row has one.
+    """
+    base, read, n_cols, stride_v, bias_ptr, gain, limit = logits
+    at = block_addresses(base, start, stride_v, BLOCK_V)
+    cols = start + tl.arange(0, BLOCK_V)
+    inside = (cols < n_cols)[None, :]
+    if RAGGED:
+        z = tl.load(at, mask=inside & read[:, None] if MASKS_ROWS else inside, other=0.0)
+    elif MASKS_ROWS:
+        z = tl.load(at, mask=read[:, None], other=0.0)
+    else:
+        z = tl.load(at)
+    z = z.to(tl.float32)
+    if HAS_BIAS:  # (1, BLOCK_V) as the logits are: a vector would be moved to their threads through shared memory
+        at_bias = (bias_ptr + cols)[None, :]
+        z += (tl.load(at_bias, mask=inside, other=0.0) if RAGGED else tl.load(at_bias)).to(tl.float32)
+    z = transform_logits(z, gain, limit, SOFTCAP)
+    return tl.where(inside, z, float("-inf")) if RAGGED else z
+
+
+@triton.jit
+def load_target_logit(logits, column, before, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Return the target's logit (BLOCK_N,), `before` where its column is not one of these.
+
+    It is read at its place: a search would cost two instructions for every logit.
+    """
+    base, read, n_cols, stride_v, bias_ptr, gain, limit = logits
+    here = read & (column >= 0) & (column < n_cols)
+    z = tl.load(base + column.to(tl.int64) * stride_v, mask=here, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + column, mask=here, other=0.0).to(tl.float32)
+    return tl.where(here, transform_logits(z, gain, limit, SOFTCAP), before)
+
+
+@triton.jit
+def _add_block(
+    lanes,
+    logits,
+    start,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKS_ROWS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Add the block of logits from column `start` on to the lanes."""
+    z = load_logits(logits, start, HAS_BIAS, SOFTCAP, MASKS_ROWS, RAGGED, BLOCK_V)
+    new, risen = rises(lanes[0], z)
+    if risen:
+        lanes = raise_lanes(lanes, new)
+    lanes, _ = add_to_lanes(lanes, z)
+    return lanes
 
 
 # Numbers that change from batch to batch are not specialised: else a kernel is compiled again when N is a multiple of 16.
@@ -53,21 +139,21 @@ def _row_statistics_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < n_rows
-    targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
+    safe_rows = tl.minimum(rows, n_rows - 1)  # rows beyond the last one read it again, without a mask
+    targets = tl.load(targets_ptr + safe_rows)
     read = inside & (targets != ignore_index) if IGNORES else inside
     state_rows = state_ptr + rows.to(tl.int64)
     state = fresh_state(BLOCK_N) if FRESH else load_state(state_rows, stride_state, inside)
-    base = z_ptr + (rows // rows_per_batch).to(tl.int64) * stride_b + (rows % rows_per_batch).to(tl.int64) * stride_t
-    for start in range(0, n_cols, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        mask = read[:, None] & (cols < n_cols)[None, :]
-        z = tl.load(base[:, None] + cols.to(tl.int64)[None, :] * stride_v, mask=mask, other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
-        z = tl.where(mask, transform_logits(z, gain, limit, SOFTCAP), float("-inf"))
-        width = tl.minimum(BLOCK_V, n_cols - start)
-        state = update_state(state, z, targets, first_col + cols, first_col + start, width)
-    store_state(state_rows, stride_state, state, inside)
+    base = row_addresses(z_ptr, safe_rows, rows_per_batch, stride_b, stride_t)
+    logits = (base, read, n_cols, stride_v, bias_ptr, gain, limit)
+    lanes = open_lanes(state, BLOCK_V)
+    full = n_cols // BLOCK_V * BLOCK_V
+    for start in range(0, full, BLOCK_V):
+        lanes = _add_block(lanes, logits, start, HAS_BIAS, SOFTCAP, IGNORES, False, BLOCK_V)
+    if full < n_cols:
+        lanes = _add_block(lanes, logits, full, HAS_BIAS, SOFTCAP, IGNORES, True, BLOCK_V)
+    target_logit = load_target_logit(logits, targets - first_col, state[3], HAS_BIAS, SOFTCAP)
+    store_state(state_rows, stride_state, close_lanes(lanes, target_logit), inside)
 
 
 class Rows:
@@ -130,6 +216,28 @@ def update(
     )
 
 
+@triton.jit
+def _write_block(
+    out,  # (BLOCK_N,): where the rows of the gradient begin
+    inside,  # (BLOCK_N,): rows that exist
+    stride_out_v,
+    gradient,
+    logits,
+    start,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    DEGREE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Write the gradient of the block of logits from column `start` on."""
+    z = load_logits(logits, start, HAS_BIAS, SOFTCAP, True, RAGGED, BLOCK_V)
+    dz = dlogits(z, gradient, logits[5], logits[6], SOFTCAP, DEGREE)
+    cols = start + tl.arange(0, BLOCK_V)
+    mask = inside[:, None] & (cols < logits[2])[None, :] if RAGGED else inside[:, None]
+    tl.store(block_addresses(out, start, stride_out_v, BLOCK_V), dz.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["n_rows", "first_col", "ignore_index", "stride_gradient", "rows_per_batch"])
 def _row_gradient_kernel(
     z_ptr,
@@ -162,24 +270,21 @@ def _row_gradient_kernel(
     inside = rows < n_rows
     targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
     read = inside & (targets != ignore_index) if IGNORES else inside
+    # An ignored row gets m = c_0 = c_1 = 0 and reads logits of 0, so its gradient is e^0 * 0.
     gradient = load_gradient(gradient_ptr, rows, stride_gradient, read, DEGREE)
-    batch = (rows // rows_per_batch).to(tl.int64)
-    member = (rows % rows_per_batch).to(tl.int64)
-    base = z_ptr + batch * stride_b + member * stride_t
-    out = out_ptr + batch * stride_out_b + member * stride_out_t
-    for start in range(0, n_cols, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        mask = (cols < n_cols)[None, :] & inside[:, None]
-        wide = cols.to(tl.int64)[None, :]
-        z = tl.load(base[:, None] + wide * stride_v, mask=mask & read[:, None], other=0.0).to(tl.float32)
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
-        z = transform_logits(z, gain, limit, SOFTCAP)
-        is_target = (first_col + cols)[None, :] == targets[:, None]
-        dz = dlogits(z, gradient, is_target, gain, limit, SOFTCAP, DEGREE)
-        if IGNORES:
-            dz = tl.where(read[:, None], dz, 0.0)
-        tl.store(out[:, None] + wide * stride_out_v, dz.to(out_ptr.dtype.element_ty), mask=mask)
+    base = row_addresses(z_ptr, rows, rows_per_batch, stride_b, stride_t)
+    logits = (base, read, n_cols, stride_v, bias_ptr, gain, limit)
+    out = row_addresses(out_ptr, rows, rows_per_batch, stride_out_b, stride_out_t)
+    full = n_cols // BLOCK_V * BLOCK_V
+    for start in range(0, full, BLOCK_V):
+        _write_block(out, inside, stride_out_v, gradient, logits, start, HAS_BIAS, SOFTCAP, DEGREE, False, BLOCK_V)
+    if full < n_cols:
+        _write_block(out, inside, stride_out_v, gradient, logits, full, HAS_BIAS, SOFTCAP, DEGREE, True, BLOCK_V)
+    tl.debug_barrier()  # another thread of this program may have written the target's column
+    column = targets - first_col
+    here = read & (column >= 0) & (column < n_cols)
+    at_target = gradient[3].to(out_ptr.dtype.element_ty)
+    tl.store(out + column.to(tl.int64) * stride_out_v, at_target, mask=here)
 
 
 def gradient(

@@ -74,7 +74,7 @@ def check_linear_together(
     targets: Tensor,
     bias: Tensor | None,
     low_rank: LowRank | None,
-    ignore_index: int,
+    ignore_index: int | None,
     shard: VocabShard,
     agreed: Mapping[str, object],
 ) -> None:
@@ -92,6 +92,7 @@ def check_linear_together(
     else:
         rows = weight.shape[0]
         facts |= {"hidden": _kind(hidden), "targets": targets, "bias": "none" if bias is None else "some"}
+        facts |= {"weight": _gradient(weight)}
         facts |= {"low_rank.a": None if low_rank is None else _kind(low_rank.a)}
         facts |= {"ignore_index": ignore_index, "shard.total": shard.total}
     told = {name: _checksum(fact) if isinstance(fact, Tensor) else str(fact) for name, fact in facts.items()}
@@ -119,8 +120,11 @@ def check_linear_together(
 
 def _kind(t: Tensor) -> str:
     """Describe what decides how often, and in which sizes, the ranks exchange."""
-    gradient = "with" if t.requires_grad and torch.is_grad_enabled() else "without"
-    return f"{tuple(t.shape)} {t.dtype} {gradient} gradient".replace("torch.", "")
+    return f"{tuple(t.shape)} {t.dtype} {_gradient(t)}".replace("torch.", "")
+
+
+def _gradient(t: Tensor) -> str:
+    return "with gradient" if t.requires_grad and torch.is_grad_enabled() else "without gradient"
 
 
 def _checksum(t: Tensor) -> str:

@@ -9,22 +9,23 @@ Entries not marked "measured" come from counting bytes and from what compiles wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from gem_kernels import compat
+from gem_kernels import compat, plan
+from gem_kernels.plan import padded
 
 
 class ChunkTile(NamedTuple):
     """The tile of logits of the chunked implementation."""
 
     rows: int
-    """tokens per GEMM"""
+    """tokens per GEMM, at most"""
     cols: int
-    """vocabulary entries per GEMM, a multiple of 16: rows are padded to that, so cached tiles are adjacent"""
+    """vocabulary entries per GEMM of so many tokens; fewer tokens get more, up to as many logits"""
     block: int
     """elements that one row function of torch ops touches at a time, so that its passes stay in the level-2 cache"""
 
@@ -56,12 +57,15 @@ class RowTile(NamedTuple):
 
 CHUNKED = ChunkTile(rows=1024, cols=4096, block=1 << 17)  # CPU, measured
 
-# CUDA: (capability, D at least) -> rows x cols of fp32 logits. Wide states keep the GEMM busy for long, so 64 MiB; for narrow
-# ones the tile's own traffic counts, so 32 MiB, which stays in the level-2 cache between the GEMM and the row kernel.
+# CUDA: (capability, D at least) -> rows x cols of fp32 logits. 66 MiB are 528 blocks of a GEMM library, four waves of 132
+# processors. The host takes 50 to 80 us to launch a GEMM and its row kernel (est.); for a tile of 66 MiB a Hopper takes 120 us
+# at D = 2048, but only about as long as the host at D = 896, where 132 MiB (130 us) hide it and more would only take memory.
+# An Ampere takes 150 us for 66 MiB at D = 896.
 _CHUNKED_CUDA = {
-    (0, 0): ChunkTile(rows=97, cols=208, block=0),
-    (80, 0): ChunkTile(rows=2048, cols=4096, block=0),
-    (80, 2048): ChunkTile(rows=4096, cols=4096, block=0),
+    (0, 0): ChunkTile(rows=61, cols=144, block=0),
+    (80, 0): ChunkTile(rows=8448, cols=2048, block=0),
+    (90, 0): ChunkTile(rows=8448, cols=4096, block=0),
+    (90, 2048): ChunkTile(rows=8448, cols=2048, block=0),
 }
 
 # (capability, bytes of an element, demand). Whatever else must stay in registers limits how big a tile can be
@@ -90,13 +94,14 @@ LINEAR_BACKWARD = {
 }
 RAGGED = 64  # D is ragged when this, a multiple of every block_d that reads through addresses, does not divide it
 
-# By element size: 8 to 16 KiB of a row per step keep enough loads in flight. In fp32 the cached exponentials need the most
-# registers (tools.aot), though the sweep times the statistics and gradients alone.
+# By element size. 16 logits a thread share the cost of a step's reduction (at 8 it is a third of the instructions), and leave
+# room for 32 warps on a processor. A tile of `chunked` (fp32) has few steps a row, so what a thread does once a row counts:
+# fewer threads. The caller's logits (2 bytes) have many.
 ROWS = {
     (0, 2): RowTile(rows=64, block=128, warps=4),
     (0, 4): RowTile(rows=64, block=128, warps=4),
-    (80, 2): RowTile(rows=1, block=8192, warps=8),
-    (80, 4): RowTile(rows=1, block=2048, warps=8),
+    (80, 2): RowTile(rows=1, block=2048, warps=4),
+    (80, 4): RowTile(rows=1, block=1024, warps=2),
 }
 
 # Spans of up to `block` tokens stay in registers.
@@ -140,53 +145,32 @@ def slab_bytes(device: torch.device, cache_bytes: int) -> int:
     return cache_bytes if compat.on_triton(device) else min(cache_bytes, _SLAB_BYTES_CPU)
 
 
+# Of a tile on CUDA, over D: four launches (three GEMMs, a row kernel) of about 5 us, in waves, which take a Hopper D x 12 ns.
+_LAUNCHES = 1536
+
+
 def chunk_tile(hidden: Tensor) -> ChunkTile:
-    """Return the tile of logits for hidden (N, D). Few tokens get wider tiles, so a tile always holds as many logits."""
-    tile = CHUNKED
+    """Return the entry of the table for hidden (N, D)."""
     if compat.on_triton(hidden.device):
-        tile = nearest(_CHUNKED_CUDA, compat.arch(hidden.device), hidden.shape[1])
-    return tile._replace(cols=tile.cols * max(1, tile.rows // max(1, hidden.shape[0])))
+        return nearest(_CHUNKED_CUDA, compat.arch(hidden.device), hidden.shape[1])
+    return CHUNKED
 
 
-def vocabulary_splits(row_blocks: int, tiles: int, processors: int) -> int:
-    """Return the number of parts of the vocabulary with which `row_blocks` x parts programs fill the processors evenly.
+def tiling(hidden: Tensor, columns: int) -> plan.Tiling:
+    """Return the tiles of the logits of hidden (N, D) and so many columns of the vocabulary.
 
-    Few parts are enough once there are several rounds of programs; a half-empty last round is what costs. So: the fewest
-    parts that keep 95 % of the processors busy, else the busiest, with no part shorter than one tile.
+    Columns are cut at multiples of 16: rows are padded to that, so cached tiles are adjacent.
     """
-    best, best_share = 1, 0.0
-    for splits in range(1, min(tiles, 4 * processors) + 1):
-        rounds = row_blocks * splits / processors
-        share = rounds / -(-rounds // 1)
-        if share > best_share + 1e-9:
-            best, best_share = splits, share
-        if share >= 0.95:
-            break
-    return best
+    (n, d), tile = hidden.shape, chunk_tile(hidden)
+    gemm = plan.Gemm(rows=1, columns=16, processors=1, launches=0.0)  # without waves the fewest tiles win
+    if compat.on_triton(hidden.device) and compat.arch(hidden.device):
+        gemm = plan.Gemm(128, 256, compat.processors(hidden.device), _LAUNCHES / d)
+    return plan.tiling(n, d, columns, tile.rows, tile.rows * tile.cols, gemm)
 
 
 # --- tiles in memory --------------------------------------------------------------------------------------------------
 
 
-def ranges(total: int, step: int) -> Iterator[slice]:
-    for start in range(0, total, step):
-        yield slice(start, min(start + step, total))
-
-
-def padded(columns: int) -> int:
-    """Round up to 16 columns.
-
-    Rows of a buffer then begin on 16 bytes, as the fast kernels of a GEMM library require, and 16 elements apart, which triton
-    specialises on.
-    """
-    return -(-columns // 16) * 16
-
-
 def matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:
     """View the start of a buffer as (rows, columns), each row padded."""
     return buffer[: rows * padded(columns)].view(rows, padded(columns))[:, :columns]
-
-
-def buffer_size(n: int, v: int, shape: ChunkTile) -> int:
-    """Elements of a buffer that holds any one tile of (n, v) logits as a `matrix`."""
-    return min(n, shape.rows) * padded(min(v, shape.cols))

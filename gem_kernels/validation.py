@@ -67,10 +67,12 @@ def check_seq_weight(seq_weight: object, sequences: int, source: Tensor) -> Tens
     return w
 
 
-def check_targets(targets: object, batch_shape: torch.Size, vocab: int, ignore_index: int, source: Tensor) -> None:
+def check_targets(
+    targets: object, batch_shape: torch.Size, vocab: int, ignore_index: int | None, source: Tensor
+) -> None:
     """Check targets: integers of the batch shape, each in [0, vocab) or ignore_index, which may lie in [0, vocab) itself."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if isinstance(ignore_index, bool) or not (ignore_index is None or isinstance(ignore_index, int)):
+        raise TypeError(f"ignore_index must be an int, or None, got {type(ignore_index).__name__}")
     t = check_tensor("targets", targets)
     if t.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"targets must be int64 or int32 token ids, got {_shape(t)}")
@@ -78,13 +80,13 @@ def check_targets(targets: object, batch_shape: torch.Size, vocab: int, ignore_i
         raise ValueError(f"targets must have the leading shape of the inputs {tuple(batch_shape)}, got {_shape(t)}")
     check_same_device("targets", t, "the inputs", source)
     if t.numel() and values_are_readable(t):
-        bad = ((t < 0) | (t >= vocab)) & (t != ignore_index)
+        bad = (t < 0) | (t >= vocab)
+        if ignore_index is not None:
+            bad &= t != ignore_index
         if bool(bad.any()):
             at = int(bad.flatten().nonzero()[0])
-            raise ValueError(
-                f"targets must be in [0, V={vocab}) or ignore_index={ignore_index}, "
-                f"got {int(t.flatten()[at])} at token {at}"
-            )
+            ignored = "(ignore_index is None)" if ignore_index is None else f"or ignore_index={ignore_index}"
+            raise ValueError(f"targets must be in [0, V={vocab}) {ignored}, got {int(t.flatten()[at])} at token {at}")
 
 
 def check_shard(shard: object) -> None:
@@ -110,7 +112,7 @@ def check_linear(
     targets: object,
     bias: object,
     low_rank: LowRank | None,
-    ignore_index: int,
+    ignore_index: int | None,
     shard: VocabShard | None,
 ) -> None:
     """Check hidden (..., D), weight (V, D), bias (V,), low_rank a (r, D) and b (V, r): one dtype and one device.

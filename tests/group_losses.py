@@ -15,7 +15,7 @@ from op_bounds import LossFn, group_bounds
 from torch import Tensor
 
 from gem_kernels import GroupLoss, TokenStats, linear_group_loss, sega_loss
-from gem_kernels.tiles import padded
+from gem_kernels.plan import padded
 
 N, D, V = 90, 13, 217
 ROW = 4 * padded(V)

@@ -237,11 +237,11 @@ def linear_op(case: Case, impl: str, **options: Any) -> TokenStats:
 
 
 def run_linear(
-    case: Case, impl: str, upstream: Mapping[str, Tensor], needs: Sequence[bool] = (True,) * 5
+    case: Case, impl: str, upstream: Mapping[str, Tensor], needs: Sequence[bool] = (True,) * 5, **options: Any
 ) -> dict[str, Tensor | None]:
     """Return statistics and gradients of linear_logprob_entropy."""
     x = case.leaves(needs)
-    stats = linear_op(x, impl)
+    stats = linear_op(x, impl, **options)
     if any(needs):
         weighted_sum(stats, upstream).backward()
     return {**{name: s.detach() for name, s in stats._asdict().items()}, **x.gradients()}

@@ -30,6 +30,13 @@ def score(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, impl: s
     return (s.logprob + 0.1 * s.entropy).sum()
 
 
+def all_kept(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, impl: str) -> Tensor:
+    x = {"targets": targets.clamp(min=0), "bias": bias, "ignore_index": None, "impl": impl}
+    s = linear_logprob_entropy(2 * hidden, weight, **x)  # type: ignore[arg-type]
+    known = sega_loss(hidden, weight, cu_seqlens=OFFSETS, seq_weight=torch.tensor([0.5, -0.5]), **x)  # type: ignore[arg-type]
+    return s.logprob.sum() + known.loss
+
+
 def from_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, impl: str, inplace: bool = False
 ) -> Tensor:
@@ -55,7 +62,7 @@ def spans(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, impl: s
 
 
 @pytest.mark.parametrize("impl", COMPILED)
-@pytest.mark.parametrize("fn", [score, from_logits, from_logits_inplace, sega, spans])
+@pytest.mark.parametrize("fn", [score, all_kept, from_logits, from_logits_inplace, sega, spans])
 def test_no_graph_break_and_the_same_numbers(fn: Callable[..., Tensor], impl: str) -> None:
     torch._dynamo.reset()
     case = make_case(40, 16, 130, rank=0)
@@ -89,12 +96,13 @@ def test_a_group_loss_breaks_the_graph_once(impl: str) -> None:
     assert torch.equal(compiled, fn(x.hidden, x.weight, x.targets))
 
 
+@pytest.mark.parametrize("ignore_index", [-100, None])
 @pytest.mark.parametrize("impl", COMPILED)
-def test_operators_keep_the_rules_of_torch(impl: str) -> None:
+def test_operators_keep_the_rules_of_torch(impl: str, ignore_index: int | None) -> None:
     """torch's own checks of schemas, fake implementations and the registration of gradients."""
     ops, x = torch.ops.gem_kernels, make_case(11, 8, 30, ignored=0.0).leaves()
     a, b, scale = x.low_rank  # type: ignore[misc]
-    transform = (1.0, 1.0, False, -100, impl)
+    transform = (1.0, 1.0, False, ignore_index, impl)
     arguments = (x.hidden, x.weight, x.bias, a, b, scale, x.targets, *transform)
     stats = ops.linear_logprob(*arguments)
     upstream, plain = torch.ones(11), [t.detach() if isinstance(t, Tensor) else t for t in arguments]
@@ -105,6 +113,7 @@ def test_operators_keep_the_rules_of_torch(impl: str) -> None:
             (upstream, None, upstream, stats[-1].detach(), *plain, [True, False, True, True, True]),
         ),
         (ops.weighted_logprob, (*plain, upstream, 1 << 20, [True, True, False, False, True])),
+        (ops.scale_gradient_, (torch.randn(11, 8), torch.tensor(2.0))),
     ]
     logits = torch.randn(1, 11, 30)
     state = ops.logprob(logits, x.targets, *transform[:4], False, impl)[-1]

@@ -107,28 +107,32 @@ def test_the_rule_sees_a_bf16_result() -> None:
 
 @needs_cuda  # on the CPU the values are checked
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("ignore_index", [-1, None])
 @each_impl
-def test_target_out_of_range_gives_nan(impl: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_target_out_of_range_gives_nan(
+    impl: str, ignore_index: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The ops, those with a cache included, read and write nothing outside."""
     monkeypatch.delenv("GEM_KERNELS_CHECK", raising=False)
     case = make_case(140, 64, 350, dtype=dtype, ignored=0.0, device=GPU, **PLAIN)
-    wild = torch.tensor([350, -1, -7, 1 << 40, -(1 << 40), 2**31, 352], device=GPU)
+    wild = torch.tensor([350, IGNORE_INDEX, -7, 1 << 40, -(1 << 40), 2**31, 352], device=GPU)
+    ignores = {"ignore_index": ignore_index}
     targets, bad = case.targets.clone(), torch.zeros(140, dtype=torch.bool, device=GPU)
     targets[3:10], bad[3:10] = wild, True
     broken = replace(case, targets=targets)
-    stats, good = linear_op(broken, impl), linear_op(case, impl)
+    stats, good = linear_op(broken, impl, **ignores), linear_op(case, impl, **ignores)
     assert bool(stats.logprob[bad].isnan().all())
     for name in ("entropy", "lse", "max_logprob"):
         assert torch.equal(getattr(stats, name), getattr(good, name)), name
     assert torch.equal(stats.logprob[~bad], good.logprob[~bad])
     upstream = make_upstream(140, device=GPU)
-    got, clean = run_linear(broken, impl, upstream)["dhidden"], run_linear(case, impl, upstream)["dhidden"]
+    got, clean = (run_linear(c, impl, upstream, **ignores)["dhidden"] for c in (broken, case))
     assert got is not None and clean is not None and torch.equal(got[~bad], clean[~bad])
     logits = (case.hidden.float() @ case.weight.float().T).to(dtype).requires_grad_()
-    of_logits = logprob_entropy(logits, targets, impl=impl)  # type: ignore[arg-type]
+    of_logits = logprob_entropy(logits, targets, impl=impl, **ignores)  # type: ignore[arg-type]
     assert torch.equal(of_logits.logprob.isnan(), bad)
     of_logits.entropy.sum().backward()
-    sega = run_sega(broken, impl, torch.ones(2), offsets=[0, 70, 140])
+    sega = run_sega(broken, impl, torch.ones(2), offsets=[0, 70, 140], **ignores)
     assert sega["logprob"] is not None and torch.equal(sega["logprob"].isnan(), bad)
     torch.cuda.synchronize()
 
@@ -184,7 +188,7 @@ def test_which_matrices_the_copy_engine_reads() -> None:
         assert compat.takes_descriptors(matrix) == (hopper and readable), (d, dtype)
 
 
-# --- beyond 2^31 logits -----------------------------------------------------------------------------------------------
+# --- beyond 2^31 elements ---------------------------------------------------------------------------------------------
 
 N, D, V = 20_000, 64, 131_072
 
@@ -223,6 +227,14 @@ def run_logits(
     stats = logprob_entropy(leaf, targets, impl=impl)  # type: ignore[arg-type]
     (dlogits,) = torch.autograd.grad(weighted_sum(stats, upstream), leaf)
     return {**{name: s.detach()[at] for name, s in stats._asdict().items()}, "dlogits": dlogits[at]}
+
+
+@needs_cuda
+def test_scaling_more_elements_than_an_int32_can_count() -> None:
+    needs_memory(5)
+    gradient = torch.ones(2**31 + 3, dtype=BF16, device=GPU)
+    torch.ops.gem_kernels.scale_gradient_(gradient, torch.tensor(2.0, device=GPU))
+    assert gradient.amin() == gradient.amax() == 2
 
 
 def test_logprob_entropy_of_more_logits_than_an_int32_can_count() -> None:

@@ -235,8 +235,8 @@ def test_compiles_to_one_graph(impl: str, name: str) -> None:
 @each_impl
 @pytest.mark.parametrize("what", ["scoring", "frozen head", "sega"])
 def test_peak_memory(what: str, impl: str) -> None:
-    """Beside inputs and gradients, an op allocates far less than the bf16 logits (512 MiB here)."""
-    n, d, v = 4096, 512, 65_536
+    """Beside inputs and gradients, an op allocates far less than the bf16 logits (1 GiB here)."""
+    n, d, v = 8192, 512, 65_536
     case = make_case(n, d, v, dtype=BF16, device=GPU, **PLAIN)
     cu, weights = torch.tensor([0, 1000, n], device=GPU), torch.ones(2, device=GPU)
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_(what != "frozen head")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -24,9 +25,10 @@ from group_losses import (
     likelihood_of_equals,
     make_case,
     run,
+    run_sega,
     sega_with_its_own_entropies,
 )
-from numerics import DTYPES, STATS, TRANSFORMS, assert_all_close, assert_same, linear_op
+from numerics import DTYPES, STATS, TRANSFORMS, Case, assert_all_close, assert_same, linear_op
 from op_bounds import LossFn, linear_bounds
 from torch import Tensor
 
@@ -97,6 +99,35 @@ def test_loss_scaled_afterwards(impl: str, factor: float) -> None:
     check(make_case(N, D, V), impl, all_three, factor=factor)
 
 
+@each_case(
+    impl=["chunked"],  # all share this
+    dtype=DTYPES,
+    factor=[1.0, 0.1, -3.0, 0.0, math.nan, math.inf],
+    shape=[(40_003,), (3, 5), (1,), (0, 7)],
+    gpu={"shape": [(5_000_001,)]},
+)
+def test_a_gradient_is_scaled_in_fp32_and_rounded_once(
+    impl: str, dtype: torch.dtype, factor: float, shape: tuple[int, ...], device: torch.device
+) -> None:
+    gradient = torch.randn(shape, device=device).to(dtype)
+    gradient.view(-1)[:1] = 0.0  # 0 * inf is NaN
+    scalar = torch.tensor(factor, device=device)
+    for g in (gradient, gradient.new_empty(*shape, 2)[..., 0].copy_(gradient)):  # dense and not
+        expected = (g.float() * factor).to(dtype)
+        torch.ops.gem_kernels.scale_gradient_(g, scalar)
+        assert torch.equal(g.isnan(), expected.isnan()) and torch.equal(g.nan_to_num(), expected.nan_to_num())
+
+
+@each_case(impl=["chunked"], dtype=[BF16, torch.float16])
+def test_a_gradient_times_one_is_not_passed_over(impl: str, dtype: torch.dtype, device: torch.device) -> None:
+    """A signalling NaN stays as it is: any arithmetic would make it a quiet one."""
+    signalling = torch.tensor([{BF16: 0x7F81, torch.float16: 0x7C01}[dtype]], dtype=torch.int16, device=device)
+    for factor, touched in ((1.0, False), (2.0, True)):
+        gradient = signalling.clone().view(dtype)
+        torch.ops.gem_kernels.scale_gradient_(gradient, torch.tensor(factor, device=device))
+        assert torch.equal(gradient.view(torch.int16), signalling) != touched
+
+
 @each_case()
 @pytest.mark.usefixtures("small_tiles")
 def test_leading_batch_shape(impl: str) -> None:
@@ -140,6 +171,21 @@ def test_groups_with_every_token_ignored(impl: str, dtype: torch.dtype, cache_by
     )
     for name, value in nothing.items():
         assert value is not None and not value.any(), name
+
+
+@each_case(
+    cache_bytes=CACHES,
+    make=drawn(N, D, V, ignored=0.0),
+    gpu={"cache_bytes": GPU_CACHES, "make": drawn(*ON_GPU, dtype=BF16, ignored=0.0)},
+)
+@pytest.mark.usefixtures("small_tiles")
+def test_saying_that_no_token_is_ignored_changes_no_bit(
+    impl: str, cache_bytes: int, make: Callable[..., Case], device: torch.device
+) -> None:
+    case = make(device=device)
+    settings = {"cache_bytes": cache_bytes}
+    assert_same(run(case, impl, all_three, ignore_index=None, **settings), run(case, impl, all_three, **settings))
+    assert_same(run_sega(case, impl, ignore_index=None, **settings), run_sega(case, impl, **settings))
 
 
 @each_case()

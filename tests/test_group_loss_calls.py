@@ -30,7 +30,6 @@ from torch import Tensor
 from gem_kernels import GroupLoss, LowRank, TokenStats
 from gem_kernels.compat import INTERPRETED
 from gem_kernels.gradients import Gradients
-from gem_kernels.group_loss.chunked import plan_slabs
 
 pytestmark = pytest.mark.op("linear_group_loss")
 
@@ -60,22 +59,6 @@ def test_loss_fn_is_called_once_per_group_in_order(impl: str, cache_bytes: int) 
     assert [group for group, _ in seen] == list(range(len(OFFSETS) - 1))
     for field, whole in enumerate(stats):
         assert torch.equal(torch.cat([s[field] for _, s in seen]), whole)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_slabs_cover_the_groups(seed: int) -> None:
-    """Every group is in one slab, in order; a slab is within the cache or a single group."""
-    g = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 9, (40,), generator=g)
-    offsets = [0, *lengths.cumsum(0).tolist()]
-    for cache_rows in (0, 1, 7, 8, 30, 1000):
-        slabs = plan_slabs(offsets, cache_rows)
-        assert [group for s in slabs for group in range(s.first, s.last)] == list(range(40))
-        for slab in slabs:
-            assert (slab.start, slab.stop) == (offsets[slab.first], offsets[slab.last])
-            assert slab.stop - slab.start <= cache_rows or slab.last == slab.first + 1
-        for one, other in itertools.pairwise(slabs):  # greedy: the next group would not have fitted
-            assert offsets[other.first + 1] - one.start > cache_rows
 
 
 # --- which gradients, and when ----------------------------------------------------------------------------------------

@@ -61,6 +61,13 @@ def test_int32_targets(impl: str, make: Make) -> None:
     assert_same(run_linear(narrow, impl, upstream), run_linear(wide, impl, upstream))
 
 
+@each_case(make=drawn(50, 9, 230, ignored=0.0), gpu={"make": drawn(50, 64, 230, dtype=BF16, ignored=0.0)})
+@pytest.mark.usefixtures("small_tiles")
+def test_saying_that_no_token_is_ignored_changes_no_bit(impl: str, make: Make, device: torch.device) -> None:
+    case, upstream = make(device=device), make_upstream(50, device=device)
+    assert_same(run_linear(case, impl, upstream, ignore_index=None), run_linear(case, impl, upstream))
+
+
 @each_case(make=drawn(50, 14, 230, rank=0), gpu={"make": drawn(50, 64, 230, dtype=BF16, rank=0)})
 @pytest.mark.usefixtures("small_tiles")
 def test_strided_inputs(impl: str, make: Make, device: torch.device) -> None:

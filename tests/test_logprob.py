@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -55,12 +56,17 @@ def make_logits(
 
 
 def run(
-    logits: Tensor, targets: Tensor, impl: str, upstream: Mapping[str, Tensor], transform: LogitTransform = IDENTITY
+    logits: Tensor,
+    targets: Tensor,
+    impl: str,
+    upstream: Mapping[str, Tensor],
+    transform: LogitTransform = IDENTITY,
+    **options: Any,
 ) -> dict[str, Tensor | None]:
     """Return statistics and dlogits; the logits must come out as they went in."""
     leaf = logits.detach().requires_grad_()
     before = logits.clone()
-    stats = logprob_entropy(leaf, targets, transform=transform, impl=impl)  # type: ignore[arg-type]
+    stats = logprob_entropy(leaf, targets, transform=transform, impl=impl, **options)  # type: ignore[arg-type]
     (dlogits,) = torch.autograd.grad(weighted_sum(TokenStats(*(s.flatten() for s in stats)), upstream), leaf)
     assert torch.equal(logits.nan_to_num(nan=7.0), before.nan_to_num(nan=7.0)), "the logits were modified"
     return {**{name: s.detach() for name, s in stats._asdict().items()}, "dlogits": dlogits}
@@ -291,6 +297,15 @@ def test_same_input_same_bits(impl: str, shape: tuple[int, int], device: torch.d
 
 
 # --- gradients, autocast, choice of the implementation ----------------------------------------------------------------
+
+
+@each_case(shape=[(50, 430)], gpu={"shape": [(500, 1003)]})
+def test_saying_that_no_token_is_ignored_changes_no_bit(
+    impl: str, shape: tuple[int, int], device: torch.device
+) -> None:
+    logits, targets = make_logits(*shape, BF16, ignored=0.0, device=device)
+    upstream = make_upstream(shape[0], device=device)
+    assert_same(run(logits, targets, impl, upstream, ignore_index=None), run(logits, targets, impl, upstream))
 
 
 @each_case()

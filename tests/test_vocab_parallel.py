@@ -112,6 +112,7 @@ REFUSALS = {
     "other targets": SAME.format("targets") + f"({N},) int64 of checksum ",
     "other tokens": SAME.format("hidden") + f"({N}, {D}) float32 without gradient on rank 0 and ({N - 1}, {D})",
     "a gradient on one rank": SAME.format("hidden") + f"({N}, {D}) float32 without gradient on rank 0 and ({N}, {D})",
+    "a frozen head on one rank": SAME.format("weight") + "with gradient on rank 0 and without gradient on rank ",
     "other impl": SAME.format("impl") + "chunked on rank 0 and reference on rank ",
     "a bias on one rank": SAME.format("bias") + "none on rank 0 and some on rank ",
     "other groups": SAME.format("cu_groups") + "(3,) int64 of checksum ",

@@ -73,8 +73,9 @@ class Scenario:
 
     def bounds(self) -> dict[str, Bound]:
         """Return the bounds of one process with the whole vocabulary: ranks change only the order of sums."""
-        ignored = self.case.targets == self.options.get("ignore_index", IGNORE_INDEX)
-        case = replace(self.case, targets=self.case.targets.masked_fill(ignored, IGNORE_INDEX))
+        case, ignore_index = self.case, self.options.get("ignore_index", IGNORE_INDEX)
+        if ignore_index is not None:
+            case = replace(case, targets=case.targets.masked_fill(case.targets == ignore_index, IGNORE_INDEX))
         if self.op == "linear":
             return linear_bounds(case, make_upstream(case.targets.shape[0]))
         return group_bounds(case, self.loss_fn if self.op == "group" else weighted_likelihood(WEIGHTS), OFFSETS)
@@ -139,6 +140,7 @@ def variants(dtype: torch.dtype, impl: str) -> Iterator[tuple[str, Scenario]]:
     for op in ("linear", "group", "sega"):
         yield "uneven", Scenario(peaky, op, even=False)
         yield "ignored inside the vocabulary", Scenario(inside, op, options={"ignore_index": 7})
+        yield "nothing is ignored", Scenario(odd, op, options={"ignore_index": None})
     if impl != "chunked":
         return
     for op, needs in itertools.product(("linear", "group", "sega"), NEEDS):
@@ -234,6 +236,7 @@ def refusals(group: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
         "other targets": call(targets=at(case.targets, rank)),
         "other tokens": call(hidden=case.hidden[: N - rank], targets=case.targets[: N - rank]),
         "a gradient on one rank": call(hidden=case.hidden.clone().requires_grad_(odd)),
+        "a frozen head on one rank": call(weight=mine.weight.clone().requires_grad_(not odd)),
         "other impl": call(impl="reference" if odd else "chunked"),
         "a bias on one rank": call(bias=mine.bias if odd else None),
         "other groups": loss([0, 10 + rank, N]),

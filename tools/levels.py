@@ -20,11 +20,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 KERNELS: list[set[str]] = [
-    {"types", "compat", "autograd"},
-    {"operands", "tiles", "validation", "definition"},
+    {"types", "compat", "autograd", "plan"},
+    {"operands", "tiles", "validation", "definition", "scale_triton"},
     {"softmax", "primitives"},
-    {"rows_torch", "rows_triton", "ranks", "shards"},
-    {"logit_tiles", "fused", "gradients", "tokens", "inputs"},
+    {"rows_torch", "rows_triton", "ranks", "shards", "tokens"},
+    {"logit_tiles", "fused", "gradients", "inputs"},
     {"group_loss.exponentials"},
     {
         f"{op}.{impl}"

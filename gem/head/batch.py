@@ -23,8 +23,10 @@ def completion_stats(model: nn.Module, batch: dict[str, Any], **keywords: Any) -
         keywords: more keywords of the fused call (loss_fn, cu_groups, num_items_in_batch, label_smoothing, router_share, ...).
     """
     out = _fused_call(model, batch, **keywords)
-    kept = cast(Tensor, out.label_mask)
-    return cast(Tensor, out.loss), HeadStats(*(cast(Tensor, out[name])[kept] for name in STATISTICS))
+    # Indexing with the mask would read its number back from the device for each of them.
+    kept = cast(Tensor, out.label_mask).flatten().nonzero().squeeze(1)
+    stats = (cast(Tensor, out[name]).flatten().index_select(0, kept) for name in STATISTICS)
+    return cast(Tensor, out.loss), HeadStats(*stats)
 
 
 def router_usage(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:

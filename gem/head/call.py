@@ -184,6 +184,7 @@ class Tokens(NamedTuple):
 
     hidden: Tensor  # (N, D), or (B, T, D)
     targets: Tensor  # (N,), or (B, T)
+    ignore_index: int | None  # None: all of them have a label
     scatter: Callable[[Tensor], Tensor]  # a statistic of these tokens -> (B, T), 0 where there is no label
 
 
@@ -269,10 +270,18 @@ class FusedCall(ABC):
         return FusedCausalLMOutput(loss=loss, label_mask=label_mask, **fields)
 
     def labelled_tokens(self, hidden: Tensor) -> Tokens:
-        """Return the tokens with a label: the chunked op would compute the others too on CUDA."""
-        mask = self.targets != IGNORE_INDEX
-        # masked_scatter keeps the model in the autograd graph when nothing has a label.
-        return Tokens(hidden[mask], self.targets[mask], lambda t: t.new_zeros(mask.shape).masked_scatter(mask, t))
+        """Return the tokens with a label: the chunked op would compute the others too on CUDA.
+
+        Their number is read back from the device here, and nowhere else in the forward and backward.
+        """
+        targets = self.targets.flatten()
+        at = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+
+        def scatter(t: Tensor) -> Tensor:
+            # This keeps the model in the autograd graph when nothing has a label.
+            return t.new_zeros(targets.shape).index_copy(0, at, t).view_as(self.targets)
+
+        return Tokens(hidden.flatten(0, 1).index_select(0, at), targets[at], None, scatter)
 
     def op_arguments(self, tokens: Tokens, parts: HeadParts) -> dict[str, Any]:
         """Return the arguments that the ops of gem_kernels share, in one dtype unless autocast converts them."""
@@ -283,7 +292,8 @@ class FusedCall(ABC):
             if low is not None and low.a.dtype != torch.float32:
                 low = low._replace(a=low.a.to(dtype), b=low.b.to(dtype))
         operands = {"hidden": hidden, "weight": weight, "bias": bias, "low_rank": low, "shard": parts.shard}
-        return {**operands, "targets": tokens.targets, "transform": self.transform, "impl": self.fused.impl}
+        of_tokens = {"targets": tokens.targets, "ignore_index": tokens.ignore_index}
+        return {**operands, **of_tokens, "transform": self.transform, "impl": self.fused.impl}
 
 
 class StatisticsCall(FusedCall):
@@ -317,7 +327,7 @@ class StatisticsCall(FusedCall):
     def _all_tokens(self, hidden: Tensor) -> Tokens:
         """Return every token: the number of labels would split the compiled graph. The op leaves out ignored tokens itself."""
         mask = self.targets != IGNORE_INDEX
-        return Tokens(hidden, self.targets, lambda t: t.masked_fill(~mask, 0))
+        return Tokens(hidden, self.targets, IGNORE_INDEX, lambda t: t.masked_fill(~mask, 0))
 
 
 class GroupLossCall(FusedCall):

@@ -3,7 +3,7 @@
 Consecutive groups whose logits fit the cache form a slab. A slab is: logits GEMM into the cache -> statistics ->
 loss_fn of each group and its gradient with respect to the statistics -> dlogits in place -> the two gradient GEMMs.
 All slabs use one buffer. A group too large for `cache_bytes` is a slab of its own whose logits are computed twice (8NDV), in
-tiles.
+tiles. plan.py cuts the slabs.
 
 With Triton and bf16 operands the cache holds exponentials in bf16 (exponentials.py), elsewhere and under a softcap logits in
 fp32.
@@ -11,9 +11,8 @@ fp32.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,34 +21,37 @@ from gem_kernels import compat
 from gem_kernels.gradients import Gradients
 from gem_kernels.logit_tiles import LogitTiles
 from gem_kernels.operands import Operands, Upstream
+from gem_kernels.plan import Cache, padded
 from gem_kernels.ranks import merge_ranks_
 from gem_kernels.softmax import RowGradient, Transform
-from gem_kernels.tiles import padded, slab_bytes
+from gem_kernels.tiles import slab_bytes
 from gem_kernels.tokens import Kept
 from gem_kernels.types import TokenStats
 
 
-class Slab(NamedTuple):
-    """Groups [first, last) whose kept tokens are rows [start, stop) of the kept ones."""
-
-    first: int
-    last: int
-    start: int
-    stop: int
+def _caches_exponentials(x: Operands, transform: Transform) -> bool:
+    """True if a slab's cache holds exponentials in bf16, which has the range of fp32 that they need; fp16 has not."""
+    narrow = x.weight.dtype == x.gradient_dtype() == torch.bfloat16
+    return narrow and not transform.softcap and compat.on_triton(x.weight.device)
 
 
-def plan_slabs(row_offsets: Sequence[int], rows: int) -> list[Slab]:
-    """Fill each slab with as many whole groups as fit into `rows`, at least one.
+def _cache(x: Operands, transform: Transform, cache_bytes: int, needed: Sequence[bool], columns: int) -> Cache:
+    """Return the memory for so many columns of the vocabulary."""
+    logit = 2 if _caches_exponentials(x, transform) else 4
+    rounded = needed[1] and x.weight.dtype != torch.float32  # dweight, of which several slabs need a wider sum
+    return Cache(
+        row=logit * padded(columns),
+        shared=slab_bytes(x.hidden.device, cache_bytes),
+        most=cache_bytes,
+        spare=4 * x.weight.shape[1] * columns if rounded else 0,
+    )
 
-    row_offsets (B+1,): offsets of the groups into the kept tokens.
-    """
-    slabs, first = [], 0
-    last_group = len(row_offsets) - 1
-    while first < last_group:
-        last = min(max(bisect.bisect_right(row_offsets, row_offsets[first] + rows) - 1, first + 1), last_group)
-        slabs.append(Slab(first, last, row_offsets[first], row_offsets[last]))
-        first = last
-    return slabs
+
+def pieces(
+    x: Operands, transform: Transform, cache_bytes: int, needed: Sequence[bool], columns: int, total: int
+) -> list[int]:
+    """Return the offsets of groups of `total` tokens that suit forward_backward, for a loss that takes any groups."""
+    return _cache(x, transform, cache_bytes, needed, columns).pieces(total)
 
 
 class _Logits:
@@ -67,7 +69,7 @@ class _Logits:
 def forward_backward(
     x: Operands,
     targets: Tensor,
-    ignore_index: int,
+    ignore_index: int | None,
     cu_groups: Sequence[int],
     loss_and_upstream: Callable[[TokenStats, int], tuple[Tensor, Upstream]],
     transform: Transform,
@@ -86,16 +88,11 @@ def forward_backward(
     static = targets.is_cuda and torch.cuda.is_current_stream_capturing()
     kept = (Kept.masked if static else Kept.compacted)(targets, ignore_index)
     mine, my_targets = x._replace(hidden=kept.take(x.hidden)), kept.rows(targets)
-    # bf16 has the range of fp32, which exponentials with a common reference need; fp16 has not.
-    narrow = x.weight.dtype == x.gradient_dtype() == torch.bfloat16
-    exponentials = narrow and not transform.softcap and compat.on_triton(x.weight.device)
-    width = padded(x.weight.shape[0])
-    logit_bytes = 2 if exponentials else 4
-    row_bytes = logit_bytes * width
-    planned_rows = slab_bytes(x.hidden.device, cache_bytes) // (logit_bytes * padded(columns))
-    slabs = plan_slabs(kept.offsets(cu_groups), planned_rows)
-    fitting = [slab.stop - slab.start for slab in slabs if row_bytes * (slab.stop - slab.start) <= cache_bytes]
-    cached_rows = max(fitting, default=-1) if any(needed) else -1  # of the largest slab that is cached; -1: none is
+    exponentials, width = _caches_exponentials(x, transform), padded(x.weight.shape[0])
+    planned, own_cache = (_cache(x, transform, cache_bytes, needed, v) for v in (columns, x.weight.shape[0]))
+    slabs, cached_rows = planned.plan(kept.offsets(cu_groups), own_cache)
+    if not any(needed):
+        cached_rows = -1
     cache_dtype = torch.bfloat16 if exponentials else torch.float32
     cache = torch.empty(max(cached_rows, 0) * width, dtype=cache_dtype, device=targets.device)
     gradients = Gradients(mine, needed, passes=len(slabs))

@@ -20,15 +20,77 @@ from gem_kernels import compat
 from gem_kernels.gradients import Gradients
 from gem_kernels.logit_tiles import LogitTiles
 from gem_kernels.operands import Operands, Upstream
-from gem_kernels.primitives import FLOOR, fresh_state, load_state, store_state, update_state
+from gem_kernels.primitives import (
+    FLOOR,
+    add_to_lanes,
+    close_lanes,
+    exp,
+    fresh_state,
+    load_state,
+    open_lanes,
+    raise_lanes,
+    rises,
+    store_state,
+)
 from gem_kernels.ranks import merge_ranks_
-from gem_kernels.rows_triton import Rows
+from gem_kernels.rows_triton import Rows, block_addresses, load_logits, load_target_logit
 from gem_kernels.softmax import RowGradient, State, Transform
-from gem_kernels.tiles import matrix, ranges
+from gem_kernels.tiles import matrix
 
 # A row of cached exponentials is rescaled when its maximum has risen this far above the reference: far from the end of
 # bf16's range (e^88), far above what a trained model does.
 _MAX_GAP = tl.constexpr(60.0)
+
+
+@triton.jit
+def _rescale(cache, rows, factor, n_cols, BLOCK_V: tl.constexpr):
+    """Multiply the first n_cols cached entries of these rows (BLOCK_N,), which begin at `cache`, by a factor (BLOCK_N,)."""
+    for start in range(0, n_cols, BLOCK_V):
+        cols = start + tl.arange(0, BLOCK_V)
+        mask = rows[:, None] & (cols < n_cols)[None, :]
+        exps = tl.load(cache[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32) * factor[:, None]
+        tl.store(cache[:, None] + cols[None, :], exps.to(cache.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _follow(cache, inside, reference, maximum, n_cols, BLOCK_V: tl.constexpr):
+    """Move the reference of rows whose maximum is far above it, and what they have cached, to the maximum."""
+    outgrown = inside & (maximum - reference > _MAX_GAP)
+    if tl.max(outgrown.to(tl.int32), 0) > 0:  # rare
+        factor = exp(tl.maximum(reference - maximum, FLOOR))
+        tl.debug_barrier()  # other threads of this program may have written what this one reads
+        _rescale(cache, outgrown, factor, n_cols, BLOCK_V)
+        tl.debug_barrier()
+    return tl.where(outgrown, maximum, reference)
+
+
+@triton.jit
+def _cache_block(
+    lanes,
+    reference,  # (BLOCK_N,)
+    scale,  # (BLOCK_N,): e^(m - reference)
+    cache,  # (BLOCK_N,): where the rows of the cache begin
+    inside,  # (BLOCK_N,): rows that exist
+    first_col,
+    logits,
+    start,
+    HAS_BIAS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Add the block of logits from column `start` on to the lanes, and cache e^(z - reference) of them."""
+    z = load_logits(logits, start, HAS_BIAS, False, False, RAGGED, BLOCK_V)
+    new, risen = rises(lanes[0], z)
+    if risen:
+        lanes = raise_lanes(lanes, new)
+        reference = _follow(cache, inside, reference, new, first_col + start, BLOCK_V)
+        scale = tl.exp(new - reference)
+    lanes, exps = add_to_lanes(lanes, z)
+    exps *= scale[:, None]
+    cols = start + tl.arange(0, BLOCK_V)
+    mask = inside[:, None] & (cols < logits[2])[None, :] if RAGGED else inside[:, None]
+    tl.store(block_addresses(cache, first_col + start, 1, BLOCK_V), exps.to(cache.dtype.element_ty), mask=mask)
+    return lanes, reference, scale
 
 
 @triton.jit(do_not_specialize=["n_rows", "stride_state"])
@@ -53,44 +115,27 @@ def _row_exponentials_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < n_rows
-    targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
+    safe_rows = tl.minimum(rows, n_rows - 1).to(tl.int64)
     state_rows = state_ptr + rows.to(tl.int64)
-    if FRESH:
-        state = fresh_state(BLOCK_N)
-        reference = state[0]
-    else:
-        state = load_state(state_rows, stride_state, inside)
-        reference = tl.load(reference_ptr + rows, mask=inside, other=0.0)
-    base = z_ptr + rows.to(tl.int64) * stride_z_n
-    cache = cache_ptr + rows.to(tl.int64) * stride_cache_n
-    for start in range(0, n_cols, BLOCK_V):
-        cols = start + tl.arange(0, BLOCK_V)
-        mask = inside[:, None] & (cols < n_cols)[None, :]
-        z = tl.load(base[:, None] + cols[None, :], mask=mask, other=0.0)
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + cols, mask=cols < n_cols, other=0.0).to(tl.float32)[None, :]
-        z = tl.where(mask, z * gain, float("-inf"))
-        width = tl.minimum(BLOCK_V, n_cols - start)
-        state = update_state(state, z, targets, first_col + cols, first_col + start, width)
-        maximum = state[0]
-        if FRESH and start == 0:
-            reference = maximum
-        outgrown = maximum - reference > _MAX_GAP
-        if tl.max(outgrown.to(tl.int32), 0) > 0:  # rare: what these rows have cached is brought to the new reference
-            factor = tl.where(outgrown, tl.exp(tl.maximum(reference - maximum, FLOOR)), 1.0)
-            reference = tl.where(outgrown, maximum, reference)
-            tl.debug_barrier()  # other threads of this program may have written what this one reads
-            for earlier in range(0, first_col + start, BLOCK_V):
-                old_cols = earlier + tl.arange(0, BLOCK_V)
-                old_mask = inside[:, None] & (old_cols < first_col + start)[None, :]
-                old = tl.load(cache[:, None] + old_cols[None, :], mask=old_mask, other=0.0).to(tl.float32)
-                old *= factor[:, None]
-                tl.store(cache[:, None] + old_cols[None, :], old.to(cache_ptr.dtype.element_ty), mask=old_mask)
-            tl.debug_barrier()
-        # The sums contain e^(z - maximum) already, so the compiler computes that factor once.
-        exps = tl.exp(z - maximum[:, None]) * tl.exp(maximum - reference)[:, None]
-        tl.store(cache[:, None] + (first_col + cols)[None, :], exps.to(cache_ptr.dtype.element_ty), mask=mask)
-    store_state(state_rows, stride_state, state, inside)
+    state = fresh_state(BLOCK_N) if FRESH else load_state(state_rows, stride_state, inside)
+    # Without a state the reference is the lowest number, so the first block's maximum outgrows it.
+    reference = state[0] if FRESH else tl.load(reference_ptr + rows, mask=inside, other=0.0)
+    scale = tl.exp(state[0] - reference)
+    cache = cache_ptr + safe_rows * stride_cache_n
+    logits = (z_ptr + safe_rows * stride_z_n, inside, n_cols, 1, bias_ptr, gain, 1.0)
+    lanes = open_lanes(state, BLOCK_V)
+    full = n_cols // BLOCK_V * BLOCK_V
+    for start in range(0, full, BLOCK_V):
+        lanes, reference, scale = _cache_block(
+            lanes, reference, scale, cache, inside, first_col, logits, start, HAS_BIAS, False, BLOCK_V
+        )
+    if full < n_cols:
+        lanes, reference, scale = _cache_block(
+            lanes, reference, scale, cache, inside, first_col, logits, full, HAS_BIAS, True, BLOCK_V
+        )
+    column = tl.load(targets_ptr + safe_rows) - first_col
+    target_logit = load_target_logit(logits, column, state[3], HAS_BIAS, False)
+    store_state(state_rows, stride_state, close_lanes(lanes, target_logit), inside)
     tl.store(reference_ptr + rows, reference, mask=inside)
 
 
@@ -148,16 +193,8 @@ def _follow_maximum_kernel(
     inside = rows < n_rows
     maximum = tl.load(maximum_ptr + rows, mask=inside, other=0.0)
     reference = tl.load(reference_ptr + rows, mask=inside, other=0.0)
-    outgrown = maximum - reference > _MAX_GAP
-    if tl.max(outgrown.to(tl.int32), 0) > 0:  # rare
-        factor = tl.exp(tl.maximum(reference - maximum, FLOOR))
-        cache = cache_ptr + rows.to(tl.int64) * stride_cache_n
-        for start in range(0, n_cols, BLOCK_V):
-            cols = start + tl.arange(0, BLOCK_V)
-            mask = outgrown[:, None] & (cols < n_cols)[None, :]
-            exps = tl.load(cache[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-            tl.store(cache[:, None] + cols[None, :], exps.to(cache_ptr.dtype.element_ty), mask=mask)
-        tl.store(reference_ptr + rows, maximum, mask=outgrown)
+    cache = cache_ptr + rows.to(tl.int64) * stride_cache_n
+    tl.store(reference_ptr + rows, _follow(cache, inside, reference, maximum, n_cols, BLOCK_V), mask=inside)
 
 
 def follow_maximum_(cache: Tensor, reference: Tensor, state: State) -> None:
@@ -211,10 +248,11 @@ class Exponentials:
         n, v = x.hidden.shape[0], x.weight.shape[0]
         self.reference = torch.empty(n, dtype=torch.float32, device=targets.device)
         self.cache = matrix(cache, n, v)
+        views = [(r, self.state.rows(r.rows), self.reference[r.rows], self.cache[r.rows]) for r in self.tiles.rows()]
         for cols, part in self.tiles.columns():
-            for rows in self.tiles.rows():
-                z, state = self.tiles.tile(rows, part), self.state.rows(rows)
-                cache_exponentials(z, part.bias, state, self.reference[rows], self.cache[rows], cols.start, transform)
+            for rows, state, reference, of_cache in views:
+                z = self.tiles.tile(rows, part)
+                cache_exponentials(z, part.bias, state, reference, of_cache, cols.start, transform)
         if ranks:
             merge_ranks_(self.state, ranks)
             follow_maximum_(self.cache, self.reference, self.state)
@@ -231,7 +269,7 @@ class Exponentials:
         rows = slice(first_row, first_row + self.cache.shape[0])
         into.add_hidden(self.cache, tiles.x, rows)  # one GEMM: no accumulator is read again
         into.scale_hidden_(rows, coefficient)
-        for cols in ranges(self.cache.shape[1], tiles.shape.cols):
+        for cols in (slice(0, self.cache.shape[1]),) if into.takes_whole_slab() else tiles.tiling.columns:
             dweight = into.open(cols)
             into.add_weight(self.cache[:, cols], hidden, low_hidden, cols, dweight, coefficient)
             into.close(cols, dweight)

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from gem_kernels import compat
 from gem_kernels.autograd import define_operator, first_order_only
 from gem_kernels.dispatch import choose_impl, implementation
 from gem_kernels.group_loss import reference
@@ -25,7 +26,6 @@ from gem_kernels.operands import (
     differentiable,
 )
 from gem_kernels.softmax import Transform
-from gem_kernels.tiles import padded, slab_bytes
 from gem_kernels.types import IGNORE_INDEX, GroupLoss, Impl, LogitTransform, LowRank, TokenStats, VocabShard
 from gem_kernels.validation import check_cache_bytes, check_offsets, check_seq_weight
 
@@ -44,7 +44,7 @@ def linear_group_loss(
     bias: Tensor | None = None,
     transform: LogitTransform = _IDENTITY,
     low_rank: LowRank | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     cache_bytes: int = 1 << 30,
     impl: Impl = "auto",
     shard: VocabShard | None = None,
@@ -68,7 +68,9 @@ def linear_group_loss(
         cache_bytes: logits kept between forward and backward, in bytes, > 0; a group that needs more is recomputed in
             tiles (8NDV FLOP in place of 6NDV). bf16 on CUDA takes 2 bytes a logit, and is recomputed too where loss_fn
             differentiates entropy or lse; the rest takes 4. Small groups share it, on a CPU up to 256 MiB at a time.
-            `triton` keeps none (8NDV).
+            Where they do not all fit, a bf16 or fp16 weight that needs a gradient has it summed in fp32, 4DV bytes more. So
+            if all groups together need no more than cache_bytes + 4DV (on a CPU 256 MiB + 4DV), they are kept together, and
+            nothing is summed. `triton` keeps none (8NDV).
         impl: "auto", "reference", "chunked" or "triton".
         shard: as for `linear_logprob_entropy`; cu_groups, cache_bytes and loss_fn are the same on all ranks, and loss_fn gets
             the same statistics on all: it must be deterministic, and must not raise on one of them alone. Slabs are
@@ -98,7 +100,7 @@ def _linear_group_loss(
     bias: Tensor | None,
     transform: LogitTransform,
     low_rank: LowRank | None,
-    ignore_index: int,
+    ignore_index: int | None,
     cache_bytes: int,
     impl: Impl,
     shard: VocabShard | None,
@@ -148,7 +150,7 @@ def sega_loss(
     bias: Tensor | None = None,
     transform: LogitTransform = _IDENTITY,
     low_rank: LowRank | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     cache_bytes: int = 1 << 30,
     impl: Impl = "auto",
     shard: VocabShard | None = None,
@@ -211,22 +213,21 @@ def _forward(*args: Any, ranks: str = "", columns: int = 0) -> tuple[Tensor, ...
     """Return -Σ token_weight logprob, the statistics, and the gradients of the loss (empty where not needed)."""
     *operands, targets, gain, limit, softcap, ignore_index, impl, token_weight, cache_bytes, needed = args
     x, total = Operands.unflatten(*operands), targets.shape[0]
-    columns = columns or x.weight.shape[0]
-    # A piece fits the cache, whatever the sequences are.
-    rows = max(1, slab_bytes(x.hidden.device, cache_bytes) // (4 * padded(columns)))
-    pieces = [*range(0, total, rows), total] if total else [0]
+    columns, transform = columns or x.weight.shape[0], Transform(gain, limit, softcap)
+    backend = implementation("group_loss", impl)
+    pieces = backend.pieces(x, transform, cache_bytes, needed, columns, total)  # they fit, whatever the sequences are
 
     def piece_loss(stats: TokenStats, piece: int) -> tuple[Tensor, Upstream]:
         weights = token_weight[pieces[piece] : pieces[piece + 1]]
         return -(weights * stats.logprob).sum(), Upstream(logprob=-weights)
 
-    loss, stats, grads = implementation("group_loss", impl).forward_backward(
+    loss, stats, grads = backend.forward_backward(
         x,
         targets,
         ignore_index,
         pieces,
         piece_loss,
-        Transform(gain, limit, softcap),
+        transform,
         cache_bytes,
         needed,
         ranks,
@@ -278,6 +279,25 @@ weighted_logprob = define_operator(
 )
 
 
+def _scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
+    """Multiply a gradient by factor (), in place. Usually that is 1: then a pass over dweight would be for nothing."""
+    if compat.on_triton(gradient.device) and gradient.is_contiguous():
+        from gem_kernels.scale_triton import scale_
+
+        scale_(gradient, factor)
+    elif gradient.device.type != "cpu" or factor.item() != 1:  # on the CPU alone nothing waits for the number
+        gradient.mul_(factor)
+
+
+def _scale_gradient_fake(*_: Any) -> None:
+    return None
+
+
+scale_gradient_ = define_operator(
+    "scale_gradient_", "(Tensor(a!) gradient, Tensor factor) -> ()", _scale_gradient_, _scale_gradient_fake
+)
+
+
 def _hand_over(ctx: Any, gradients: Sequence[Tensor | None], grad_loss: Tensor | None) -> list[Tensor | None]:
     """Return the gradients made in forward, scaled in place by the gradient of the loss.
 
@@ -288,7 +308,10 @@ def _hand_over(ctx: Any, gradients: Sequence[Tensor | None], grad_loss: Tensor |
     ctx.gradients = None
     if grad_loss is None:
         return [None] * len(gradients)
-    return [None if g is None else g.mul_(grad_loss) for g in gradients]
+    for g in gradients:
+        if g is not None:
+            scale_gradient_(g, grad_loss)
+    return list(gradients)
 
 
 class _GroupLoss(torch.autograd.Function):

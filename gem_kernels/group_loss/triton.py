@@ -16,14 +16,21 @@ from gem_kernels.gradients import Gradients
 from gem_kernels.operands import Operands, Upstream
 from gem_kernels.ranks import merge_ranks_
 from gem_kernels.softmax import RowGradient, State, Transform
-from gem_kernels.tokens import Kept, kept_first
+from gem_kernels.tokens import Kept, zero_ignored
 from gem_kernels.types import TokenStats
+
+
+def pieces(
+    x: Operands, transform: Transform, cache_bytes: int, needed: Sequence[bool], columns: int, total: int
+) -> list[int]:
+    """Return the offsets of one group of `total` tokens: without a cache there is no reason for more."""
+    return [0, total] if total else [0]
 
 
 def forward_backward(
     x: Operands,
     targets: Tensor,
-    ignore_index: int,
+    ignore_index: int | None,
     cu_groups: Sequence[int],
     loss_and_upstream: Callable[[TokenStats, int], tuple[Tensor, Upstream]],
     transform: Transform,
@@ -36,11 +43,10 @@ def forward_backward(
 
     cache_bytes and columns are not used.
     """
-    order, count = kept_first(targets, ignore_index)
-    values = fused.launch_forward(x._replace(hidden=x.hidden[order]), targets[order], order, count, transform)
+    values = fused.launch_forward(x, targets, ignore_index, transform)
     state = State(targets, values)
     merge_ranks_(state, ranks)
-    stats = TokenStats(*(s.masked_fill(targets == ignore_index, 0) for s in state.finish()))
+    stats = TokenStats(*zero_ignored(state.finish(), targets, ignore_index))
     loss = torch.zeros((), dtype=torch.float32, device=targets.device)
     upstreams: dict[str, Tensor] = {}
     for group, (start, end) in enumerate(pairwise(cu_groups)):

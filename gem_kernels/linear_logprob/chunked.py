@@ -17,11 +17,11 @@ from gem_kernels.softmax import RowGradient, Transform
 from gem_kernels.tokens import Kept
 
 
-def _kept(targets: Tensor, ignore_index: int) -> Kept:
+def _kept(targets: Tensor, ignore_index: int | None) -> Kept:
     return (Kept.masked if compat.on_triton(targets.device) else Kept.compacted)(targets, ignore_index)
 
 
-def forward(x: Operands, targets: Tensor, transform: Transform, ignore_index: int) -> Tensor:
+def forward(x: Operands, targets: Tensor, transform: Transform, ignore_index: int | None) -> Tensor:
     """Return the state of every token (len(STATE), M) fp32; the columns of ignored tokens are undefined."""
     kept = _kept(targets, ignore_index)
     tiles = LogitTiles(x._replace(hidden=kept.take(x.hidden)), transform)
@@ -35,7 +35,7 @@ def backward(
     state: Tensor,
     upstream: Upstream,
     transform: Transform,
-    ignore_index: int,
+    ignore_index: int | None,
     needed: Sequence[bool],
     ranks: str,
 ) -> list[Tensor | None]:

@@ -27,6 +27,7 @@ from gem_kernels.operands import (
 )
 from gem_kernels.ranks import merge_ranks_
 from gem_kernels.softmax import State, Transform
+from gem_kernels.tokens import zero_ignored
 from gem_kernels.types import IGNORE_INDEX, Impl, LogitTransform, LowRank, TokenStats, VocabShard
 
 _IDENTITY = LogitTransform()
@@ -40,7 +41,7 @@ def linear_logprob_entropy(
     bias: Tensor | None = None,
     transform: LogitTransform = _IDENTITY,
     low_rank: LowRank | None = None,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     impl: Impl = "auto",
     shard: VocabShard | None = None,
 ) -> TokenStats:
@@ -61,7 +62,8 @@ def linear_logprob_entropy(
         transform: scale, softcap and temperature applied to the logits.
         low_rank: LoRA factors of the lm_head, in the dtype of `hidden` or float32; computed in fp32.
         ignore_index: tokens with this target give 0 and get no gradient. They cost nothing, except in `chunked` on CUDA, which
-            would have to wait for their number and computes them instead.
+            would have to wait for their number and computes them instead. None: no token is ignored. For callers that left
+            them out already: nothing is looked for, sorted or read back from the device.
         impl: "auto", "reference", "chunked" or "triton"; only "auto" chooses.
         shard: where the rows of `weight` stand in a vocabulary that is spread over the ranks of a process group (tensor
             parallelism). Each rank passes its own rows of weight, bias and low_rank.b, and the same hidden, targets and
@@ -113,7 +115,7 @@ def _forward(*args: Any, ranks: str = "") -> tuple[Tensor, ...]:
     )
     state = State(targets, values)
     merge_ranks_(state, ranks)
-    return (*(s.masked_fill(targets == ignore_index, 0) for s in state.finish()), values)
+    return (*zero_ignored(state.finish(), targets, ignore_index), values)
 
 
 def _forward_fake(*args: Any, ranks: str = "") -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gem_kernels.definition import token_stats
+from gem_kernels.definition import counted, token_stats
 from gem_kernels.types import LogitTransform, LowRank, TokenStats
 
 
@@ -16,11 +16,11 @@ def linear_logprob_entropy(
     bias: Tensor | None,
     transform: LogitTransform,
     low_rank: LowRank | None,
-    ignore_index: int,
+    ignore_index: int | None,
 ) -> TokenStats:
     """Return the statistics (N,) of hidden (N, D), weight (V, D) and targets (N,)."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    keep = targets != ignore_index
+    keep = counted(targets, ignore_index)
     h = hidden[keep].to(dtype)
     z = h @ weight.to(dtype).T
     if low_rank is not None:

@@ -1,7 +1,7 @@
 """linear_logprob_entropy by the fused kernels: 2NDV FLOP forward, 2NDV + 4NDV backward, logits in registers only.
 
-Forward sorts ignored tokens behind the others and leaves their number on the device. Backward reads that number back, once,
-because the GEMM library has to know it.
+Where tokens can be ignored, forward sorts them behind the others and leaves their number on the device. Backward reads that
+number back, once, because the GEMM library has to know it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from gem_kernels import fused
 from gem_kernels.gradients import Gradients
 from gem_kernels.operands import Operands, Upstream
 from gem_kernels.softmax import RowGradient, Transform
-from gem_kernels.tokens import Kept, kept_first
+from gem_kernels.tokens import Kept
 
 
-def forward(x: Operands, targets: Tensor, transform: Transform, ignore_index: int) -> Tensor:
+def forward(x: Operands, targets: Tensor, transform: Transform, ignore_index: int | None) -> Tensor:
     """Return the state of every token (len(STATE), M) fp32; the columns of ignored tokens are undefined."""
-    order, count = kept_first(targets, ignore_index)
-    return fused.launch_forward(x._replace(hidden=x.hidden[order]), targets[order], order, count, transform)
+    return fused.launch_forward(x, targets, ignore_index, transform)
 
 
 def backward(
@@ -29,7 +28,7 @@ def backward(
     state: Tensor,
     upstream: Upstream,
     transform: Transform,
-    ignore_index: int,
+    ignore_index: int | None,
     needed: Sequence[bool],
     ranks: str,
 ) -> list[Tensor | None]:

@@ -23,6 +23,7 @@ from gem_kernels.operands import (
     not_differentiable,
 )
 from gem_kernels.softmax import State, Transform
+from gem_kernels.tokens import zero_ignored
 from gem_kernels.types import IGNORE_INDEX, Impl, LogitTransform, TokenStats
 from gem_kernels.validation import check_float, check_targets, check_transform
 
@@ -34,7 +35,7 @@ def logprob_entropy(
     targets: Tensor,
     *,
     transform: LogitTransform = _IDENTITY,
-    ignore_index: int = IGNORE_INDEX,
+    ignore_index: int | None = IGNORE_INDEX,
     inplace_backward: bool = False,
     impl: Impl = "auto",
 ) -> TokenStats:
@@ -107,14 +108,14 @@ def _forward(
     gain: float,
     limit: float,
     softcap: bool,
-    ignore_index: int,
+    ignore_index: int | None,
     inplace: bool,
     impl: str,
 ) -> tuple[Tensor, ...]:
     """Return the statistics (N,) fp32 of logits (B, T, V), N = B T, and the state (len(STATE), N) for the backward."""
     state = implementation("logprob", impl).forward(logits, targets, Transform(gain, limit, softcap), ignore_index)
     stats = State(targets, state).finish()
-    return (*(s.masked_fill(targets == ignore_index, 0) for s in stats), state)
+    return (*zero_ignored(stats, targets, ignore_index), state)
 
 
 def _forward_fake(logits: Tensor, targets: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -149,7 +150,7 @@ def _gradient_inplace_fake(*_: Any) -> None:
 
 
 _GRADIENT_ARGUMENTS = (
-    f"{UPSTREAM_ARGUMENTS}, Tensor state, Tensor targets, {TRANSFORM_ARGUMENTS}, int ignore_index, str impl"
+    f"{UPSTREAM_ARGUMENTS}, Tensor state, Tensor targets, {TRANSFORM_ARGUMENTS}, int? ignore_index, str impl"
 )
 
 logprob_backward = define_operator(
@@ -181,7 +182,7 @@ def _backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
 
 logprob = define_operator(
     "logprob",
-    f"(Tensor logits, Tensor targets, {TRANSFORM_ARGUMENTS}, int ignore_index, bool inplace_backward, str impl) "
+    f"(Tensor logits, Tensor targets, {TRANSFORM_ARGUMENTS}, int? ignore_index, bool inplace_backward, str impl) "
     f"-> ({STATS_RESULTS}, Tensor state)",
     _forward,
     _forward_fake,

@@ -10,7 +10,7 @@ from gem_kernels.operands import STATE, Upstream
 from gem_kernels.softmax import RowGradient, State, Transform
 
 
-def forward(logits: Tensor, targets: Tensor, transform: Transform, ignore_index: int) -> Tensor:
+def forward(logits: Tensor, targets: Tensor, transform: Transform, ignore_index: int | None) -> Tensor:
     """Return the state (len(STATE), B T) fp32 of logits (B, T, V), any strides, and targets (B T,)."""
     values = torch.empty(len(STATE), targets.shape[0], dtype=torch.float32, device=logits.device)
     rows_triton.update(logits, None, State(targets, values), 0, transform, ignore_index)
@@ -23,7 +23,7 @@ def backward(
     state: Tensor,
     upstream: Upstream,
     transform: Transform,
-    ignore_index: int,
+    ignore_index: int | None,
     out: Tensor,
 ) -> None:
     """Write dL/dlogits (B, T, V) to `out`, which may be the logits; 0 in ignored rows."""
