@@ -39,17 +39,20 @@ bench: $(VENV)/.test $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-json="$$($(BIN)/python -m benchmarks.results)"
 	$(BIN)/python -m benchmarks.plot
 
-# On a machine with a GPU, at most ten minutes: GPU tests, tile sweep, comparison with the peers -> OUT. PY=python3 uses an
-# existing environment and installs nothing; `make .venv/.bench gpu` installs the peers into .venv first.
+# On a machine with a GPU, ten minutes: every stage that they are enough for, in the order of what it decides -> OUT.
+# PY=python3 uses an existing environment and installs nothing; `make .venv/.bench gpu` installs the peers into .venv first.
+# Without make: python3 -m benchmarks.gpu.
 PY := $(BIN)/python
 OUT := benchmarks/results
 
 gpu: $(if $(filter file,$(origin PY)),$(VENV)/.test)
 	$(PY) -m benchmarks.gpu --out $(OUT)
 
-# Compile every kernel for every architecture, without a GPU: registers, spills, shared memory -> docs/aot.md.
+# Compile every kernel for every architecture, without a GPU: registers, spills, shared memory -> docs/aot.md; and predict from
+# that what the ops cost -> docs/costs.md.
 aot: $(VENV)/.test
 	$(BIN)/python -m tools.aot --markdown docs/aot.md
+	$(BIN)/python -m tools.plan_page
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -38,7 +38,18 @@ ROW = aot_budget.Row(
     tensor_memory=0,
     multiplies=True,
     instructions=["wgmma.mma_async"],
+    instructions_per_logit=None,
+    barriers=None,
     blocks=2,
+)
+# The same numbers at the edge of the budget of a kernel that walks rows.
+WALKS = ROW._replace(
+    kernel="_row_statistics_kernel",
+    case="logits",
+    multiplies=False,
+    instructions=[],
+    instructions_per_logit=14.0,
+    barriers=3,
 )
 
 
@@ -103,6 +114,34 @@ def test_what_breaks_the_budget_is_said(change: dict[str, object], said: str) ->
     assert aot_budget.violations(row) == [f"_some_kernel (case, 128x256 SOFTCAP, bf16, sm_{row.arch}) {said}"]
 
 
+def test_a_kernel_that_walks_rows_has_a_budget_of_instructions_and_barriers() -> None:
+    def said(**change: object) -> list[str]:
+        what = "_row_statistics_kernel ({}, 128x256 SOFTCAP, bf16, sm_90) "
+        row = WALKS._replace(**change)
+        return [sentence.removeprefix(what.format(row.case)) for sentence in aot_budget.violations(row)]
+
+    assert said() == []
+    assert said(instructions_per_logit=14.125) == ["issues 14.1 instructions a logit, of 14"]
+    assert said(barriers=4) == ["waits at 4 barriers a step, of 3"]
+    assert said(case="logits, ragged", instructions_per_logit=60.0) == []  # a softcap has its price
+    assert said(case="logits, ragged", barriers=4) == ["waits at 4 barriers a step, of 3"]
+    assert said(instructions_per_logit=None, barriers=None) == ["has no loop in which a step of a row was found"]
+
+
+def test_every_budget_is_of_a_kernel_and_of_cases_that_exist() -> None:
+    assert set(aot_budget.BUDGETS) <= kernels()
+    assert {case for budget in aot_budget.BUDGETS.values() for case in budget.instructions} <= set(aot_cases.CASES)
+
+
+def test_the_worst_of_several_specialisations_is_shown() -> None:
+    rows = [ROW, ROW._replace(registers=200), ROW._replace(registers=255, dtype="fp16")]
+    assert aot.worst([r._replace(case="linear") for r in rows]) == [r._replace(case="linear") for r in rows[1:]]
+    # Of kernels that walk rows it is the one that issues most, unless another one breaks its budget.
+    slow, big = WALKS._replace(instructions_per_logit=13.0), WALKS._replace(instructions_per_logit=9.0, registers=200)
+    assert aot.worst([big, slow]) == [slow]
+    assert aot.worst([slow, over := big._replace(barriers=4)]) == [over]
+
+
 @pytest.mark.parametrize(
     ("arch", "threads", "registers", "shared", "tensor_memory", "blocks"),
     [
@@ -123,13 +162,26 @@ def test_blocks_per_multiprocessor(
 
 
 def test_the_page_has_every_kernel_on_every_architecture() -> None:
-    versions, _, header, _, *rows = (ROOT / "docs/aot.md").read_text(encoding="utf-8").splitlines()
-    assert versions.startswith("triton ")
-    names = [cell.strip() for cell in header.split("|")]
-    cells = [dict(zip(names, (cell.strip() for cell in row.split("|")), strict=True)) for row in rows]
+    page = ROOT / "docs/aot.md"
+    assert page.read_text(encoding="utf-8").startswith("triton ")
+    cells = aot.read_page(page)
     shown = {(row["kernel"], row["arch"]) for row in cells}
     assert shown == set(product(kernels(), (f"sm_{arch}" for arch in aot_budget.MULTIPROCESSORS)))
     assert {row["spills"] for row in cells} == {"0"}
+    for row in cells:
+        assert bool(row["instructions/logit"] and row["barriers"]) == (row["kernel"] in aot_budget.BUDGETS), row
+
+
+def test_reads_the_page_that_it_writes(tmp_path: Path) -> None:
+    (tmp_path / "aot.md").write_text(f"triton 3.4.0, torch 2.8.0\n\n{aot.table([ROW, WALKS])}\n")
+    first, second = aot.read_page(tmp_path / "aot.md")
+    assert (first["kernel"], first["arch"], first["instructions/logit"], first["barriers"]) == (
+        "_some_kernel",
+        "sm_90",
+        "",
+        "",
+    )
+    assert (second["instructions/logit"], second["barriers"], second["blocks/SM"]) == ("14.0", "3", "2")
 
 
 def test_refuses_the_interpreter() -> None:

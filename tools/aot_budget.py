@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -47,8 +48,28 @@ class Row(NamedTuple):
     """True if the kernel has a matrix product that tensor cores can compute"""
     instructions: list[str]
     """matrix instructions, and cp.async.bulk.tensor where the copy engine (TMA) moves tiles"""
+    instructions_per_logit: float | None
+    """issued by each thread in a step of a kernel that walks rows of logits, over the logits that it takes (tools.aot_sass)"""
+    barriers: int | None
+    """at which the whole block waits in such a step"""
     blocks: int
     """blocks that fit on a multiprocessor"""
+
+
+class Budget(NamedTuple):
+    """What a kernel that walks rows may cost: six instructions a logit take an H200 about as long as one byte a logit."""
+
+    barriers: int
+    """in a step"""
+    instructions: Mapping[str, float]
+    """per logit, by case; in the other cases a bias, a softcap or ragged rows have their price"""
+
+
+BUDGETS = {
+    "_row_statistics_kernel": Budget(barriers=3, instructions={"chunked": 14, "logits": 14}),
+    "_row_gradient_kernel": Budget(barriers=0, instructions={"chunked": 10, "logits": 10}),
+    "_row_exponentials_kernel": Budget(barriers=3, instructions={"group": 14}),
+}
 
 
 def blocks_per_multiprocessor(arch: int, threads: int, registers: int, shared: int, tensor_memory: int = 0) -> int:
@@ -76,4 +97,18 @@ def violations(row: Row) -> list[str]:
         found.append(f"needs {row.tensor_memory} columns of tensor memory, of {_TENSOR_MEMORY}")
     elif row.multiplies and sm.instruction not in row.instructions:
         found.append(f"multiplies matrices without {sm.instruction}")
+    if row.kernel in BUDGETS:
+        found += _over(BUDGETS[row.kernel], row)
     return [f"{row.kernel} ({row.case}, {row.variant}, {row.dtype}, sm_{row.arch}) {what}" for what in found]
+
+
+def _over(budget: Budget, row: Row) -> list[str]:
+    if row.instructions_per_logit is None or row.barriers is None:
+        return ["has no loop in which a step of a row was found"]
+    found = []
+    if row.barriers > budget.barriers:
+        found.append(f"waits at {row.barriers} barriers a step, of {budget.barriers}")
+    limit = budget.instructions.get(row.case)
+    if limit is not None and row.instructions_per_logit > limit:
+        found.append(f"issues {row.instructions_per_logit:.1f} instructions a logit, of {limit}")
+    return found

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gem_kernels.gradients import Gradients
 from gem_kernels.operands import Operands, Upstream
+from gem_kernels.plan import padded
 from gem_kernels.softmax import Transform
-from gem_kernels.tiles import padded
 from gem_kernels.types import IGNORE_INDEX, LogitTransform, LowRank
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -69,6 +69,14 @@ def _linear(impl: str, shape: _Shape, everything: bool, dtype: torch.dtype) -> N
         backend.backward(x, targets, state, upstream, transform, IGNORE_INDEX, (True,) * 5, "")
 
 
+def _linear_none_ignored(shape: _Shape, dtype: torch.dtype) -> None:
+    """Launch the forward of linear_logprob_entropy with ignore_index=None; the backward launches nothing else for it."""
+    from gem_kernels.linear_logprob import triton as backend
+
+    x, targets, transform = _linear_arguments(shape, False, dtype)
+    backend.forward(x, targets, transform, None)
+
+
 def _group(shape: _Shape, everything: bool, dtype: torch.dtype) -> None:
     """Launch one slab of a group loss with cached exponentials (bf16); other dtypes launch the kernels of `chunked`."""
     from gem_kernels.group_loss.exponentials import Exponentials, follow_maximum_
@@ -101,8 +109,16 @@ def _spans(tokens: int, dtype: torch.dtype) -> None:
     backend.backward(mean, values, spans, counts, threshold, cut)
 
 
+def _hand_over(elements: int, dtype: torch.dtype) -> None:
+    """Launch what the backward of a group loss does to a gradient."""
+    from gem_kernels.scale_triton import scale_
+
+    scale_(_meta(elements, dtype=dtype), _meta())
+
+
 CASES = {
     "linear": Case(partial(_linear, "triton", _ALIGNED, False)),
+    "linear, none ignored": Case(partial(_linear_none_ignored, _ALIGNED)),
     "linear, everything": Case(partial(_linear, "triton", _ALIGNED, True)),
     "linear, ragged vocabulary": Case(partial(_linear, "triton", _RAGGED_VOCABULARY, False)),
     "linear, ragged": Case(partial(_linear, "triton", _RAGGED, True)),
@@ -111,6 +127,8 @@ CASES = {
     "chunked, ragged": Case(partial(_linear, "chunked", _RAGGED, True)),
     "group": Case(partial(_group, _ALIGNED, False), ("bf16",)),
     "group, ragged": Case(partial(_group, _RAGGED, True), ("bf16",)),
+    "hand-over": Case(partial(_hand_over, _ALIGNED.vocabulary * _ALIGNED.hidden)),
+    "hand-over, ragged": Case(partial(_hand_over, 2**31 + 1)),
     "logits": Case(partial(_logits, _ALIGNED, None)),
     "logits, ragged": Case(partial(_logits, _RAGGED, 30.0)),
     "spans": Case(partial(_spans, _ALIGNED.tokens), ("fp32",)),

@@ -13,7 +13,7 @@ from torch import Tensor
 from gem_kernels import linear_logprob_entropy, logprob_entropy, sega_loss, tiles, topm_mean
 from gem_kernels.operands import Operands
 from gem_kernels.softmax import RowGradient, State, Transform
-from gem_kernels.tiles import ChunkTile, FusedTile, RowTile, buffer_size, matrix, ranges
+from gem_kernels.tiles import ChunkTile, FusedTile, RowTile, matrix, tiling
 from gem_kernels.types import LogitTransform
 
 CUDA = torch.device("cuda")
@@ -90,9 +90,7 @@ def linear_forward(s: Shape, dtype: torch.dtype, bias: bool, device: torch.devic
     from gem_kernels.fused import launch_forward
 
     x, targets = linear_inputs(s, dtype, bias, device)
-    order = torch.arange(s.n, device=device)
-    count = torch.full((1,), s.n, dtype=torch.int32, device=device)
-    return lambda: launch_forward(x, targets, order, count, Transform.of(LogitTransform()))
+    return lambda: launch_forward(x, targets, None, Transform.of(LogitTransform()))
 
 
 def linear_backward(s: Shape, dtype: torch.dtype, bias: bool, device: torch.device) -> Callable[[], Tensor]:
@@ -101,12 +99,12 @@ def linear_backward(s: Shape, dtype: torch.dtype, bias: bool, device: torch.devi
 
     x, targets = linear_inputs(s, dtype, bias, device)
     gradient = row_gradient(targets)
-    shape, transform = tiles.chunk_tile(x.hidden), Transform.of(LogitTransform())
-    buffer = x.hidden.new_empty(buffer_size(s.n, s.v, shape))
+    parts, transform = tiling(x.hidden, s.v), Transform.of(LogitTransform())
+    buffer = x.hidden.new_empty(parts.elements)
 
     def run() -> Tensor:
-        for cols in ranges(s.v, shape.cols):
-            for part in ranges(s.n, shape.rows):
+        for cols in parts.columns:
+            for part in parts.rows:
                 tile = x.columns(cols)._replace(hidden=x.hidden[part])
                 dz = matrix(buffer, tile.hidden.shape[0], tile.weight.shape[0])
                 launch_dlogits(tile, None, gradient.rows(part), cols.start, transform, dz)
@@ -131,19 +129,23 @@ def chunked(s: Shape, device: torch.device) -> Callable[[], Tensor]:
     return run
 
 
-def rows_of_a_tile(device: torch.device) -> Callable[[], Tensor]:
-    """Time statistics and gradient of one chunk of fp32 logits, as `chunked` computes them."""
+def rows_of_a_tile(s: Shape, device: torch.device) -> Callable[[], Tensor]:
+    """Time statistics, gradient and cached exponentials of one chunk of fp32 logits, as `chunked` computes them."""
     from gem_kernels import rows_triton
+    from gem_kernels.group_loss.exponentials import cache_exponentials
 
-    n, cols = 4096, 4096
-    z, dz = numbers(n, cols, device=device, size=4.5), numbers(n, cols, device=device, dtype=BF16)
+    n, cols = min(s.n, 4096), min(s.v, 4096)
+    z, out = numbers(n, cols, device=device, size=4.5), numbers(2, n, cols, device=device, dtype=BF16)
+    reference = numbers(n, device=device)
     state = State.fresh(integers(cols, n, device))
     transform = Transform.of(LogitTransform())
     gradient = row_gradient(state.targets)
 
     def run() -> Tensor:
         rows_triton.update(z, None, state, 0, transform)
-        return rows_triton.gradient(z, None, gradient, 0, transform, dz)
+        rows_triton.gradient(z, None, gradient, 0, transform, out[0])
+        cache_exponentials(z, None, state, reference, out[1], 0, transform)
+        return out
 
     return run
 
@@ -159,9 +161,9 @@ def rows_of_logits(s: Shape, device: torch.device) -> Callable[[], Tensor]:
     return run
 
 
-def spans(device: torch.device) -> Callable[[], Tensor]:
+def spans(s: Shape, device: torch.device) -> Callable[[], Tensor]:
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 2000, (5000,), generator=generator)
+    lengths = torch.randint(1, 2000, (max(1, 5000 * s.n // REFERENCE.n),), generator=generator)
     cu = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).to(device)
     values = torch.rand(int(cu[-1]), generator=generator).to(device).requires_grad_()
     return lambda: torch.autograd.grad(topm_mean(values, cu, 0.1, impl="triton").sum(), values)[0]
@@ -170,8 +172,8 @@ def spans(device: torch.device) -> Callable[[], Tensor]:
 # --- the candidates ---------------------------------------------------------------------------------------------------
 
 HOPPER = [
-    FusedTile(128, 256, 64, 16, 8, 3),
     FusedTile(128, 256, 64, 16, 8, 4),
+    FusedTile(128, 256, 64, 16, 8, 3),
     FusedTile(128, 256, 64, 8, 8, 3),
     FusedTile(128, 256, 64, 32, 8, 3),
     FusedTile(256, 128, 64, 8, 8, 3),
@@ -212,11 +214,11 @@ FP32_TILES = [
     FusedTile(128, 128, 32, 16, 8, 3),
     FusedTile(128, 128, 32, 16, 8, 2),
 ]
-CHUNKS = [ChunkTile(rows, cols, 0) for cols in (4096, 8192, 16384, 2048) for rows in (4096, 8192, 2048)]
+CHUNKS = [ChunkTile(rows, cols, 0) for cols in (2048, 4096, 1024, 8192) for rows in (8448, 4224)]
 ROW_TILES = [
     RowTile(rows, block, warps)
     for rows, block, warps in [
-        (1, 8192, 8), (1, 4096, 8), (1, 4096, 4), (1, 8192, 16), (1, 2048, 4), (1, 2048, 8),
+        (1, 1024, 2), (1, 512, 1), (1, 2048, 4), (1, 8192, 8), (1, 4096, 8), (1, 4096, 4), (1, 8192, 16), (1, 2048, 8),
         (2, 4096, 8), (2, 2048, 8), (4, 1024, 8), (1, 1024, 4), (1, 16384, 16), (1, 16384, 8),
     ]
 ]  # fmt: skip
@@ -240,9 +242,9 @@ def tables(s: Shape, arch: int) -> list[Table]:
     return [
         *linear(2, 0 if copied else 1, s, False, HOPPER if copied else AMPERE),
         Table("_CHUNKED_CUDA", tiles._CHUNKED_CUDA, (arch, 2048), CHUNKS, partial(chunked, s)),
-        Table("ROWS", tiles.ROWS, (arch, 4), ROW_TILES, rows_of_a_tile),
+        Table("ROWS", tiles.ROWS, (arch, 4), ROW_TILES, partial(rows_of_a_tile, s)),
         Table("ROWS", tiles.ROWS, (arch, 2), ROW_TILES, partial(rows_of_logits, s)),
-        Table("SPANS", tiles.SPANS, (arch, 4), SPAN_TILES, spans),
+        Table("SPANS", tiles.SPANS, (arch, 4), SPAN_TILES, partial(spans, s)),
         Table("_CHUNKED_CUDA", tiles._CHUNKED_CUDA, (arch, 0), CHUNKS, partial(chunked, narrow)),
         *linear(4, 0 if copied else 1, small, False, FP32_TILES),
         *linear(2, 2, ragged, False, RAGGED),
