@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.contest import Exact, Result, Step, Task, taken
 from benchmarks.gold import Gold
 from benchmarks.measure import DoesNotError
-from benchmarks.peers import available
+from benchmarks.peers import available, impl_of, lacking
 from benchmarks.results import EAGER, OURS
 from benchmarks.shapes import SMALL
 from gem_kernels import logprob_entropy
@@ -26,8 +26,9 @@ def _eager(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _fn(library: str) -> _OfLogits:
-    if library == OURS:
-        return lambda logits, targets: logprob_entropy(logits, targets)
+    if library.startswith(OURS):
+        impl = impl_of(library)
+        return lambda logits, targets: logprob_entropy(logits, targets, impl=impl)
     if library == EAGER:
         return _eager
     if library == "torch.compile":
@@ -38,7 +39,7 @@ def _fn(library: str) -> _OfLogits:
     try:
         fn: _OfLogits = importlib.import_module("trl.kernels").selective_log_softmax_and_entropy
     except ImportError as error:
-        raise DoesNotError(f"cannot be imported: {error}") from error
+        raise DoesNotError(lacking(error, "TRL")) from error
     return fn
 
 
@@ -66,6 +67,15 @@ def _exact(gold: Gold) -> Exact:
     return Exact(log_p.gather(-1, targets)[:, 0], -(log_p.exp() * log_p).sum(-1))
 
 
-@pytest.mark.over(shapes=SMALL, libraries=[OURS, EAGER, "torch.compile", "TRL"])
+FROM_LOGITS = Task(
+    "logits at hand: logprob and entropy, forward + backward",
+    _from_logits,
+    _exact,
+    0,
+    [OURS, EAGER, "torch.compile", "TRL"],
+)
+
+
+@pytest.mark.over(shapes=SMALL, libraries=FROM_LOGITS.libraries)
 def test_from_logits(bench: Callable[[Task], None]) -> None:
-    bench(Task("logits at hand: logprob and entropy, forward + backward", _from_logits, _exact, gemms=0))
+    bench(FROM_LOGITS)

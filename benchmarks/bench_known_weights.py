@@ -32,7 +32,7 @@ def _known(gold: Gold, library: str) -> Step:
         return train_step(gold, ours)
     if library == LIGER_GRPO:
         return train_step(gold, _liger_grpo(gold))
-    loss, token_weight = weighted(library), x.token_weight()
+    loss, token_weight = weighted(library), x.token_weight
     return train_step(gold, lambda hidden, weight: (loss(x, hidden, weight, token_weight), None, None))
 
 
@@ -66,9 +66,12 @@ def _liger_grpo(gold: Gold) -> Callable[[Tensor, Tensor], tuple[Tensor, None, No
 
 
 def _exact(gold: Gold) -> Exact:
-    return Exact(gold.logprob, gold.entropy, *gold.gradients(-gold.x.token_weight()))
+    return Exact(gold.logprob, gold.entropy, *gold.gradients(-gold.x.token_weight))
 
 
-@pytest.mark.over(shapes=SMALL, libraries=[*LIBRARIES, LIGER_GRPO])
+KNOWN = Task("SEGA, weights known", _known, _exact, 3, [*LIBRARIES, LIGER_GRPO])
+
+
+@pytest.mark.over(shapes=SMALL, libraries=KNOWN.libraries)
 def test_known_weights(bench: Callable[[Task], None]) -> None:
-    bench(Task("SEGA, weights known", _known, _exact, gemms=3))
+    bench(KNOWN)

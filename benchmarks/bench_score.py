@@ -41,16 +41,23 @@ def _forward_backward(gold: Gold, library: str) -> Step:
     return train_step(gold, loss)
 
 
-@pytest.mark.over(shapes=MAIN if DEVICE.type == "cuda" else [*NARROW, *SMALL])
+def _exact(gold: Gold) -> Exact:
+    return Exact(gold.logprob, gold.entropy)
+
+
+def _exact_backward(gold: Gold) -> Exact:
+    return Exact(gold.logprob, gold.entropy, *gold.gradients(gold.x.a, gold.x.b))
+
+
+SCORE = Task("score: logprob and entropy, forward", _forward, _exact, 1)
+SCORE_BACKWARD = Task("score: logprob and entropy, forward + backward", _forward_backward, _exact_backward, 4)
+
+
+@pytest.mark.over(shapes=MAIN if DEVICE.type == "cuda" else [*NARROW, *SMALL], libraries=SCORE.libraries)
 def test_score(bench: Callable[[Task], None]) -> None:
-    bench(
-        Task("score: logprob and entropy, forward", _forward, lambda gold: Exact(gold.logprob, gold.entropy), gemms=1)
-    )
+    bench(SCORE)
 
 
-@pytest.mark.over(shapes=SMALL)
+@pytest.mark.over(shapes=SMALL, libraries=SCORE_BACKWARD.libraries)
 def test_score_and_backward(bench: Callable[[Task], None]) -> None:
-    def exact(gold: Gold) -> Exact:
-        return Exact(gold.logprob, gold.entropy, *gold.gradients(gold.x.a, gold.x.b))
-
-    bench(Task("score: logprob and entropy, forward + backward", _forward_backward, exact, gemms=4))
+    bench(SCORE_BACKWARD)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.conftest import record
+from benchmarks.conftest import record, tiny
 from benchmarks.contest import Row
 from benchmarks.measure import in_turns, peak_memory
 from benchmarks.results import OURS
@@ -74,8 +74,8 @@ def _rows(sequences: int, timed: bool) -> dict[str, Row]:
 
 
 @pytest.mark.over(libraries=list(_FUNCTIONS))
-def test_topm_mean(benchmark: Any, library: str) -> None:
-    sequences = 5000 if benchmark.enabled else 50
+def test_topm_mean(request: pytest.FixtureRequest, benchmark: Any, library: str) -> None:
+    sequences = 50 if tiny(request.config) else 5000
     row = _rows(sequences, benchmark.enabled)[library]
     shape = {"shape": f"{sequences} sequences of 64 to 2048", "N": int(_spans(sequences)[1][-1]), "dtype": "float32"}
     record(benchmark, {"task": "topm_mean of ragged sequences, forward", **shape, "library": library}, row)

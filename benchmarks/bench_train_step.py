@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.conftest import record
+from benchmarks.conftest import record, tiny
 from benchmarks.contest import Row, taken
 from benchmarks.measure import DoesNotError, in_turns, peak_memory
 from benchmarks.peers import per_token
 from benchmarks.results import EAGER, OURS
-from benchmarks.sega import batch_weights, group_weights, groups
-from benchmarks.shapes import DEVICE, GROUP, Inputs
+from benchmarks.sega import batch_weights, group_weights
+from benchmarks.shapes import DEVICE, GROUP, make_groups
 from gem_kernels import TokenStats, linear_group_loss
 
 LIBRARIES = [OURS, EAGER, "TRL"]
@@ -74,13 +73,13 @@ else:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "model" in metafunc.fixturenames:
-        models = [TINY] if metafunc.config.getoption("benchmark_disable", False) else MODELS
+        models = [TINY] if tiny(metafunc.config) else MODELS
         metafunc.parametrize("model", models, ids=[model.name for model in models])
 
 
 @lru_cache(maxsize=1)
-def _build(model: Model) -> tuple[Any, Tensor, Inputs]:
-    """Return the model, its input (S, T + 1), and the offsets of sequences and groups."""
+def _build(model: Model) -> tuple[Any, Tensor]:
+    """Return the model and its input (S, T + 1)."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     with torch.device(DEVICE):
@@ -102,29 +101,27 @@ def _build(model: Model) -> tuple[Any, Tensor, Inputs]:
         net.gradient_checkpointing_enable({"use_reentrant": False})
     net.train()
     ids = torch.randint(0, config.vocab_size, (model.sequences, model.length + 1), device=DEVICE)
-    cu = torch.arange(model.sequences + 1, dtype=torch.int32, device=DEVICE) * model.length
-    nothing = torch.empty(0)
-    x = Inputs(nothing, nothing, ids[:, 1:].reshape(-1), nothing, nothing, cu, cu[::GROUP], nothing, nothing, nothing)
-    return net, ids, x
+    return net, ids
 
 
 def _step(model: Model, library: str) -> Callable[[], tuple[Tensor, ...]]:
-    net, ids, x = _build(model)
-    head = net.get_output_embeddings().weight
-    cu_seqlens = [cu for _, cu in groups(x)]
+    net, ids = _build(model)
+    head, targets = net.get_output_embeddings().weight, ids[:, 1:].reshape(-1)
+    cu_seqlens = torch.arange(model.sequences + 1, dtype=torch.int32) * model.length
+    groups, cu_groups = make_groups(cu_seqlens, cu_seqlens[::GROUP], DEVICE), cu_seqlens[::GROUP].to(DEVICE)
     fn = None if library == OURS else per_token(library, entropy=True)
 
     def loss_fn(stats: TokenStats, group: int) -> Tensor:
-        return -(group_weights(stats.entropy.detach(), cu_seqlens[group]) * stats.logprob).sum()
+        return -(group_weights(stats.entropy.detach(), groups[group]) * stats.logprob).sum()
 
     def step() -> tuple[Tensor, ...]:
         hidden = net.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
         if fn is None:
-            loss = linear_group_loss(hidden, head, x.targets, x.cu_groups, loss_fn).loss
+            loss = linear_group_loss(hidden, head, targets, cu_groups, loss_fn).loss
         else:
-            logprob, entropy = fn(hidden, head, x.targets, True)
+            logprob, entropy = fn(hidden, head, targets, True)
             assert entropy is not None
-            loss = -(batch_weights(entropy.detach(), x) * logprob).sum()
+            loss = -(batch_weights(entropy.detach(), groups) * logprob).sum()
         loss.backward()
         return (loss.detach(), *(grad for grad in taken(*net.parameters()) if grad is not None))
 
@@ -152,7 +149,6 @@ def _rows(model: Model, timed: bool) -> dict[str, Row]:
         )
         steps[library] = step
         del grads, loss
-        gc.collect()
     for library, times in (in_turns(steps) if timed else {}).items():
         rows[library] = rows[library]._replace(times=times)
     return rows

@@ -1,15 +1,16 @@
 """How `pytest benchmarks/` runs: shapes, libraries, order, printed table and JSON.
 
 A benchmark takes `shape` and `library` from its marker `over(shapes=..., libraries=...)` and passes a Task to `bench`. With
-`--benchmark-disable` the shape is tiny and nothing is timed, so that the run only checks the code.
+`--benchmark-disable` the shape is tiny and nothing is timed, so that the run only checks the code. With `--tiny` the shape is
+tiny too, and its times, which mean nothing, are recorded: a dry run.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import pytest
 import torch
 
 from benchmarks import results
-from benchmarks.contest import Row, Task, compete, describe
+from benchmarks.contest import Row, Task, compete, describe, result_of
 from benchmarks.measure import STOPWATCH
 from benchmarks.peers import LIBRARIES
+from benchmarks.record import Record, append, timed
 from benchmarks.results import OURS
 from benchmarks.shapes import DEVICE, MAIN, TINY, Shape
 from tools.device import LOST
+from tools.files import read_json
 
 _rows: dict[tuple[str, str], dict[str, Row]] = {}
 _does_not: list[dict[str, str]] = []
@@ -42,6 +45,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar=("OLD.json", "NEW.json"),
         help="run nothing; compare two results by their ratios to eager, and fail where the new one is worse",
     )
+    parser.addoption("--tiny", action="store_true", help="a tiny shape in place of every other: a dry run")
+
+
+def tiny(config: pytest.Config) -> bool:
+    """True if a tiny shape takes the place of every other."""
+    return bool(config.getoption("benchmark_disable", False) or config.getoption("--tiny"))
 
 
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
@@ -56,17 +65,13 @@ def pytest_cmdline_main(config: pytest.Config) -> int | None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_quiet = True  # our own table shows more
-    config.addinivalue_line(
-        "markers", "over(shapes, libraries): the parameters of a benchmark; by default every library"
-    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    disabled = metafunc.config.getoption("benchmark_disable", False)
     marker = metafunc.definition.get_closest_marker("over")
     over = marker.kwargs if marker else {}
     if "shape" in metafunc.fixturenames:
-        metafunc.parametrize("shape", [TINY] if disabled else over["shapes"], ids=str)
+        metafunc.parametrize("shape", [TINY] if tiny(metafunc.config) else over["shapes"], ids=str)
     if "library" in metafunc.fixturenames:
         metafunc.parametrize("library", over.get("libraries", LIBRARIES))
 
@@ -79,7 +84,10 @@ def _compiles_too_long(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sort by shape: fp64 results are kept for one shape at a time. The main shape is first, in case time runs out."""
+    """Sort by shape: fp64 results are kept for one shape at a time. The main shape is first, in case time runs out.
+
+    torch.compile, which takes half a minute to compile, is last on a GPU.
+    """
     ours = [item for item in items if Path(item.path).parent == Path(__file__).parent]
     dropped = [item for item in ours if _compiles_too_long(item)]
     config.hook.pytest_deselected(items=dropped)
@@ -88,12 +96,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in ours:
         item.add_marker(pytest.mark.benchmark(timer=STOPWATCH))
         order.setdefault(_param(item, "shape"), len(order))
-    by_shape = iter(sorted(ours, key=lambda item: order[_param(item, "shape")]))
+
+    def rank(item: pytest.Item) -> tuple[bool, int]:
+        return DEVICE.type == "cuda" and _param(item, "library") == "torch.compile", order[_param(item, "shape")]
+
+    by_shape = iter(sorted(ours, key=rank))
     items[:] = [next(by_shape) if item in ours else item for item in items if item not in dropped]
 
 
 def _param(item: pytest.Item, name: str) -> Any:
     return item.callspec.params.get(name) if hasattr(item, "callspec") else None
+
+
+@lru_cache(maxsize=1)
+def _timed_before() -> set[tuple[str, str, str]]:
+    """Return what the run on a GPU that this process belongs to had timed when it started."""
+    record = Record.of_environment()
+    return timed(read_json(record.path) or {}) if record else set()
 
 
 def _rivals(request: pytest.FixtureRequest) -> Iterable[str]:
@@ -114,7 +133,6 @@ def _device() -> Iterator[None]:
     """Release GPU memory after every row. A lost device ends the process, and `make gpu` starts another."""
     yield
     if DEVICE.type == "cuda":
-        gc.collect()
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -127,14 +145,16 @@ def bench(request: pytest.FixtureRequest, benchmark: Any, shape: Shape, library:
     """Check, time and record one library at one task."""
 
     def run(task: Task) -> None:
+        if (task.name, shape.name, library) in _timed_before():
+            pytest.skip("an earlier stage of this run has timed it")
         known = _rows.setdefault((task.name, shape.name), {})
         if library not in known:
             known.update(compete(task, shape, _rivals(request), timed=benchmark.enabled))
         row, key = known[library], {"task": task.name, **describe(shape), "library": library}
         if row.reason is not None:
-            missing = {**key, "reason": row.reason}
+            missing = result_of(key, row)
             _does_not.append(missing)
-            results.append(missing)
+            append(missing)
             assert not library.startswith(OURS), row.reason
             pytest.skip(row.reason)
         record(benchmark, key, row)
@@ -148,11 +168,9 @@ def record(benchmark: Any, key: dict[str, Any], row: Row) -> None:
     times = row.times or [0.0]
     benchmark.pedantic(STOPWATCH.play, args=(iter(times),), rounds=len(times))
     if benchmark.enabled:
-        median = benchmark.stats.stats.median
-        _timed.append({**key, **row.info, "median s": median, "rounds": len(times)})
-        results.append(
-            {"extra_info": key | row.info, "stats": {"median": median, "min": min(times), "rounds": len(times)}}
-        )
+        result = result_of(key, row)
+        _timed.append({**result["extra_info"], "median s": result["stats"]["median"], "rounds": len(times)})
+        append(result)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

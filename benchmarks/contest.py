@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.gold import Gold, gold_of, relative_error
 from benchmarks.measure import DoesNotError, bare_mm, in_turns, peak_memory
-from benchmarks.peers import ENTROPY_FIRST
+from benchmarks.peers import ENTROPY_FIRST, LIBRARIES, lacking
 from benchmarks.results import EAGER, OURS
 from benchmarks.shapes import DEVICE, MAIN, TINY, Shape
 
@@ -45,6 +46,7 @@ class Task(NamedTuple):
     exact: Callable[[Gold], Exact]
     gemms: int
     """products of 2NDV FLOP that the task cannot avoid; the share of the GEMM rate counts these"""
+    libraries: Sequence[str] = LIBRARIES
 
 
 class Row(NamedTuple):
@@ -95,9 +97,10 @@ def _enter(task: Task, gold: Gold, exact: Exact, library: str) -> tuple[Step | N
     except Exception as error:
         if library.startswith(OURS):
             raise
-        return None, Row(
-            f"fails: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300], {}, []
-        )
+        if isinstance(error, ImportError):  # some libraries import their kernels when they are called
+            return None, Row(lacking(error, library), {}, [])
+        said = str(error).splitlines()[0] if str(error) else ""
+        return None, Row(f"fails: {type(error).__name__}: {said}"[:300], {}, [])
     info = {"peak extra MiB": None if peak is None else round(peak, 1)}
     info |= {f"error of {name}": float(f"{value:.2e}") for name, value in found.items()}
     return step, Row(None, info, [])
@@ -125,6 +128,15 @@ def compete(task: Task, shape: Shape, libraries: Iterable[str], timed: bool) -> 
             info["share of GEMM rate"] = round(task.gemms * unit / median, 3)
         rows[library] = Row(None, info, times)
     return rows
+
+
+def result_of(key: dict[str, Any], row: Row) -> dict[str, Any]:
+    """Return a row as benchmarks/results holds it: with times, or with the reason for having none."""
+    if row.reason is not None:
+        return {**key, "reason": row.reason}
+    times = row.times or [0.0]
+    stats = {"median": statistics.median(times), "min": min(times), "rounds": len(times)}
+    return {"extra_info": key | row.info, "stats": stats}
 
 
 def describe(shape: Shape) -> dict[str, Any]:

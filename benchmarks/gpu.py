@@ -1,77 +1,40 @@
-"""`make gpu`: everything that needs a GPU, in one command of less than ten minutes.
+"""`make gpu`: everything that needs a GPU, in the order of what it decides; the first stages fit ten minutes.
 
-    python -m benchmarks.gpu [--out benchmarks/results] [--seconds 560] [--stages tests sweep bench]
+    python -m benchmarks.gpu [--out benchmarks/results] [--seconds 560] [--stages smoke claims ...]
+    python -m benchmarks.gpu --dry-run                every stage at a tiny shape on a CPU, in less than five minutes
+    python -m benchmarks.gpu --collect JSON [JSON ...]      the benchmarks of several runs in one file, for benchmarks.plot
 
-Three stages, each with its own processes and time limit: the GPU tests, the tile sweep (tools/sweep.py), the benchmarks. A
-failed stage does not stop the next. OUT/gpu-<device>-<date>.log holds all output. OUT/gpu-<device>-<date>.json holds the
-results and is replaced by rename as they come in. OUT/<device>-<date>.json holds the benchmarks in the format of `make bench`.
-Exit status: 0, or the sum of 2 (tests), 4 (sweep) and 8 (bench) for the stages that failed. Without a CUDA device it is 1, and
-nothing is written.
+Nothing is installed and no `make` is needed: an interpreter with torch, triton and pytest is enough. Each stage has its own
+processes and time limit, ends with a decision computed from its numbers, and may be run alone. A failed stage does not stop the
+next. A stage for which too little time is left is not run, and named at the end.
+
+OUT/gpu-<device>-<date>.log holds all output. OUT/gpu-<device>-<date>.json holds header, rows and decisions; a row is in it
+before the next one is measured, so a killed run loses nothing. OUT/<device>-<date>.json holds the benchmarks in the format of
+`make bench`. A dry run writes to a temporary folder unless --out is given. Exit status: 0; 2 if a stage failed; 1 without a
+CUDA device, and then nothing is written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.gpu_tests import Tests, read_events
-from benchmarks.processes import Log, run
-from benchmarks.results import ROOT
-from tools.files import Json, read_json, write_json
+from benchmarks.gpu_stages.suites import STAGES, Call
+from benchmarks.processes import Log
+from benchmarks.record import Record, benchmarks_in, key_of
+from tools.files import Json, read_json, update_json, write_json
 
-
-def run_sweep(log: Log, scratch: Path, seconds: float) -> Json:
-    """Run the tile sweep, and start it again after a candidate that killed its process."""
-    deadline = time.monotonic() + seconds
-    out, status = scratch / "sweep.json", None
-    for _ in range(6):
-        left = deadline - time.monotonic()
-        if left < 20:
-            break
-        command = [sys.executable, "-m", "tools.sweep", "--json", str(out), "--seconds", str(int(left - 10))]
-        status = run(command, log, "sweep", left, {})
-        if status == 0:
-            break
-    found: Json = read_json(out) or {"rows": []}
-    return {**found, "ok": status == 0 and any(row.get("best") for row in found["rows"])}
-
-
-GPU_TESTS = [
-    f"tests/test_{name}.py"
-    for name in (
-        *("linear_logprob", "linear_logprob_oracles", "linear_logprob_calls", "logprob", "group_loss", "sega_loss"),
-        *("scoring", "gpu", "gpu_runtime"),
-    )
-]
-"""files with cases marked `gpu`"""
-
-
-def run_stage(name: str, log: Log, scratch: Path, seconds: float) -> Json:
-    if name == "tests":
-        # Most of the time is compilation, and one process compiles on one core.
-        workers = max(1, min(4, (os.cpu_count() or 1) // 3))
-        *files, last = GPU_TESTS
-        return Tests(name, last, log, scratch, {}, workers, "-m", "gpu", *files).run(seconds)
-    if name == "sweep":
-        return run_sweep(log, scratch, seconds)
-    out = scratch / "benchmarks.jsonl"
-    env = {results.ROWS: str(out), results.DEADLINE: str(time.time() + seconds - 10)}
-    found = Tests(name, "benchmarks", log, scratch, env, 1).run(seconds)
-    return {**found, **results.from_rows(out)}
-
-
-STAGES = {"tests": (2, 235), "sweep": (4, 145), "bench": (8, 165)}  # exit status, seconds
+DRY = "dry run: no number here means anything"
+WORTHWHILE = 1 / 3
+"""the share of its time without which a stage is not begun"""
 
 
 def describe() -> Json:
@@ -85,70 +48,123 @@ def describe() -> Json:
     }
 
 
+class Run:
+    """The stages of one call, their files and their time."""
+
+    def __init__(self, out: Path, stages: Sequence[str], seconds: float, dry: bool) -> None:
+        self.start, self.seconds, self.stages, self.dry = time.monotonic(), seconds, stages, dry
+        self.header = describe() | ({"dry run": DRY} if dry else {})
+        out.mkdir(parents=True, exist_ok=True)
+        device = re.sub(r"[^A-Za-z0-9]+", "-", self.header["device"]).strip("-")
+        date = re.sub(r"\D", "", self.header["date"][:19])
+        stem = f"gpu-{'dry-run-' if dry else ''}{device}-{date}"
+        self.path, self.log = out / f"{stem}.json", Log(out / f"{stem}.log")
+        update_json(self.path, lambda whole: whole.update({"header": self.header, "stages": {}}))
+        self.log(json.dumps(self.header, indent=1))
+
+    def limit(self, number: int) -> float:
+        """Return the seconds of a stage: its own and what earlier ones left over, within the time of the call."""
+        left = self.seconds - (time.monotonic() - self.start)
+        later = sum(STAGES[name].seconds for name in self.stages[number + 1 :])
+        return min(left, max(STAGES[self.stages[number]].seconds, left - later))
+
+    def run(self) -> int:
+        failed, not_run, decisions = [], [], []
+        with tempfile.TemporaryDirectory() as folder:
+            for number, name in enumerate(self.stages):
+                seconds = self.limit(number)
+                if seconds < WORTHWHILE * STAGES[name].seconds:
+                    not_run.append(name)
+                    continue
+                ok, decision = self.stage(
+                    Call(name, self.log, Record(self.path, name), Path(folder), seconds, self.dry)
+                )
+                decisions.append(decision)
+                failed += [] if ok else [name]
+        document = update_json(self.path, lambda whole: whole.update({"failed": failed, "not run": not_run}))
+        self.benchmarks([document])
+        self.log("\n".join(["", *decisions, "", str(self.path)]))
+        if not_run:
+            self.log(f"no time left; go on with: python -m benchmarks.gpu --stages {' '.join(not_run)}")
+        outcome = f"FAILED: {', '.join(failed)}" if failed else "no stage failed"
+        self.log(f"{outcome}, {time.monotonic() - self.start:.0f} s")
+        return 2 if failed else 0
+
+    def stage(self, call: Call) -> tuple[bool, str]:
+        """Run a stage, and put its outcome and its decision on file."""
+        self.log(f"=== {call.name}: {call.seconds:.0f} s at most")
+        began = time.monotonic()
+        try:
+            ok = STAGES[call.name].run(call)
+        except Exception as error:  # the next stage still runs
+            call.record.put(crashed=f"{type(error).__name__}: {error}")
+            ok = False
+        took = round(time.monotonic() - began, 1)
+        try:
+            said = STAGES[call.name].decide(call.record.read())
+        except Exception as error:  # rows that nobody foresaw
+            ok, said = False, f"no decision: {type(error).__name__}: {error}"
+        call.record.put(ok=ok, seconds=took, decision=said)
+        decision = f"DECISION {call.name}{f' ({DRY})' if self.dry else ''}: {said}"
+        self.log(f"{decision}\n=== {call.name}: {'ok' if ok else 'FAILED'}, {took:.0f} s")
+        return ok, decision
+
+    def benchmarks(self, documents: Sequence[Json]) -> None:
+        name = f"{self.path.stem}-benchmarks.json" if self.dry else results.path_of_today().name
+        collect(documents, self.path.with_name(name))
+
+
+def collect(documents: Sequence[Json], path: Path) -> None:
+    """Write the benchmarks of runs on one device as `make bench` would; nothing if there are none.
+
+    A later row replaces an earlier one of the same task, shape and library. Rows that the file already has of this commit stay.
+    """
+    header = documents[-1]["header"]
+    commit = {"id": header["commit"], "dirty": any(document["header"]["changed files"] for document in documents)}
+    before = read_json(path) or {}
+    found = [before] if before.get("commit_info", {}).get("id") == commit["id"] else []
+    found += [benchmarks_in(document) for document in documents]
+    rows = {key_of(row): row for of_one in found for row in of_one["benchmarks"]}
+    missing = {key_of(row): row for of_one in found for row in of_one["does_not"] if key_of(row) not in rows}
+    if rows:
+        about = {"machine_info": header, "commit_info": commit, "datetime": header["date"]}
+        write_json(path, {**about, "benchmarks": list(rows.values()), "does_not": list(missing.values())})
+
+
+def collect_files(paths: Sequence[Path], out: Path) -> int:
+    documents = [read_json(path) for path in paths]
+    devices = {document["header"]["device"] for document in documents}
+    if len(devices) > 1 or any("dry run" in document["header"] for document in documents):
+        print(f"expected runs on one device, and no dry run; got {', '.join(sorted(devices))}")
+        return 1
+    header = documents[-1]["header"]
+    name = re.sub(r"[^A-Za-z0-9]+", "-", header["device"]).strip("-").lower()
+    path = out / f"{name}-{header['date'][:10]}.json"
+    collect(documents, path)
+    print(path)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="GPU tests, tile sweep, times beside the peers.")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser = argparse.ArgumentParser(description="Everything that needs a GPU, in the order of what it decides.")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results; a temporary folder for a dry run")
     parser.add_argument("--seconds", type=float, default=560, help="for all stages together")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, at tiny shapes")
+    parser.add_argument(
+        "--collect", nargs="+", type=Path, metavar="JSON", help="run nothing; join the benchmarks of runs"
+    )
     args = parser.parse_args(argv)
-    start = time.monotonic()
+    out = args.out or (Path(tempfile.mkdtemp(prefix="gpu-dry-run-")) if args.dry_run else results.FOLDER)
+    if args.collect:
+        return collect_files(args.collect, out)
     import torch
 
-    if not torch.cuda.is_available():
+    if not args.dry_run and not torch.cuda.is_available():
         print("no CUDA device")
         return 1
-    header = describe()
-    args.out.mkdir(parents=True, exist_ok=True)
-    date = re.sub(r"\D", "", header["date"][:16])
-    name = f"gpu-{re.sub(r'[^A-Za-z0-9]+', '-', header['device']).strip('-')}-{date}"
-    path, log = args.out / f"{name}.json", Log(args.out / f"{name}.log")
-    document: Json = {"header": header, "stages": {}}
-    log(json.dumps(header, indent=1))
-    status = 0
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        stop = threading.Event()
-
-        def keep_up() -> None:
-            """Write the results of the running stage every few seconds."""
-            while not stop.wait(3):
-                so_far = {file.stem: read_json(file) for file in scratch.glob("*.json")}
-                events = [e for file in scratch.glob("*.events") for e in read_events(file) if "outcome" in e]
-                so_far["tests"] = {
-                    "counts": Counter(e["outcome"] for e in events),
-                    "failed": {e["test"]: e["said"] for e in events if e["outcome"] == "failed"},
-                }
-                write_json(path, {**document, "so far": so_far})
-
-        keeper = threading.Thread(target=keep_up, daemon=True)
-        keeper.start()
-        for i, stage in enumerate(args.stages):
-            bit, _ = STAGES[stage]
-            # A stage may use the time that earlier ones left over, but not the time reserved for later ones.
-            later = sum(STAGES[name][1] for name in args.stages[i + 1 :])
-            seconds = max(60.0, args.seconds - (time.monotonic() - start) - later)
-            log(f"=== {stage}: {seconds:.0f} s at most")
-            began = time.monotonic()
-            try:
-                outcome = run_stage(stage, log, scratch, seconds)
-            except Exception as error:  # the next stage still runs
-                outcome = {"ok": False, "error": f"{type(error).__name__}: {error}"}
-            outcome["seconds"] = round(time.monotonic() - began, 1)
-            document["stages"][stage] = outcome
-            status += 0 if outcome["ok"] else bit
-            log(f"=== {stage}: {'ok' if outcome['ok'] else 'FAILED'}, {outcome['seconds']:.0f} s")
-        stop.set()
-        keeper.join()
-    failed = [stage for stage in args.stages if not document["stages"][stage]["ok"]]
-    document["failed"], document["seconds"] = failed, round(time.monotonic() - start, 1)
-    if bench := document["stages"].get("bench", {}).get("benchmarks"):
-        commit = {"id": header["commit"], "dirty": bool(header["changed files"])}
-        about = {"machine_info": header, "commit_info": commit, "datetime": header["date"]}
-        does_not = document["stages"]["bench"]["does_not"]
-        write_json(args.out / results.path_of_today().name, {**about, "benchmarks": bench, "does_not": does_not})
-    write_json(path, document)
-    log(f"{path}\n{'failed: ' + ', '.join(failed) if failed else 'all stages ok'}, {document['seconds']:.0f} s")
-    return status
+    stages = [name for name in STAGES if name in args.stages]
+    return Run(out, stages, args.seconds, args.dry_run).run()
 
 
 if __name__ == "__main__":

@@ -11,10 +11,13 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import SILENCE, Log, run
+from benchmarks.record import Record
 from tools.files import Json
 
 EVENTS = "GEM_KERNELS_EVENTS"
@@ -44,6 +47,27 @@ def pytest_runtest_logreport(report: Any) -> None:
         trace = report.longreprtext[-8000:] if report.outcome == "failed" else ""
         seconds = round(report.duration, 2)
         _event(test=report.nodeid, outcome=report.outcome, seconds=seconds, said=said[:2000], trace=trace)
+        _record(report.nodeid, report.outcome, said[:500])
+
+
+_unrecorded: Counter[str] = Counter()
+
+
+def _record(test: str, outcome: str, said: str) -> None:
+    """Put a failure on file at once, and the number of other outcomes now and then."""
+    record = Record.of_environment()
+    if record is None:
+        return
+    _unrecorded[outcome] += 1
+    if outcome == "failed" or _unrecorded.total() >= 20:
+        record.change(partial(_add, failed={test: said} if outcome == "failed" else {}))
+        _unrecorded.clear()
+
+
+def _add(mine: Json, failed: dict[str, str]) -> None:
+    so_far = mine.setdefault("so far", {"counts": {}, "failed": {}})
+    so_far["counts"] = Counter(so_far["counts"]) + _unrecorded
+    so_far["failed"] |= failed
 
 
 def read_events(path: Path) -> list[Json]:
@@ -56,13 +80,21 @@ def read_events(path: Path) -> list[Json]:
 
 
 class Tests:
-    """The tests of a file or folder, run by several processes. A process that loses its device is replaced by a new one."""
+    """The tests of some files, run by several processes. A process that loses its device is replaced by a new one."""
 
     def __init__(
-        self, name: str, file: str, log: Log, scratch: Path, env: dict[str, str], workers: int, *selected: str
+        self,
+        name: str,
+        log: Log,
+        scratch: Path,
+        env: dict[str, str],
+        workers: int,
+        selected: Sequence[str],
+        options: Sequence[str] = (),
     ) -> None:
-        self.name, self.file, self.log, self.scratch, self.env = name, file, log, scratch, env
-        self.workers, self.selected = workers, selected
+        """selected: arguments of pytest that choose tests. options: arguments of every pytest."""
+        self.name, self.log, self.scratch, self.env = name, log, scratch, env
+        self.workers, self.selected, self.options = workers, selected, options
         self.collected: list[str] = []
         self.outcomes: dict[str, Json] = {}
         self.lock = threading.Lock()
@@ -76,12 +108,12 @@ class Tests:
             return time.monotonic() - age
 
         environment = {EVENTS: str(events), "CUBLAS_WORKSPACE_CONFIG": ":4096:8", **self.env}
-        command = [sys.executable, "-m", "pytest", *flags, *arguments]
+        command = [sys.executable, "-m", "pytest", *flags, *self.options, *arguments]
         return run(command, self.log, events.stem, seconds, environment, alive)
 
     def collect(self, seconds: float) -> None:
         events = self.scratch / f"{self.name}.events"
-        self.pytest(events, seconds, "--collect-only", "-qqq", *self.selected, self.file)
+        self.pytest(events, seconds, "--collect-only", "-qqq", *self.selected)
         self.collected = [test for e in read_events(events) for test in e.get("collected", [])]
 
     def work(self, number: int, deadline: float) -> None:

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import statistics
 import sys
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -19,8 +18,8 @@ from tools.device import milliseconds
 
 ROUNDS, SECONDS = (3, 8.0) if DEVICE.type == "cpu" else (25, 0.5)
 """Runs per library. If they would take longer than SECONDS there are fewer, but at least two."""
-CLAIM_ROUNDS = max(5, ROUNDS)
-"""Runs of the libraries that a claim is about, however long they take."""
+CLAIM_ROUNDS = 5 if DEVICE.type == "cpu" else 9
+"""Runs at least of the libraries that a claim is about, however long they take."""
 MANY_ROUNDS, FEW_SECONDS = max(9, ROUNDS), 0.25
 """Up to MANY_ROUNDS runs within FEW_SECONDS, because short runs are easily disturbed."""
 MIB = 1 << 20
@@ -48,12 +47,7 @@ STOPWATCH = Stopwatch()
 
 def seconds(step: Callable[[], object]) -> float:
     """Time one run on the device."""
-    gc.collect()
-    if DEVICE.type == "cuda":
-        return milliseconds(step) / 1e3
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
+    return milliseconds(step) / 1e3
 
 
 def in_turns(steps: Mapping[str, Callable[[], object]], claimed: Collection[str] = ()) -> dict[str, list[float]]:
@@ -67,7 +61,7 @@ def in_turns(steps: Mapping[str, Callable[[], object]], claimed: Collection[str]
     for done in range(MANY_ROUNDS):
         for name, step in steps.items():
             with_this = sum(times[name]) * (done + 1) / max(1, done)
-            wanted = CLAIM_ROUNDS if name in claimed else ROUNDS if with_this <= SECONDS else 2
+            wanted = max(CLAIM_ROUNDS if name in claimed else 2, ROUNDS if with_this <= SECONDS else 0)
             if done < wanted or with_this <= FEW_SECONDS:
                 times[name].append(seconds(step))
     return times

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
-from typing import Any, NamedTuple
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,10 @@ class Peer(NamedTuple):
     entropy: bool = False
     per_token: bool = True
     gpu_only: bool = False
+    kernels: str | None = None
+    """the distribution with which its kernels are written; it is imported at the first call"""
+    kernels_on: tuple[int, int] | None = None
+    """the one compute capability that gets these kernels; None: every GPU"""
 
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
@@ -64,9 +68,18 @@ def _torch_fused() -> PerToken:
     return per_token
 
 
+def _trl_chunk() -> int:
+    """Return the vocabulary chunk of TRL's trainers. Their module imports `datasets`, which the kernel does not need."""
+    try:
+        chunk: int = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE
+    except (ImportError, RuntimeError):  # transformers' lazy modules turn the first into the second
+        return 32_768
+    return chunk
+
+
 def _trl() -> PerToken:
     function = importlib.import_module("trl.kernels").ChunkedLogProbFunction
-    chunk = importlib.import_module("trl.trainer.utils")._CHUNKED_LOGPROB_CHUNK_SIZE  # the value of its trainers
+    chunk = _trl_chunk()
     known = {"bias": None, "temperature": 1.0, "chunk_size": chunk, "final_logit_softcapping": None, "logit_scale": 1.0}
     names = list(inspect.signature(function.forward).parameters)[1:]  # the order differs between versions
 
@@ -135,18 +148,26 @@ PEERS = {
     "torch.compile": Peer(_compiled, entropy=True),
     "F.linear_cross_entropy": Peer(_torch_fused),
     "TRL": Peer(_trl, "trl", entropy=True),
-    "Liger scaled CE": Peer(_liger_scaled, "liger-kernel", entropy=True),
+    "Liger scaled CE": Peer(
+        _liger_scaled, "liger-kernel", entropy=True, kernels="nvidia-cutlass-dsl", kernels_on=(9, 0)
+    ),
     "Liger CE": Peer(_liger_cross_entropy, "liger-kernel", gpu_only=True),
     "CCE": Peer(_cce, "cut-cross-entropy", gpu_only=True),
-    "quack": Peer(_quack, "quack-kernels", per_token=False, gpu_only=True),
+    "quack": Peer(_quack, "quack-kernels", per_token=False, gpu_only=True, kernels="nvidia-cutlass-dsl"),
     "verl": Peer(_verl, "verl", entropy=True, gpu_only=True),
 }
 LIBRARIES = [OURS, *([OURS_TRITON] if DEVICE.type == "cuda" else []), *PEERS]
+HEADLINE = [OURS, EAGER, "TRL", "Liger scaled CE"]
+"""the libraries that are timed before all others on a GPU"""
 PACKAGES = sorted({peer.package for peer in PEERS.values() if peer.package})
+_DISTRIBUTIONS = {"cutlass": "nvidia-cutlass-dsl", "tvm_ffi": "apache-tvm-ffi"}
+"""modules whose distribution has another name"""
 
 
 def impl_of(library: str) -> Impl:
-    return "triton" if library == OURS_TRITON else "auto"
+    """Return the implementation in the name of a row of ours, "gem-kernels, triton"; else "auto"."""
+    named = library.removeprefix(f"{OURS}, ")
+    return named if named in get_args(Impl) else "auto"  # type: ignore[return-value]
 
 
 def installed(package: str) -> str | None:
@@ -163,13 +184,40 @@ def available(package: str | None, gpu_only: bool) -> None:
         raise DoesNotError("does not run without a GPU")
 
 
+def _unmet(package: str | None, distribution: str) -> str | None:
+    """Return what a package lacks, in the words of its own metadata; None if the distribution is there and recent enough."""
+    from packaging.requirements import Requirement
+
+    stated = (line.split(";")[0].strip() for line in (requires(package) if package else None) or ())
+    wanted = next((text for text in stated if re.split(r"[^\w.-]", text)[0] == distribution), distribution)
+    present = installed(distribution)
+    if present is None:
+        return f"needs {wanted}, which is not installed"
+    if not Requirement(wanted).specifier.contains(present, prereleases=True):
+        return f"needs {wanted}, and {present} is installed"
+    return None
+
+
+def lacking(error: ImportError, library: str) -> str:
+    """Return why a library cannot be imported: what is not installed, or else the error's own words."""
+    module = (error.name or "").split(".")[0]
+    package = PEERS[library].package if library in PEERS else None
+    missing = _unmet(package, _DISTRIBUTIONS.get(module, module)) if module else None
+    return missing or f"cannot be imported: {error}"
+
+
 def load(library: str) -> Any:
     peer = PEERS[library]
     available(peer.package, peer.gpu_only)
+    here = torch.cuda.get_device_capability() if DEVICE.type == "cuda" else None
+    if peer.kernels and here is not None and peer.kernels_on in (None, here):
+        reason = _unmet(peer.package, peer.kernels)
+        if reason is not None:
+            raise DoesNotError(reason)
     try:
         return peer.load()
     except ImportError as error:
-        raise DoesNotError(f"cannot be imported: {error}") from error
+        raise DoesNotError(lacking(error, library)) from error
 
 
 def per_token(library: str, *, entropy: bool) -> PerToken:
@@ -204,8 +252,8 @@ def weighted(library: str) -> Callable[[Inputs, Tensor, Tensor, Tensor], Tensor]
             logprob: Tensor = fn(hidden, weight, x.targets, False)[0]
             return -(token_weight * logprob).sum()
         total: Tensor = hidden.new_zeros((), dtype=torch.float32)
-        for start, end in pairwise(x.cu_seqlens.tolist()):
-            total = total - token_weight[start] * fn(hidden[start:end], weight, x.targets[start:end])
+        for tokens in x.sequences:
+            total = total - token_weight[tokens.start] * fn(hidden[tokens], weight, x.targets[tokens])
         return total
 
     return loss

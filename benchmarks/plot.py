@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.gpu_stages.suites import STAGES
 from benchmarks.peers import ENTROPY_FIRST
 from benchmarks.results import EAGER, HEADER, OURS, ROOT, Json
 
@@ -136,6 +137,28 @@ def readme_block(documents: dict[str, Json]) -> str:
     return "\n".join([*lines, END])
 
 
+def _on_a_gpu() -> list[str]:
+    return [
+        "## How to measure a GPU",
+        "",
+        "    python -m benchmarks.gpu                               # all stages, in ten minutes what fits: `make gpu`",
+        "    python -m benchmarks.gpu --stages smoke claims         # these alone",
+        "    python -m benchmarks.gpu --stages sweep --seconds 500  # one stage, with more time",
+        "    python -m benchmarks.gpu --collect gpu-*.json          # benchmarks of several runs in one file, for this page",
+        "    python -m benchmarks.gpu --dry-run                     # every stage on a CPU, tiny: what is broken shows before",
+        "",
+        "Nothing is installed: torch, triton and pytest are enough, with pytest-benchmark for `bench`. A library that is not",
+        "there is a row that says so. The stages run in the order of what they decide. Each ends with its decision, a sentence",
+        "computed from its numbers, in the log and in the JSON. A row is in the JSON before the next one is measured: a run",
+        "that is killed loses nothing. Stages that the time was too short for are named at the end.",
+        "",
+        "| stage | seconds | decides |",
+        "|---|---:|---|",
+        *(f"| {name} | {stage.seconds:.0f} | {stage.decides} |" for name, stage in STAGES.items()),
+        "",
+    ]
+
+
 def page(documents: dict[str, Json]) -> str:
     lines = [
         "# Benchmarks",
@@ -156,6 +179,7 @@ def page(documents: dict[str, Json]) -> str:
     ]
     if not any("capability" in document["machine_info"] for document in documents.values()):
         lines += ["A100, H100, H200: **not measured yet**.", ""]
+    lines += _on_a_gpu()
     for device, document in documents.items():
         lines += [f"## {document['machine_info']['device']}", "", f"{_about(document)}.", ""]
         for kind, shows in PICTURES.items():

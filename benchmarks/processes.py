@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +17,15 @@ from pathlib import Path
 from benchmarks.results import ROOT
 
 SILENCE = 100.0  # seconds without output or a finished test, after which a process counts as hung
+
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def _die_with_parent() -> None:
+    """Let the kernel kill this process with its parent: a driver that is killed leaves nothing running on the device."""
+    if _LIBC is not None:
+        _LIBC.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 class Log:
@@ -54,6 +65,7 @@ def run(
         text=True,
         errors="replace",
         start_new_session=True,  # a process group, so that its children are killed with it
+        preexec_fn=_die_with_parent,
     )
     lines: queue.Queue[str] = queue.Queue()
     output = process.stdout

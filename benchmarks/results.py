@@ -9,7 +9,6 @@ errors), `machine_info`, `commit_info`; and `does_not`, the rows without a time,
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shutil
@@ -25,8 +24,6 @@ Json = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 OURS, EAGER = "gem-kernels", "eager"
-ROWS = "GEM_KERNELS_BENCH_ROWS"
-"""environment: a file to which every row is appended at once"""
 DEADLINE = "GEM_KERNELS_BENCH_DEADLINE"
 """environment: the time.time() after which no benchmark starts"""
 SLOWER, LARGER, WORSE = 1.15, 1.15, 2.0
@@ -88,23 +85,6 @@ def describe_machine() -> Json:
     packages = ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl")
     found |= {"python": platform.python_version(), "torch": torch.__version__}
     return found | {package: _installed(package) for package in packages}
-
-
-def append(row: Json) -> None:
-    """Append a row to the file of `from_rows` at once, because the process may die in the next row on a GPU."""
-    if path := os.environ.get(ROWS):
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def from_rows(path: Path) -> Json:
-    """Return {"benchmarks": ..., "does_not": ...} of the appended rows, without an incomplete last line."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("}")]
-    return {
-        "benchmarks": [row for row in found if "stats" in row],
-        "does_not": [row for row in found if "reason" in row],
-    }
 
 
 def path_of_today() -> Path:

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Inputs, per_token
+from benchmarks.shapes import Group
 from gem_kernels import gem_score
 
 
 @torch.no_grad()
-def group_weights(entropy: Tensor, cu_seqlens: Tensor) -> Tensor:
+def group_weights(entropy: Tensor, group: Group) -> Tensor:
     """Return weights (T,) of a group's tokens: centred scores (Eq. 1; the answer is the last quarter of a sequence), mass 1."""
-    starts, ends = cu_seqlens[:-1], cu_seqlens[1:]
-    answers = ends - ((ends - starts) // 4).clamp(min=1)
-    branch, answer = torch.stack((starts, answers), 1), torch.stack((answers, ends), 1)
-    score = gem_score(entropy, branch, answer).score
+    score = gem_score(entropy, group.branch, group.answer).score
     advantage = score - score.mean()
-    return per_token(advantage / (advantage.abs().sum() / 2).clamp(min=1), cu_seqlens)
+    return group.per_token(advantage / (advantage.abs().sum() / 2).clamp(min=1))
 
 
-def groups(x: Inputs) -> list[tuple[slice, Tensor]]:
-    """Return the tokens of every group, and the offsets of its sequences into them."""
-    cu = x.cu_seqlens.long()
-    found = []
-    for start, end in pairwise(x.cu_groups.tolist()):
-        inside = cu[(cu >= start) & (cu <= end)]
-        found.append((slice(start, end), (inside - start).int()))
-    return found
-
-
-def batch_weights(entropy: Tensor, x: Inputs) -> Tensor:
+def batch_weights(entropy: Tensor, groups: Iterable[Group]) -> Tensor:
     """Return weights (N,) of all groups, for libraries that give the statistics of the whole batch."""
-    return torch.cat([group_weights(entropy[tokens], cu) for tokens, cu in groups(x)])
+    return torch.cat([group_weights(entropy[group.tokens], group) for group in groups])

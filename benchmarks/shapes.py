@@ -8,6 +8,7 @@ library in time (sparse gradients, cheap exponentials) and in error (small logit
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -35,15 +36,19 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _CPU = Shape("1024x512x128256", 1024, 512, 128_256, torch.float32)
 _CPU_SMALL = [Shape(f"{n}x256x32000", n, 256, 32_000, torch.float32) for n in (512, 32, 128)]
 _CPU_BF16 = Shape("512x512x128256-bf16", 512, 512, 128_256, torch.bfloat16)
-_REFERENCE = Shape("llama-3-8b", 8192, 4096, 128_256, torch.bfloat16)
-_MODELS = [
+HEADS = [
+    Shape("llama-3-8b", 8192, 4096, 128_256, torch.bfloat16),
     Shape("qwen3-8b", 8192, 4096, 151_936, torch.bfloat16),
     Shape("qwen2.5-0.5b", 8192, 896, 151_936, torch.bfloat16),
     Shape("gemma-2-2b", 8192, 2304, 256_000, torch.bfloat16),
     Shape("llama-3.2-1b", 8192, 2048, 128_256, torch.bfloat16),
 ]
+"""heads of models, with the reference shape first: what a GPU measures, and what the planner is tested on anywhere"""
+REFERENCE = HEADS[0]
 TINY = Shape("tiny", 96, 16, 250, torch.float32)
 """The shape of `--benchmark-disable`, which checks the code and times nothing."""
+DRY = Shape("dry run", 8, 64, 250, torch.bfloat16)
+"""The shape of a dry run of the stages for a GPU: the kernels are interpreted, and every row takes a millisecond."""
 
 
 def _tokens(shape: Shape, *counts: int) -> list[Shape]:
@@ -52,10 +57,10 @@ def _tokens(shape: Shape, *counts: int) -> list[Shape]:
 
 # The claims and the README's tables use the first shape of each list.
 if DEVICE.type == "cuda":
-    MAIN = [_REFERENCE, *_MODELS]
-    OVER_TOKENS = [*MAIN, *_tokens(_REFERENCE, 1024, 4096, 16_384, 65_536)]
-    NARROW = [_REFERENCE]
-    SMALL = [_REFERENCE]
+    MAIN = HEADS
+    OVER_TOKENS = [*MAIN, *_tokens(REFERENCE, 1024, 4096, 16_384, 65_536)]
+    NARROW = [REFERENCE]
+    SMALL = [REFERENCE]
 else:
     MAIN = [_CPU]
     OVER_TOKENS = [_CPU, *_CPU_SMALL]
@@ -63,7 +68,21 @@ else:
     SMALL = _CPU_SMALL[:1]
 
 
+class Group(NamedTuple):
+    """A group's tokens, and its sequences as SEGA scores them: what a step would otherwise read back from the device."""
+
+    tokens: slice  # of the batch
+    lengths: Tensor  # (S,) int64: tokens of its sequences
+    branch: Tensor  # (S, 2) int32: spans of the group's tokens
+    answer: Tensor  # (S, 2) int32: the last quarter of each sequence
+
+    def per_token(self, of_sequences: Tensor) -> Tensor:
+        return of_sequences.repeat_interleave(self.lengths, output_size=self.tokens.stop - self.tokens.start)
+
+
 class Inputs(NamedTuple):
+    """The tensors; and on the host what calls of any library need to know of them, so that no timed step reads it back."""
+
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
     targets: Tensor  # (N,)
@@ -72,11 +91,11 @@ class Inputs(NamedTuple):
     cu_seqlens: Tensor  # (S+1,) int32
     cu_groups: Tensor  # (B+1,) int32: groups of up to 5 sequences
     seq_weight: Tensor  # (S,) fp32, centred
+    token_weight: Tensor  # (N,) fp32: the weight of each token's sequence
+    sequences: list[slice]  # their tokens
+    groups: list[Group]
     low_a: Tensor  # (RANK, D): an adapter of the head after a little training
     low_b: Tensor  # (V, RANK)
-
-    def token_weight(self) -> Tensor:
-        return per_token(self.seq_weight, self.cu_seqlens)
 
 
 RANK = 16
@@ -85,8 +104,16 @@ _SPREAD = 4.0
 """standard deviation of the logits of a token"""
 
 
-def per_token(of_sequences: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return of_sequences.repeat_interleave(cu_seqlens.diff().long(), output_size=int(cu_seqlens[-1]))
+def make_groups(cu_seqlens: Tensor, cu_groups: Tensor, device: torch.device) -> list[Group]:
+    """Return the groups of a batch from offsets (S+1,) and (B+1,) on the host, with tensors on the device."""
+    cu_seqlens, found = cu_seqlens.int(), []
+    for start, end in pairwise(cu_groups.tolist()):
+        offsets = cu_seqlens[(cu_seqlens >= start) & (cu_seqlens <= end)] - start
+        starts, ends, lengths = offsets[:-1], offsets[1:], offsets.diff()
+        answers = ends - (lengths // 4).clamp(min=1)
+        spans = (torch.stack((starts, answers), 1), torch.stack((answers, ends), 1))
+        found.append(Group(slice(start, end), lengths.long().to(device), *(span.to(device) for span in spans)))
+    return found
 
 
 def make_inputs(shape: Shape, device: torch.device = DEVICE) -> Inputs:
@@ -106,8 +133,9 @@ def make_inputs(shape: Shape, device: torch.device = DEVICE) -> Inputs:
     direction = weight[targets].float()
     hidden = _SPREAD * normal(n, d) + raised * direction / direction.square().sum(1, keepdim=True)
     cu_seqlens, cu_groups = ragged(n)
-    s = cu_seqlens.shape[0] - 1
-    weights = normal(s)
+    lengths = cu_seqlens.diff().long()
+    weights = normal(lengths.shape[0])
+    weights -= weights.mean()
     return Inputs(
         hidden.to(shape.dtype),
         weight,
@@ -116,7 +144,10 @@ def make_inputs(shape: Shape, device: torch.device = DEVICE) -> Inputs:
         0.3 * normal(n),
         cu_seqlens.to(device),
         cu_groups.to(device),
-        weights - weights.mean(),
+        weights,
+        weights.repeat_interleave(lengths.to(device), output_size=n),
+        [slice(*ends) for ends in pairwise(cu_seqlens.tolist())],
+        make_groups(cu_seqlens, cu_groups, device),
         normal(RANK, d, std=1 / math.sqrt(d), dtype=shape.dtype),
         normal(v, RANK, std=0.1, dtype=shape.dtype),
     )

@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import contest, measure, plot, real_step, results, trl_heads
+from benchmarks import contest, measure, plot, real_step, record, results, trl_heads
 from benchmarks.gold import make_gold
 from benchmarks.results import OURS
 from benchmarks.shapes import TINY, Shape, make_inputs, ragged
@@ -121,15 +121,18 @@ def test_what_we_claim_holds_in_the_results_on_file(of_file: dict[str, Any]) -> 
 
 
 def test_rows_survive_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "rows.jsonl"
-    monkeypatch.setenv(results.ROWS, str(path))
-    for row in document()["benchmarks"] + document()["does_not"]:
-        results.append(row)
-    with path.open("a") as file:
-        file.write('{"extra_info": {"tas')  # killed here
-    found = results.from_rows(path)
+    stage = record.Record(tmp_path / "rows.json", "bench")
+    for name, value in stage.environment().items():
+        monkeypatch.setenv(name, value)
+    rows = document()["benchmarks"] + document()["does_not"]
+    for row in rows:
+        record.append(row)
+    found = record.benchmarks_in(json.loads(stage.path.read_text()))
     assert len(found["benchmarks"]) == 2 and len(found["does_not"]) == 1
     assert results.rows(found) == results.rows(document())
+    assert record.timed({"stages": {"bench": {"rows": rows}}}) == {
+        ("task", "shape", library) for library in (OURS, "eager", "quack")
+    }
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
