@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -115,6 +116,8 @@ def compete(task: Task, shape: Shape, libraries: Iterable[str], timed: bool) -> 
         step, rows[library] = _enter(task, gold, exact, library)
         if step is not None:
             steps[library] = step
+        else:
+            gc.collect()  # the traceback of its error may hold tensors
     if not timed:
         return rows
     unit = bare_mm(shape)

@@ -1,6 +1,7 @@
 """`make gpu`: everything that needs a GPU, in the order of what it decides; the first stages fit ten minutes.
 
     python -m benchmarks.gpu [--out benchmarks/results] [--seconds 560] [--stages smoke claims ...]
+    python -m benchmarks.gpu --go-on JSON --stages sweep ...     a run that had too little time, or was killed: no row twice
     python -m benchmarks.gpu --dry-run                every stage at a tiny shape on a CPU, in less than five minutes
     python -m benchmarks.gpu --collect JSON [JSON ...]      the benchmarks of several runs in one file, for benchmarks.plot
 
@@ -9,14 +10,16 @@ processes and time limit, ends with a decision computed from its numbers, and ma
 next. A stage for which too little time is left is not run, and named at the end.
 
 OUT/gpu-<device>-<date>.log holds all output. OUT/gpu-<device>-<date>.json holds header, rows and decisions; a row is in it
-before the next one is measured, so a killed run loses nothing. OUT/<device>-<date>.json holds the benchmarks in the format of
-`make bench`. A dry run writes to a temporary folder unless --out is given. Exit status: 0; 2 if a stage failed; 1 without a
-CUDA device, and then nothing is written.
+before the next one is measured, so a killed run loses the row in progress. OUT/<device>-<date>.json holds the benchmarks in the
+format of `make bench`; --collect writes them for a run that was killed. A dry run writes to a temporary folder unless --out is
+given. Exit status: 0; 2 if a stage failed; 1 without a CUDA device, or if the run to go on with is one of another device or of
+other code, and then nothing is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import sys
@@ -38,29 +41,34 @@ WORTHWHILE = 1 / 3
 
 
 def describe() -> Json:
-    """Return device, driver, versions, date and commit."""
+    """Return device, driver, versions, date, commit, and a hash of what the code has changed since."""
     changed = results.said("git", "status", "--porcelain")
+    since = results.said("git", "diff", "HEAD", "--", "*.py") or ""
     return {
         **results.describe_machine(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": results.said("git", "rev-parse", "HEAD"),
         "changed files": changed.splitlines() if changed else [],
+        "changes": hashlib.sha256(since.encode()).hexdigest()[:12] if since else "",
     }
 
 
 class Run:
-    """The stages of one call, their files and their time."""
+    """The stages of one call, their files and their time. `go_on`: the JSON of an earlier call, whose rows are kept."""
 
-    def __init__(self, out: Path, stages: Sequence[str], seconds: float, dry: bool) -> None:
+    def __init__(self, out: Path, stages: Sequence[str], seconds: float, dry: bool, go_on: Path | None = None) -> None:
         self.start, self.seconds, self.stages, self.dry = time.monotonic(), seconds, stages, dry
         self.header = describe() | ({"dry run": DRY} if dry else {})
-        out.mkdir(parents=True, exist_ok=True)
+        self.path = go_on or out / f"{self.stem()}.json"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.log = Log(self.path.with_suffix(".log"))
+        update_json(self.path, lambda whole: whole.update({"header": self.header, "stages": {}} | whole))
+        self.log(json.dumps(self.header, indent=1))
+
+    def stem(self) -> str:
         device = re.sub(r"[^A-Za-z0-9]+", "-", self.header["device"]).strip("-")
         date = re.sub(r"\D", "", self.header["date"][:19])
-        stem = f"gpu-{'dry-run-' if dry else ''}{device}-{date}"
-        self.path, self.log = out / f"{stem}.json", Log(out / f"{stem}.log")
-        update_json(self.path, lambda whole: whole.update({"header": self.header, "stages": {}}))
-        self.log(json.dumps(self.header, indent=1))
+        return f"gpu-{'dry-run-' if self.dry else ''}{device}-{date}"
 
     def limit(self, number: int) -> float:
         """Return the seconds of a stage: its own and what earlier ones left over, within the time of the call."""
@@ -69,7 +77,7 @@ class Run:
         return min(left, max(STAGES[self.stages[number]].seconds, left - later))
 
     def run(self) -> int:
-        failed, not_run, decisions = [], [], []
+        not_run, decisions, all_ok = [], [], True
         with tempfile.TemporaryDirectory() as folder:
             for number, name in enumerate(self.stages):
                 seconds = self.limit(number)
@@ -80,20 +88,22 @@ class Run:
                     Call(name, self.log, Record(self.path, name), Path(folder), seconds, self.dry)
                 )
                 decisions.append(decision)
-                failed += [] if ok else [name]
-        document = update_json(self.path, lambda whole: whole.update({"failed": failed, "not run": not_run}))
+                all_ok &= ok
+        document = update_json(self.path, lambda whole: whole.update({"failed": failed_in(whole), "not run": not_run}))
         self.benchmarks([document])
         self.log("\n".join(["", *decisions, "", str(self.path)]))
         if not_run:
-            self.log(f"no time left; go on with: python -m benchmarks.gpu --stages {' '.join(not_run)}")
-        outcome = f"FAILED: {', '.join(failed)}" if failed else "no stage failed"
+            call = f"python -m benchmarks.gpu{' --dry-run' if self.dry else ''} --go-on {self.path}"
+            self.log(f"no time left; go on with: {call} --stages {' '.join(not_run)}")
+        outcome = f"FAILED: {', '.join(document['failed'])}" if document["failed"] else "no stage failed"
         self.log(f"{outcome}, {time.monotonic() - self.start:.0f} s")
-        return 2 if failed else 0
+        return 0 if all_ok else 2
 
     def stage(self, call: Call) -> tuple[bool, str]:
         """Run a stage, and put its outcome and its decision on file."""
         self.log(f"=== {call.name}: {call.seconds:.0f} s at most")
         began = time.monotonic()
+        call.record.begin()
         try:
             ok = STAGES[call.name].run(call)
         except Exception as error:  # the next stage still runs
@@ -114,15 +124,28 @@ class Run:
         collect(documents, self.path.with_name(name))
 
 
+def failed_in(document: Json) -> list[str]:
+    return [name for name, stage in document["stages"].items() if stage.get("ok") is False]
+
+
+def differs(header: Json) -> list[str]:
+    """Return in what a run differs from one that would begin now, so that its rows are no rows of this one."""
+    now = describe()
+    return [what for what in ("device", "commit", "changes") if header.get(what) != now[what]]
+
+
 def collect(documents: Sequence[Json], path: Path) -> None:
     """Write the benchmarks of runs on one device as `make bench` would; nothing if there are none.
 
-    A later row replaces an earlier one of the same task, shape and library. Rows that the file already has of this commit stay.
+    A later row replaces an earlier one of the same task, shape and library. Rows that the file already has of this code stay.
     """
     header = documents[-1]["header"]
-    commit = {"id": header["commit"], "dirty": any(document["header"]["changed files"] for document in documents)}
+    code = {"id": header["commit"], "changes": header.get("changes")}
+    commit = code | {"dirty": any(document["header"]["changed files"] for document in documents)}
     before = read_json(path) or {}
-    found = [before] if before.get("commit_info", {}).get("id") == commit["id"] else []
+    known = before.get("commit_info", {})
+    same = code["id"] is not None and all(known.get(what) == value for what, value in code.items())
+    found = [before] if same else []
     found += [benchmarks_in(document) for document in documents]
     rows = {key_of(row): row for of_one in found for row in of_one["benchmarks"]}
     missing = {key_of(row): row for of_one in found for row in of_one["does_not"] if key_of(row) not in rows}
@@ -132,9 +155,10 @@ def collect(documents: Sequence[Json], path: Path) -> None:
 
 
 def collect_files(paths: Sequence[Path], out: Path) -> int:
-    documents = [read_json(path) for path in paths]
+    # gpu-*.json also matches the benchmarks that a dry run wrote.
+    documents = [document for document in map(read_json, paths) if "stages" in document]
     devices = {document["header"]["device"] for document in documents}
-    if len(devices) > 1 or any("dry run" in document["header"] for document in documents):
+    if len(devices) != 1 or any("dry run" in document["header"] for document in documents):
         print(f"expected runs on one device, and no dry run; got {', '.join(sorted(devices))}")
         return 1
     header = documents[-1]["header"]
@@ -150,11 +174,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="default: benchmarks/results; a temporary folder for a dry run")
     parser.add_argument("--seconds", type=float, default=560, help="for all stages together")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--go-on", type=Path, metavar="JSON", help="keep the rows of this run, and add what it lacks")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at tiny shapes")
     parser.add_argument(
         "--collect", nargs="+", type=Path, metavar="JSON", help="run nothing; join the benchmarks of runs"
     )
     args = parser.parse_args(argv)
+    if args.go_on and not args.go_on.exists():
+        parser.error(f"no such file: {args.go_on}")
     out = args.out or (Path(tempfile.mkdtemp(prefix="gpu-dry-run-")) if args.dry_run else results.FOLDER)
     if args.collect:
         return collect_files(args.collect, out)
@@ -163,8 +190,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.dry_run and not torch.cuda.is_available():
         print("no CUDA device")
         return 1
+    if args.go_on:
+        header = read_json(args.go_on)["header"]
+        if other := differs(header) + ["dry run"] * (("dry run" in header) != args.dry_run):
+            print(f"{args.go_on} is a run with another {', '.join(other)}")
+            return 1
     stages = [name for name in STAGES if name in args.stages]
-    return Run(out, stages, args.seconds, args.dry_run).run()
+    return Run(out, stages, args.seconds, args.dry_run, args.go_on).run()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from tools.files import Json, read_json, update_json
 _RECORD, _STAGE = "GEM_KERNELS_RECORD", "GEM_KERNELS_STAGE"
 
 
+UNFINISHED = "did not return: its process hung, died or was killed"
+
+
 class Record:
     """A stage's part of the file."""
 
@@ -58,11 +61,33 @@ class Record:
 
         def change(mine: Json) -> None:
             if all(row.get("name") != name for row in mine["rows"]):
-                mine["rows"].append({"name": name, "error": "did not return: the process hung or died"})
+                mine["rows"].append({"name": name, "error": UNFINISHED})
                 claimed.append(name)
 
         self.change(change)
         return bool(claimed)
+
+    def release(self) -> list[str]:
+        """Take back the last claim if its work did not return, and return its name: no fault of its own ended it."""
+        released: list[str] = []
+
+        def change(mine: Json) -> None:
+            if mine["rows"] and mine["rows"][-1].get("error") == UNFINISHED and "name" in mine["rows"][-1]:
+                released.append(mine["rows"].pop()["name"])
+
+        self.change(change)
+        return released
+
+    def begin(self) -> None:
+        """Keep the rows of an earlier run of this stage, but the one that was in progress, and nothing else of it."""
+        self.release()
+
+        def change(mine: Json) -> None:
+            rows = mine["rows"]
+            mine.clear()
+            mine["rows"] = rows
+
+        self.change(change)
 
     def finish(self, name: str, results: Json) -> None:
         """Replace the claimed row."""

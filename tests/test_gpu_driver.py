@@ -25,7 +25,7 @@ from benchmarks.gpu_stages import suites
 from benchmarks.gpu_stages.__main__ import attempt
 from benchmarks.gpu_stages.suites import STAGES
 from benchmarks.peers import HEADLINE
-from benchmarks.record import Record
+from benchmarks.record import UNFINISHED, Record
 from benchmarks.results import OURS
 from benchmarks.shapes import TINY, make_inputs
 
@@ -159,10 +159,67 @@ def test_a_stage_whose_process_dies_keeps_its_other_rows_and_the_next_stage(tmp_
     gemm, profile = document["stages"]["gemm"], document["stages"]["profile"]
     assert [row["name"] for row in gemm["rows"] if "error" in row] == ["4096x4096 logits, bf16"]
     assert "gradients of 2 slabs" in {row["name"] for row in gemm["rows"]}  # measured by a second process
-    assert (not gemm["ok"] and "One slab is" in gemm["decision"]) or "Two slabs are" in gemm["decision"]
+    assert not gemm["ok"] and ("One slab is" in gemm["decision"] or "Two slabs are" in gemm["decision"])
     assert "Result dtype: undecided, '4096x4096 logits, bf16' is missing." in gemm["decision"]
-    assert "FAILED: 4096x4096 logits, bf16: did not return: the process hung or died." in gemm["decision"]
+    assert f"FAILED: 4096x4096 logits, bf16: {UNFINISHED}." in gemm["decision"]
     assert profile["ok"] and {row["name"] for row in profile["rows"]} == {"a SEGA step", "a score of a narrow head"}
+
+
+def test_a_run_that_goes_on_repeats_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = {"device": "a CPU", "date": "2026-01-01T00:00:00", "commit": "x", "changes": "", "changed files": []}
+    monkeypatch.setattr(gpu, "describe", lambda: dict(header))  # the code may change while a test runs
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    dry = ["--dry-run", "--stages", "profile"]
+    assert gpu.main([*dry, "tests", "--out", str(tmp_path), "--seconds", "60"]) == 0
+    first = on_file(tmp_path)
+    assert first["not run"] == ["tests"]  # less than 60 s are too little for it
+    path = str(tmp_path / "gpu-dry-run-a-CPU-20260101000000.json")
+    hint = f"no time left; go on with: python -m benchmarks.gpu --dry-run --go-on {path} --stages tests\n"
+    assert hint in capsys.readouterr().out
+    assert gpu.main([*dry, "--go-on", path]) == 0
+    document = on_file(tmp_path)
+    assert document["not run"] == [] and document["header"] == first["header"]
+    assert document["stages"]["profile"]["rows"] == first["stages"]["profile"]["rows"]
+    assert document["stages"]["profile"]["ok"]
+    header["changes"] = "another hash"
+    capsys.readouterr()
+    assert gpu.main([*dry, "--go-on", path]) == 1
+    assert capsys.readouterr().out == f"{path} is a run with another changes\n"
+
+
+def test_what_was_in_progress_when_the_run_was_killed_is_done_again(tmp_path: Path) -> None:
+    record = Record(tmp_path / "run.json", "stage")
+    for name in ("its process died", "done", "in progress"):
+        record.claim(name)
+    record.finish("done", {"ms": 1.0})
+    record.put(ok=False, decision="undecided")
+    record.begin()
+    assert record.read() == {"rows": [{"name": "its process died", "error": UNFINISHED}, {"name": "done", "ms": 1.0}]}
+    assert record.release() == [] and record.claim("in progress") and not record.claim("its process died")
+
+
+def test_a_wrong_result_of_ours_is_a_failure_and_that_of_a_rival_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.contest import Row
+    from benchmarks.gpu_stages import claims
+
+    wrong = Row("disagrees with fp64: logprob by 2", {}, [])
+    monkeypatch.setattr(claims, "compete", lambda task, shape, libraries, timed: dict.fromkeys(libraries, wrong))
+    assert claims.time_one(claims.CLAIMS[0], TINY, "TRL")["reason"] == wrong.reason
+    with pytest.raises(ArithmeticError, match="disagrees with fp64"):
+        claims.time_one(claims.CLAIMS[0], TINY, OURS)
+
+
+def test_smoke_puts_failures_first() -> None:
+    from benchmarks.gpu_stages import smoke
+
+    failed = {"name": "addmm_", "error": "ArithmeticError: its relative error is 4e-03"}
+    assert smoke.decide({"rows": [failed]}).startswith("FIX FIRST what failed. FAILED: addmm_: ArithmeticError")
+    copies = {"name": "addmm_", "copies the accumulator": True}
+    assert smoke.decide({"rows": [copies]}) == "FIX FIRST: addmm_ copies its accumulator."
+    late = {"rows": [copies | {"copies the accumulator": False}], "no time left for": ["SEGA"]}
+    assert smoke.decide(late).startswith("Nothing to fix first: 1 checks") and "No time was left" in smoke.decide(late)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills a process with its parent")
@@ -224,7 +281,7 @@ def test_a_measurement_is_done_once_and_its_failure_is_a_row(
     for _ in range(2):
         attempt(record, "good", work)
         attempt(record, "bad", broken)
-    assert calls == ["did not return: the process hung or died"]  # what the file says while it runs
+    assert calls == [UNFINISHED]  # what the file says while it runs
     assert record.read()["rows"] == [{"name": "good", "ms": 1.5}, {"name": "bad", "error": "ValueError: no such tile"}]
     assert "good: ms 1.5; 0.0 s" in capsys.readouterr().out
 
@@ -287,8 +344,17 @@ def test_benchmarks_of_several_runs_become_one_file(tmp_path: Path) -> None:
     )
     gpu.collect([run("newer", benchmark_row("TRL", 5.0), missing)], path)
     assert [row["library"] for row in results.rows(results.read(path))] == ["TRL"]
+    edited = run("newer", benchmark_row("eager", 5.0))
+    edited["header"]["changes"] = "another hash"
+    unknown = run("newer", benchmark_row("eager", 6.0))
+    unknown["header"]["commit"] = None
+    for other in (edited, unknown, unknown):
+        gpu.collect([run("newer", benchmark_row("TRL", 5.0))], path)
+        gpu.collect([other], path)
+        assert [row["library"] for row in results.rows(results.read(path))] == ["eager"]
     dry = run("new", benchmark_row("eager", 2.0)) | {"header": {"device": "a GPU", "dry run": ""}}
     (tmp_path / "run.json").write_text(json.dumps(dry))
+    assert gpu.main(["--collect", str(path), "--out", str(tmp_path)]) == 1  # benchmarks, and no run
     assert gpu.main(["--collect", str(tmp_path / "run.json"), "--out", str(tmp_path)]) == 1
 
 
@@ -316,6 +382,8 @@ def test_the_gemm_stage_decides_by_its_numbers() -> None:
         "fp32 dweight in tiles is 1.50x as fast as in one GEMM (1.0 and 1.5 ms): use tiles.",
     ):
         assert sentence in said
+    numbers["gradients of 1 slab"]["ms"] = 1.31  # of 1.3: no reason for a change
+    assert "keep the rule" in gemm.decide(stage_of(gemm, numbers))
     numbers["gradients of 1 slab"] = {"error": "OutOfMemoryError: 80 GiB\nmore"}
     said = gemm.decide(stage_of(gemm, numbers))
     assert "One slab: undecided, 'gradients of 1 slab' is missing." in said
@@ -324,20 +392,31 @@ def test_the_gemm_stage_decides_by_its_numbers() -> None:
     assert said.endswith("No time was left for 2 more, from a on.")
 
 
+def test_the_present_tile_is_the_largest_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu_stages import gemm
+    from gem_kernels import plan
+
+    parts = plan.Tiling(plan.even(8192 + 128, 2, 128), plan.even(128256, 32, 256))
+    monkeypatch.setattr(gemm.tiles, "tiling", lambda hidden, columns: parts)
+    assert parts.rows[0].stop == 4096 and parts.columns[0].stop == 3840  # `even` begins with the smaller parts
+    assert gemm.present_tile(4096) == (4224, 4096)
+
+
 def test_the_rows_stage_decides_by_its_numbers() -> None:
     from benchmarks.gpu_stages import rows
 
     numbers: dict[str, dict[str, Any]] = {rows.COPY: {"ms": 1.0, "GB/s": 4000.0}}
     for name in rows.KERNELS:
-        numbers[f"{name}, the present tile"] = {"ms": 1.12, "GB/s": 2000.0, "tile": "(64, 1)"}
+        numbers[f"{name}, the present tile"] = {"ms": 1.12, "least": 1.12, "GB/s": 2000.0, "tile": "(64, 1)"}
         for tile in rows.TILES:
-            numbers[rows.of_tile(name, tile)] = {"ms": 1.11, "GB/s": 2018.0, "tile": rows.of_tile("", tile).strip()}
+            found = {"ms": 1.09, "least": 1.1, "GB/s": 2055.0, "tile": rows.of_tile("", tile).strip()}
+            numbers[rows.of_tile(name, tile)] = found
     best = rows.TILES[2]
-    numbers[rows.of_tile("statistics", best)] = {"ms": 1.0, "GB/s": 2240.0, "tile": "(4096, 4)"}
+    numbers[rows.of_tile("statistics", best)] = {"ms": 1.0, "least": 1.0, "GB/s": 2240.0, "tile": "(4096, 4)"}
     said = rows.decide(stage_of(rows, numbers))
-    assert "statistics: use (4096, 4): 2240.0 GB/s, 56 % of a copy's rate, 12 % faster than (64, 1)." in said
-    assert "exponentials: keep (64, 1): 2000.0 GB/s, 50 % of a copy's rate." in said
-    assert f"use {rows.of_tile('', best).strip()}, 3.22 ms for the three kernels, not 3.36." in said
+    assert "statistics: use (4096, 4) of 6 tiles: 2240.0 GB/s, 56 % of a copy's rate, 12 % faster than (64, 1)." in said
+    assert "exponentials: keep (64, 1) of 6 tiles: 2000.0 GB/s, 50 % of a copy's rate." in said
+    assert f"use {rows.of_tile('', best).strip()}, 3.18 ms for the three kernels, not 3.36." in said
 
 
 def test_the_fused_stage_decides_by_its_numbers() -> None:
@@ -349,11 +428,12 @@ def test_the_fused_stage_decides_by_its_numbers() -> None:
             rate = 500.0 if n == 8192 else 300.0
             numbers[fused.name_of("old", n, d)] = {"ms": 11.0, "TFLOP/s": 0.9 * rate, "tile": "old", "present": True}
             numbers[fused.name_of("new", n, d)] = {"ms": 10.0, "TFLOP/s": rate, "tile": "new", "present": False}
-            numbers[fused.name_of("chunked", n, d)] = {"ms": 8.0 if d == 4096 else 15.0, "TFLOP/s": 1.0}
+            numbers[fused.name_of("triton", n, d)] = {"ms": 12.0, "TFLOP/s": 1.0}
+            numbers[fused.name_of("chunked", n, d)] = {"ms": 8.0 if d == 4096 else 12.1, "TFLOP/s": 1.0}
     said = fused.decide(stage_of(fused, numbers))
     assert "Tile: use new, 10 % faster than the present old." in said
     assert "Rate at N=2100 relative to N=8192: D=4096 60 %, D=896 60 %" in said
-    assert "auto for scoring: D=4096 chunked (1.25x as fast), D=896 triton (1.50x as fast)." in said
+    assert "auto for scoring: D=4096 chunked (chunked 1.50x as fast), D=896 either (triton 1.01x as fast)." in said
 
 
 def test_the_claims_stage_decides_by_its_numbers() -> None:
@@ -368,7 +448,7 @@ def test_the_claims_stage_decides_by_its_numbers() -> None:
     needs = "needs nvidia-cutlass-dsl>=4.6.0, which is not installed"
     rows.append({"name": "x", "task": sega, "shape": "a shape", "library": "Liger scaled CE", "reason": needs})
     said = claims.decide({"rows": rows})
-    assert f"{sega}: 40 ms, None MiB, 1.80x as fast as the next, TRL: the claim holds." in said
+    assert f"{sega}: 40 ms, None MiB, 1.80x as fast as the next, TRL: the claim holds (not timed:" in said
     assert f"{score}: 15 ms, None MiB, and eager is 1.25x as fast: CLAIM FAILS" in said
     assert "SEGA, weights known: undecided" in said and f"Liger scaled CE {needs}." in said
 
@@ -394,6 +474,17 @@ def test_the_profile_counts_gaps_and_overlaps() -> None:
     assert "a SEGA step: busy 62 % of 0.08 ms, 5 kernels, largest gap 20.0 us: HOST-BOUND" in said
 
 
+def test_the_profile_takes_the_busiest_step_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.gpu_stages import profile
+
+    busy = iter([0.99, 0.5, 0.7])
+    monkeypatch.setattr(profile, "_profiled_once", lambda step: {"busy": next(busy), "collects": gc.isenabled()})
+    assert profile.profiled(profile.SEGA, TINY) == {"busy": 0.7, "collects": False}
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="saw no kernel"):
+        profile._profiled_once(lambda: None)
+
+
 def test_the_suites_decide_by_their_outcomes() -> None:
     lost = {"a": {"outcome": "failed", "lost": "hung"}, "b": {"outcome": "skipped"}}
     assert "FIX FIRST: a." in suites.decide_tests(
@@ -406,11 +497,25 @@ def test_the_suites_decide_by_their_outcomes() -> None:
     killed = {"so far": {"counts": {"passed": 3, "failed": 1}, "failed": {"c": "out of luck"}}}
     assert suites.decide_tests(killed) == "GPU tests: 3 passed, 1 failed. FIX FIRST: c."
     rows = [
-        {"table": "ROWS", "key": [90, 4], "candidate": {"rows": 1, "block": 2048}, "present": True, "ms": 3.0},
-        {"table": "ROWS", "key": [90, 4], "candidate": {"rows": 1, "block": 1024}, "ms": 2.0, "best": True},
+        {
+            "table": "ROWS",
+            "key": [90, 4],
+            "candidate": {"rows": 1, "block": 2048},
+            "present": True,
+            "ms": 3.0,
+            "least": 2.8,
+        },
+        {
+            "table": "ROWS",
+            "key": [90, 4],
+            "candidate": {"rows": 1, "block": 1024},
+            "ms": 2.0,
+            "least": 2.0,
+            "best": True,
+        },
         {"table": "ROWS", "key": [90, 4], "candidate": {"rows": 1, "block": 512}, "error": "out of luck"},
     ]
-    said = "2 candidates timed, 1 failed. Change in tiles.py: ROWS[90, 4] 1x1024 (50 % faster)."
+    said = "2 candidates timed, 1 failed. Change in tiles.py: ROWS[90, 4] 1x1024 (40 % faster)."
     assert suites.decide_sweep({"rows": rows}) == said
     assert "nothing is known" in suites.decide_sanitizer({"counts": {"skipped": 3}})
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_stages.sentences import Rows, decision, digits, percent
+from benchmarks.gpu_stages.gemm import present_tile as tile_of_logits
+from benchmarks.gpu_stages.sentences import TIES_OF_MANY, Rows, decision, digits, gain, percent
 from benchmarks.shapes import DEVICE, REFERENCE
 from gem_kernels import compat, rows_triton, tiles
 from gem_kernels.group_loss.exponentials import cache_exponentials
@@ -23,11 +24,9 @@ from tools.files import Json
 from tools.sweep_tables import ROW_TILES, Table, entry, row_gradient
 
 BF16 = torch.bfloat16
-TILES = ROW_TILES[:8]
-"""the sweep tries more, and times less"""
+TILES = ROW_TILES[:5]
+"""the sweep tries more, and times less; each of these is compiled for every kernel, which takes most of the stage's time"""
 COPY = "copy"
-TIES = 0.02
-"""a difference of time below which the present entry stays"""
 
 
 class Walk(NamedTuple):
@@ -80,17 +79,8 @@ KERNELS = {
 }
 
 
-def _tile_of_logits(dry: bool) -> tuple[int, int]:
-    """Return the rows and columns of the first tile of the reference shape."""
-    if dry:
-        return 2, 250
-    hidden = torch.empty(REFERENCE.n, REFERENCE.d, dtype=REFERENCE.dtype, device=DEVICE)
-    parts = tiles.tiling(hidden, REFERENCE.v)
-    return parts.rows[0].stop, parts.columns[0].stop
-
-
 def make_walk(kernel: Kernel, dry: bool) -> Walk:
-    rows, width = _tile_of_logits(dry)
+    rows, width = (2, 250) if dry else tile_of_logits(REFERENCE.d)
     count = 2 if dry else 8
     if kernel.whole_rows:
         rows, width, count = (2, 250, 1) if dry else (4096, REFERENCE.v, 1)
@@ -120,9 +110,11 @@ def time_kernel(name: str, tile: RowTile | None, dry: bool) -> Json:
     used = tile or present_tile(kernel)
     with entry(Table("ROWS", tiles.ROWS, key, (), _nothing), used):
         kernel.run(walk)
-        ms = statistics.median(times(partial(kernel.run, walk), seconds=0.1, least=1 if dry else 3, most=15))
+        taken = times(partial(kernel.run, walk), seconds=0.1, least=1 if dry else 3, most=15)
+    ms = statistics.median(taken)
     return {
         "ms": digits(ms),
+        "least": digits(min(taken)),
         "GB/s": digits(kernel.bytes * walk.z.numel() / ms / 1e6),
         "tile": of_tile("", used).strip(),
     }
@@ -157,10 +149,10 @@ def _best_tile(name: str) -> Callable[[Rows], str]:
         present = rows[f"{name}, the present tile"]
         timed = [row for tile in TILES if (row := rows.get(of_tile(name, tile)))]
         best = min([present, *timed], key=lambda row: row["ms"])
-        gain = present["ms"] / best["ms"] - 1
-        if gain < TIES:
-            return f"{name}: keep {present['tile']}: {_rate(present, rows)}."
-        return f"{name}: use {best['tile']}: {_rate(best, rows)}, {percent(gain)} faster than {present['tile']}."
+        faster, of = gain(present, best), f"of {1 + len(timed)} tiles"
+        if faster < TIES_OF_MANY:
+            return f"{name}: keep {present['tile']} {of}: {_rate(present, rows)}."
+        return f"{name}: use {best['tile']} {of}: {_rate(best, rows)}, {percent(faster)} faster than {present['tile']}."
 
     sentence.__name__ = name
     return sentence
@@ -176,7 +168,7 @@ def _one_tile_for_fp32(rows: Rows) -> str:
         if len(ms) == len(names):
             sums[of_tile("", tile).strip()] = sum(ms)
     best = min(sums, key=sums.__getitem__, default="")
-    if not best or present <= (1 + TIES) * sums[best]:
+    if not best or present <= (1 + TIES_OF_MANY) * sums[best]:
         return f"One tile for all fp32 logits: keep the present one, {digits(present)} ms for the three kernels."
     return f"One tile for all fp32 logits: use {best}, {digits(sums[best])} ms for the three kernels, not {digits(present)}."
 
@@ -185,5 +177,10 @@ def decide(stage: Json) -> str:
     said = decision(stage, *map(_best_tile, KERNELS), _one_tile_for_fp32)
     if shutil.which("ncu"):
         command = "ncu --clock-control none -k regex:_row_ --section SpeedOfLight --section SchedulerStats"
-        said += f" Issue slots: {command} python3 -m tools.sweep --quick --seconds 60."
+        said += f" Issue slots: {command} python3 -m benchmarks.gpu_stages.rows."
     return said
+
+
+if __name__ == "__main__":  # for ncu: every kernel once, with the present tile
+    for each in KERNELS.values():
+        each.run(make_walk(each, dry=False))

@@ -6,6 +6,11 @@ from collections.abc import Callable
 
 from tools.files import Json
 
+TIES = 0.02
+"""a difference of time below which two are equal, and nothing changes"""
+TIES_OF_MANY = 0.03
+"""the same for the fastest of many, which is partly the luckiest, in its median and in its least time"""
+
 Rows = dict[str, Json]
 """the rows of a stage by name, without those that failed"""
 
@@ -31,6 +36,11 @@ def decision(stage: Json, *sentences: Callable[[Rows], str]) -> str:
     if left_out := stage.get("no time left for"):
         said.append(f"No time was left for {len(left_out)} more, from {left_out[0]} on.")
     return " ".join(said)
+
+
+def gain(present: Json, row: Json) -> float:
+    """Return how much faster a row is than the present entry, by median or by least time, whichever shows less."""
+    return float(min(present[what] / row[what] for what in ("ms", "least"))) - 1
 
 
 def digits(value: float) -> float:

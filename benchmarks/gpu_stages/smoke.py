@@ -86,10 +86,10 @@ def measurements(dry: bool) -> Iterator[tuple[str, Callable[[], Json]]]:
 
 def decide(stage: Json) -> str:
     def fix_first(rows: Rows) -> str:
-        if rows["addmm_"]["copies the accumulator"]:
-            return "FIX FIRST: addmm_ copies its accumulator."
         if failures(stage):
             return "FIX FIRST what failed."
+        if rows["addmm_"]["copies the accumulator"]:
+            return "FIX FIRST: addmm_ copies its accumulator."
         worst = max((row["error of logprob"] for row in rows.values() if "error of logprob" in row), default=0.0)
         return f"Nothing to fix first: {len(rows)} checks agree with fp64, log-probabilities to {worst:.0e} nats."
 

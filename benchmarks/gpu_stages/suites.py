@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import results
+from benchmarks.gpu_stages.sentences import TIES_OF_MANY, gain, percent
 from benchmarks.gpu_tests import Tests
 from benchmarks.processes import Log, run
 from benchmarks.record import Record
@@ -54,6 +55,8 @@ def measure(call: Call) -> bool:
         command = [sys.executable, "-m", "benchmarks.gpu_stages", call.name, "--seconds", f"{0.9 * left:.0f}"]
         command += ["--dry-run"] if call.dry else []
         status = run(command, call.log, call.name, left, call.environment)
+        if status is None and time.monotonic() >= deadline:
+            call.record.put(**{"no time left for": call.record.release()})
         if status == 0 or len(call.record.read()["rows"]) == before:
             break
     rows = call.record.read()["rows"]
@@ -129,13 +132,13 @@ def decide_tests(stage: Json) -> str:
 
 def decide_sweep(stage: Json) -> str:
     rows = [row for row in stage["rows"] if "ms" in row]
-    present = {(row["table"], *row["key"]): row["ms"] for row in rows if row.get("present")}
+    present = {(row["table"], *row["key"]): row for row in rows if row.get("present")}
     faster = []
     for row in rows:
         was = present.get((row["table"], *row["key"]))
-        if row.get("best") and was and was > 1.02 * row["ms"]:
+        if row.get("best") and was and (share := gain(was, row)) >= TIES_OF_MANY:
             tile = "x".join(str(value) for value in row["candidate"].values())
-            faster.append(f"{row['table']}{row['key']} {tile} ({100 * (was / row['ms'] - 1):.0f} % faster)")
+            faster.append(f"{row['table']}{row['key']} {tile} ({percent(share)} faster)")
     failed = sum("error" in row for row in stage["rows"])
     said = f"{len(rows)} candidates timed, {failed} failed. "
     return said + (f"Change in tiles.py: {'; '.join(faster)}." if faster else "Every entry of tiles.py stays.")
