@@ -1,4 +1,4 @@
-"""The plan of an op: which tokens form a slab, and into which tiles their logits are cut. Functions of integers alone.
+"""The plan of an op: slabs of tokens, tiles of their logits, parts of the vocabulary. Functions of integers alone.
 
 N tokens, D hidden size, V vocabulary. The logits of a slab are kept from its forward to its backward; a tile is what one GEMM
 computes.
@@ -51,7 +51,7 @@ def fewest(total: int, most: int, granule: int = 1) -> int:
 # --- tiles ------------------------------------------------------------------------------------------------------------
 
 
-class Gemm(NamedTuple):
+class Blocks(NamedTuple):
     """How a GEMM library computes a matrix: in blocks of rows x columns, of which one wave runs at the same time."""
 
     rows: int
@@ -80,24 +80,24 @@ class Tiling(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def tiling(n: int, d: int, v: int, most_rows: int, most_logits: int, gemm: Gemm) -> Tiling:
+def tiling(n: int, d: int, v: int, most_rows: int, most_logits: int, blocks: Blocks) -> Tiling:
     """Cut n x v logits into even tiles of at most `most_rows` rows and `most_logits` logits, in whole blocks.
 
     Of a few numbers of parts, those win whose forward and backward take the least predicted time.
     """
-    height, width = max(1, ceil_div(n, gemm.rows)), max(1, ceil_div(v, gemm.columns))  # in blocks
-    fewest_rows = fewest(height, max(1, most_rows // gemm.rows))
-    most_parts = min(max(7, 2 * fewest_rows + 1), n // (8 * gemm.rows))  # shorter tiles are slivers
+    height, width = max(1, ceil_div(n, blocks.rows)), max(1, ceil_div(v, blocks.columns))  # in blocks
+    fewest_rows = fewest(height, max(1, most_rows // blocks.rows))
+    most_parts = min(max(7, 2 * fewest_rows + 1), n // (8 * blocks.rows))  # shorter tiles are slivers
 
     def candidates() -> Iterator[tuple[float, int, int]]:
         for row_parts in range(fewest_rows, max(fewest_rows, most_parts) + 1, max(1, fewest_rows // 8)):
-            rows = max(1, min(n, ceil_div(height, row_parts) * gemm.rows))
-            fewest_columns = fewest(width, max(1, most_logits // rows // gemm.columns))
+            rows = max(1, min(n, ceil_div(height, row_parts) * blocks.rows))
+            fewest_columns = fewest(width, max(1, most_logits // rows // blocks.columns))
             for column_parts in range(fewest_columns, min(fewest_columns + 2, width) + 1):
-                yield _waves(n, d, v, row_parts, column_parts, gemm), row_parts, column_parts
+                yield _waves(n, d, v, row_parts, column_parts, blocks), row_parts, column_parts
 
     _, row_parts, column_parts = min(candidates())
-    return Tiling(even(n, row_parts, gemm.rows), even(v, column_parts, gemm.columns))
+    return Tiling(even(n, row_parts, blocks.rows), even(v, column_parts, blocks.columns))
 
 
 # A tile reads (rows + columns) D of the operands, and adds to as much of the gradients. For so many rows and columns that takes
@@ -105,8 +105,11 @@ def tiling(n: int, d: int, v: int, most_rows: int, most_logits: int, gemm: Gemm)
 _SIDES_OF_A_WAVE = 5_000
 
 
-def _waves(n: int, d: int, v: int, row_parts: int, column_parts: int, gemm: Gemm) -> float:
-    """Predict the time of a forward and backward in so many parts, in waves of a product over D; a GEMM begins a new wave."""
+def _waves(n: int, d: int, v: int, row_parts: int, column_parts: int, blocks: Blocks) -> float:
+    """Predict the time of a forward and backward in so many parts, in waves of a product over D.
+
+    logits (each tile begins a new wave) + dhidden (V / D as deep a product) + dweight (N / D) + bytes of the sides + launches.
+    """
 
     def sizes(total: int, granule: int, parts: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Return the two sizes of `even` parts in blocks, each with the number of parts that have it."""
@@ -114,15 +117,15 @@ def _waves(n: int, d: int, v: int, row_parts: int, column_parts: int, gemm: Gemm
         return (size, parts - larger), (size + 1, larger)
 
     def waves(height: int, width: int) -> int:
-        return ceil_div(height * width, gemm.processors)
+        return ceil_div(height * width, blocks.processors)
 
-    heights, widths = sizes(n, gemm.rows, row_parts), sizes(v, gemm.columns, column_parts)
-    deep, turned = ceil_div(d, gemm.columns), gemm.columns // gemm.rows  # columns are the rows of dweight
+    heights, widths = sizes(n, blocks.rows, row_parts), sizes(v, blocks.columns, column_parts)
+    deep, turned = ceil_div(d, blocks.columns), blocks.columns // blocks.rows  # columns are the rows of dweight
     logits = sum(rows * columns * waves(h, w) for (h, rows), (w, columns) in product(heights, widths))
     dhidden = sum(rows * waves(h, deep) for h, rows in heights) * v / d
     dweight = sum(columns * waves(w * turned, deep) for w, columns in widths) * n / d
     sides = (column_parts * n + row_parts * v) / _SIDES_OF_A_WAVE
-    return logits + dhidden + dweight + sides + gemm.launches * row_parts * column_parts
+    return logits + dhidden + dweight + sides + blocks.launches * row_parts * column_parts
 
 
 # --- slabs ------------------------------------------------------------------------------------------------------------
@@ -175,7 +178,8 @@ class Cache(NamedTuple):
         """Return the offsets of the fewest even groups of `total` tokens that fit, for a loss that takes any groups."""
         if not total:
             return [0]
-        most = total if self._holds_all(total) else max(1, self.shared // self.row)
+        # Where not even one token fits, nothing is kept: then one group, recomputed in tiles, reads the weight least often.
+        most = total if self._holds_all(total) or self.shared < self.row else self.shared // self.row
         parts, granule = fewest(total, most), 128
         # Whole blocks of a GEMM library, unless their price is one more slab.
         if most < granule or fewest(total, most, granule) > parts:
@@ -220,9 +224,11 @@ def vocabulary_splits(row_blocks: int, tiles: int, group: int, processors: int) 
     state to write and to merge, so the fewest parts win that end within 1 % of the soonest.
     """
     ends: dict[int, int] = {}
-    for wanted in range(1, tiles + 1):
-        length = -(-tiles // wanted)
-        parts = -(-tiles // length)  # none of them empty
+    wanted = 1
+    while wanted <= tiles:
+        length = ceil_div(tiles, wanted)
+        parts = ceil_div(tiles, length)  # none of them empty
+        wanted = ceil_div(tiles, length - 1) if length > 1 else tiles + 1  # the next number with a shorter part
         # Spread evenly, the programs would end no sooner than this. It rises with the parts.
         if ends and row_blocks * (_PER_TILE * tiles + parts) >= processors * min(ends.values()):
             break

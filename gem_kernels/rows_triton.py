@@ -1,8 +1,8 @@
 """The row functions of a tile of logits as Triton kernels: prepare, update, gradient (rows_torch.py has them in torch).
 
-The rows are a tile of `chunked`, or the whole matrix of logprob_entropy. The kernels are bound by memory: the statistics read
-each logit once, the gradient reads and writes it once (in place where `out` is z). A program owns BLOCK_N rows and walks their
-columns, in fp32 registers whatever the dtype in memory.
+The rows are a tile of `chunked`, or the whole matrix of logprob_entropy. The statistics read each logit once, the gradient
+reads and writes it once (in place where `out` is z). Instructions cost as much time as memory here, so a step of the loop is
+kept short. A program owns BLOCK_N rows and walks their columns, in fp32 registers whatever the dtype in memory.
 
 Rows of a matrix (N, V), or of a strided batch (B, T, V): row n is at (n // T) stride_b + (n % T) stride_t.
 """
@@ -164,7 +164,10 @@ class Rows:
         self.n_rows = z.shape[0] if z.ndim == 2 else z.shape[0] * z.shape[1]
         self.tile = tiles.row_tile(tiles.ROWS, z)
         self.grid = (triton.cdiv(self.n_rows, self.tile.rows),)
-        per_batch, strides = (self.n_rows, (0, *z.stride())) if z.ndim == 2 else (z.shape[1], z.stride())
+        if z.ndim == 2 or z.shape[0] == 1:  # a stride of N V would be specialised, and N changes from batch to batch
+            per_batch, strides = self.n_rows, (0, *z.stride()[-2:])
+        else:
+            per_batch, strides = z.shape[1], z.stride()
         self.address = (max(per_batch, 1), *strides)
         self.blocks = {
             "BLOCK_N": self.tile.rows,
@@ -270,7 +273,7 @@ def _row_gradient_kernel(
     inside = rows < n_rows
     targets = tl.load(targets_ptr + rows, mask=inside, other=-1)
     read = inside & (targets != ignore_index) if IGNORES else inside
-    # An ignored row gets m = c_0 = c_1 = 0 and reads logits of 0, so its gradient is e^0 * 0.
+    # An ignored row gets m = c_0 = c_1 = 0 and logits of 0, as logits with ignored rows have no bias: its gradient is e^0 * 0.
     gradient = load_gradient(gradient_ptr, rows, stride_gradient, read, DEGREE)
     base = row_addresses(z_ptr, rows, rows_per_batch, stride_b, stride_t)
     logits = (base, read, n_cols, stride_v, bias_ptr, gain, limit)

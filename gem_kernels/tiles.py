@@ -145,7 +145,7 @@ def slab_bytes(device: torch.device, cache_bytes: int) -> int:
     return cache_bytes if compat.on_triton(device) else min(cache_bytes, _SLAB_BYTES_CPU)
 
 
-# Of a tile on CUDA, over D: four launches (three GEMMs, a row kernel) of about 5 us, in waves, which take a Hopper D x 12 ns.
+# Of a tile on CUDA, over D: four launches (three GEMMs, a row kernel) of about 5 us, in waves, which take a Hopper D x 13 ns.
 _LAUNCHES = 1536
 
 
@@ -162,10 +162,10 @@ def tiling(hidden: Tensor, columns: int) -> plan.Tiling:
     Columns are cut at multiples of 16: rows are padded to that, so cached tiles are adjacent.
     """
     (n, d), tile = hidden.shape, chunk_tile(hidden)
-    gemm = plan.Gemm(rows=1, columns=16, processors=1, launches=0.0)  # without waves the fewest tiles win
+    blocks = plan.Blocks(rows=1, columns=16, processors=1, launches=0.0)  # without waves the fewest tiles win
     if compat.on_triton(hidden.device) and compat.arch(hidden.device):
-        gemm = plan.Gemm(128, 256, compat.processors(hidden.device), _LAUNCHES / d)
-    return plan.tiling(n, d, columns, tile.rows, tile.rows * tile.cols, gemm)
+        blocks = plan.Blocks(128, 256, compat.processors(hidden.device), _LAUNCHES / d)
+    return plan.tiling(n, d, columns, tile.rows, tile.rows * tile.cols, blocks)
 
 
 # --- tiles in memory --------------------------------------------------------------------------------------------------

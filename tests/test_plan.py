@@ -18,7 +18,7 @@ from gem_kernels.compat import INTERPRETED
 from gem_kernels.gradients import Gradients
 from gem_kernels.group_loss import chunked
 from gem_kernels.operands import Operands
-from gem_kernels.plan import Cache, Gemm, Plan, Slab, even, fewest, padded, tiling
+from gem_kernels.plan import Blocks, Cache, Plan, Slab, even, fewest, padded, tiling
 from gem_kernels.softmax import Transform
 from gem_kernels.types import LogitTransform
 
@@ -206,7 +206,7 @@ def test_tiles_are_near_the_best_cut_there_is(head: Shape, arch: int) -> None:
 
 def test_tiles_of_a_cpu_are_plain_even_cuts() -> None:
     """Without waves nothing but the number of tiles counts."""
-    cpu = Gemm(rows=1, columns=16, processors=1, launches=0.0)
+    cpu = Blocks(rows=1, columns=16, processors=1, launches=0.0)
     for n, rows, columns in (
         (1024, [1024], 32),
         (512, [512], 16),
@@ -223,15 +223,15 @@ def test_tiles_of_a_cpu_are_plain_even_cuts() -> None:
 def test_tiles_cover_the_logits() -> None:
     rng = random.Random(0)
     for _ in range(2000):
-        gemm = Gemm(*rng.choice([(1, 16, 1), (1, 16, 2), (128, 256, 108), (128, 256, 132)]), launches=rng.random())
+        blocks = Blocks(*rng.choice([(1, 16, 1), (1, 16, 2), (128, 256, 108), (128, 256, 132)]), launches=rng.random())
         n, d, v = rng.choice([0, 1, 5, 300, 5000]), rng.randint(1, 5000), rng.choice([0, 1, 17, 257, 9000, 130_000])
         n, v = rng.randint(n // 2, n), rng.randint(v // 2, v)
         rows, logits = rng.choice([(1, 16), (37, 37 * 48), (1024, 1 << 22), (8448, 8448 * 2048)])
-        parts = tiling(n, d, v, rows, logits, gemm)
-        for ranges, total, granule in ((parts.rows, n, gemm.rows), (parts.columns, v, gemm.columns)):
+        parts = tiling(n, d, v, rows, logits, blocks)
+        for ranges, total, granule in ((parts.rows, n, blocks.rows), (parts.columns, v, blocks.columns)):
             assert sum(sizes(ranges)) == total and all(a.stop == b.start for a, b in itertools.pairwise(ranges))
             assert all(part.start % granule == 0 and part.start < part.stop for part in ranges)
-        if gemm.rows <= rows and min(n, gemm.rows) * gemm.columns <= logits:
+        if blocks.rows <= rows and min(n, blocks.rows) * blocks.columns <= logits:
             assert parts.elements <= logits and max(sizes(parts.rows), default=0) <= rows
 
 

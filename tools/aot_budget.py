@@ -57,7 +57,7 @@ class Row(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """What a kernel that walks rows may cost: six instructions a logit take an H200 about as long as one byte a logit."""
+    """What a kernel that walks rows may cost: five instructions a logit take an H200 about as long as one byte a logit."""
 
     barriers: int
     """in a step"""

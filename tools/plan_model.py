@@ -34,7 +34,7 @@ ISSUE = 0.7
 """share of the peak instruction rate that a kernel with loads, exponentials and barriers reaches"""
 TRITON = 0.9
 """rate of a product in Triton over that of the GEMM library"""
-EPILOGUE = 19
+EPILOGUE = 16
 """instructions a logit that follow the product in the fused kernels (counted for sm_90 in the machine code)"""
 _OUTSIDE = {"_row_statistics_kernel": 270, "_row_gradient_kernel": 150, "_row_exponentials_kernel": 250}
 """instructions of a thread before and after its steps (the shortest way through the machine code of sm_90, counted once)"""

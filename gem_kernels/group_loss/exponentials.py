@@ -21,7 +21,6 @@ from gem_kernels.gradients import Gradients
 from gem_kernels.logit_tiles import LogitTiles
 from gem_kernels.operands import Operands, Upstream
 from gem_kernels.primitives import (
-    FLOOR,
     add_to_lanes,
     close_lanes,
     exp,
@@ -57,7 +56,7 @@ def _follow(cache, inside, reference, maximum, n_cols, BLOCK_V: tl.constexpr):
     """Move the reference of rows whose maximum is far above it, and what they have cached, to the maximum."""
     outgrown = inside & (maximum - reference > _MAX_GAP)
     if tl.max(outgrown.to(tl.int32), 0) > 0:  # rare
-        factor = exp(tl.maximum(reference - maximum, FLOOR))
+        factor = exp(reference - maximum)
         tl.debug_barrier()  # other threads of this program may have written what this one reads
         _rescale(cache, outgrown, factor, n_cols, BLOCK_V)
         tl.debug_barrier()

@@ -161,7 +161,7 @@ def sega_loss(
         cu_seqlens: (S+1,) int32 or int64, offsets of the sequences into the (flattened) tokens, strictly rising from 0.
         seq_weight: (S,) floating, finite; constants (centred advantages, already divided by the number of groups).
         The rest as for `linear_group_loss`. The weights being known, the cache is filled token by token, so no sequence
-        is too long for it: always 6NDV FLOP, 4NDV with a frozen head.
+        is too long for it: 6NDV FLOP, 4NDV with a frozen head, wherever cache_bytes holds the logits of a token.
 
     Returns:
         GroupLoss(loss, stats), as `linear_group_loss`.
