@@ -11,7 +11,7 @@ demo: $(VENV)/.train
 
 # Two runs in parallel: all tests as on any CPU, and the tests of the ops with the Triton kernels interpreted.
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,kernels compile linear_logprob linear_logprob_oracles linear_logprob_calls \
-	logprob group_loss group_loss_calls sega_loss vocab_parallel vocab_parallel_alone scoring layouts)
+	logprob group_loss group_loss_calls sega_loss vocab_parallel vocab_parallel_alone scoring layouts launches)
 
 test: $(VENV)/.test $(VENV)/.bench
 	@TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS) >$(VENV)/interpreted.log 2>&1 & interpreted=$$!; \
