@@ -124,13 +124,18 @@ def report(op: str, shape: Shape, name: str) -> str:
     device = DEVICES[name]
     p = plan(op, shape, device)
     ndv = shape.n * shape.d * shape.v
-    ours = ", ".join(f"{launched.launches} {kernel}" for kernel, launched in p.kernels.items())
+    counts = {
+        "GEMMs": p.gemms.total(),
+        **{name: k.launches for name, k in p.kernels.items()},
+        "of torch": p.torch_launches,
+    }
+    launches = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     parts = " + ".join(f"{part} {1e3 * seconds:.2f}" for part, seconds in p.seconds.items())
     use = f"worst {p.worst_use:.0%}, mean {p.mean_use:.0%}" if p.uses else "no product"
     lines = [
         f"{op}: {OPS[op].says}, N={shape.n} D={shape.d} V={shape.v} {str(shape.dtype)[6:]} on {name}",
-        f"  launches      {p.launches}: {p.gemms.total()} GEMMs, {ours}, {p.torch_launches} of torch",
-        f"  FLOP          {p.flops / 1e12:.4g}e12 in products, {p.flops / ndv:.3g} NDV",
+        f"  launches      {p.launches}: {launches}",
+        f"  FLOP          {p.flops / 1e12:.4g} T in products, {p.flops / ndv:.3g} NDV",
         f"  processors    {device.processors}; use by products: {use}",
         f"  bytes moved   {p.bytes / 1e9:.3g} GB",
         f"  extra memory  {p.extra_bytes / 2**20:,.1f} MiB beyond operands and results",
