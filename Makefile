@@ -9,12 +9,13 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 demo: $(VENV)/.train
 	$(BIN)/gem-kernels demo --output_dir runs/demo
 
-# Two runs in parallel: all tests as on any CPU, and the tests of the ops with the Triton kernels interpreted.
+# Two runs in parallel: all tests as on any CPU, and the tests of the ops with the Triton kernels interpreted, which work in
+# NumPy: a second thread of torch would only wait, on a core that the other run needs.
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,kernels compile linear_logprob linear_logprob_oracles linear_logprob_calls \
 	logprob group_loss group_loss_calls sega_loss vocab_parallel vocab_parallel_alone scoring layouts launches)
 
 test: $(VENV)/.test $(VENV)/.bench
-	@TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS) >$(VENV)/interpreted.log 2>&1 & interpreted=$$!; \
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(KERNEL_TESTS) >$(VENV)/interpreted.log 2>&1 & interpreted=$$!; \
 	trap "kill $$interpreted" INT TERM; \
 	$(BIN)/python -m pytest tests benchmarks --benchmark-disable; plain=$$?; \
 	echo "The tests of the ops with the Triton kernels interpreted:"; \
