@@ -80,7 +80,7 @@ def compile_ahead(shape: Shape, arch: int, processors: int, number: int, candida
     def warm_up(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
         kernel.warmup(*args, grid=grid, **meta)
 
-    with compat.compiling(arch, warm_up, processors), entry(table, table.all()[candidate]):
+    with compat.compiling(arch, warm_up, processors), entry(table.entries, table.key, table.all()[candidate]):
         table.make(META)()
 
 
@@ -121,7 +121,7 @@ def sweep(table: Table, rows: Rows, device: torch.device, deadline: float, most:
         return
     run, want = table.make(device), None
     if first is not None:
-        with entry(table, present):
+        with entry(table.entries, table.key, present):
             want = run()
     best = min((row["ms"] for row in rows.document["rows"] if is_row(row, key) and "ms" in row), default=float("inf"))
     for tile in todo:
@@ -130,7 +130,7 @@ def sweep(table: Table, rows: Rows, device: torch.device, deadline: float, most:
         row = rows.claim(**key, candidate=tile._asdict(), present=tile == present)
         assert row is not None
         try:
-            with entry(table, tile):
+            with entry(table.entries, table.key, tile):
                 got = run()
                 want = got.clone() if want is None else want
                 if not same(got, want):

@@ -31,6 +31,12 @@ class Shape(NamedTuple):
 REFERENCE, QUICK = Shape(8192, 4096, 128_256), Shape(2048, 1024, 32_000)
 
 
+def own_entries(entries: dict[Any, Any], arch: int) -> dict[Any, Any]:
+    """Copy the entries that serve an architecture to keys of its own: a single new key would hide the other entries."""
+    served = max(key[0] for key in entries if 0 < key[0] <= arch)
+    return {**entries, **{(arch, *key[1:]): tile for key, tile in entries.items() if key[0] == served}}
+
+
 class Table(NamedTuple):
     """The candidates of one entry, and the run that times them."""
 
@@ -42,10 +48,7 @@ class Table(NamedTuple):
     """device -> the run to time; it returns a result to compare"""
 
     def own(self) -> dict[Any, Any]:
-        """Copy the entries that serve this architecture to keys of its own: a single new key would hide the other entries."""
-        served = max(key[0] for key in self.entries if 0 < key[0] <= self.key[0])
-        mine = {(self.key[0], *key[1:]): tile for key, tile in self.entries.items() if key[0] == served}
-        return {**self.entries, **mine}
+        return own_entries(self.entries, self.key[0])
 
     def present(self) -> Tile:
         """Return the tile that serves this key now."""
@@ -253,12 +256,12 @@ def tables(s: Shape, arch: int) -> list[Table]:
 
 
 @contextmanager
-def entry(table: Table, tile: Tile) -> Iterator[None]:
-    """Put a tile into its table, in memory, inside the block."""
-    before = dict(table.entries)
-    table.entries.update({**table.own(), table.key: tile})
+def entry(entries: dict[Any, Any], key: tuple[int, ...], tile: Tile) -> Iterator[None]:
+    """Put a tile into a table of gem_kernels/tiles.py, in memory, inside the block."""
+    before = dict(entries)
+    entries.update({**own_entries(entries, key[0]), key: tile})
     try:
         yield
     finally:
-        table.entries.clear()
-        table.entries.update(before)
+        entries.clear()
+        entries.update(before)

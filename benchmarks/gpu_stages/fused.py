@@ -55,7 +55,7 @@ def _timed(run: Callable[[], object], shape: Shape, dry: bool) -> Json:
 def time_tile(tile: FusedTile, n: int, d: int, dry: bool) -> Json:
     shape = shape_of(n, d, dry)
     table = table_of(shape)
-    with entry(table, tile):
+    with entry(table.entries, table.key, tile):
         results = _timed(table.make(DEVICE), shape, dry)
     return {**results, "tile": words(tile), "present": tile == table.present()}
 

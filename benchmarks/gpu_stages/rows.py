@@ -21,7 +21,7 @@ from gem_kernels.tiles import RowTile
 from gem_kernels.types import LogitTransform
 from tools.device import times
 from tools.files import Json
-from tools.sweep_tables import ROW_TILES, Table, entry, row_gradient
+from tools.sweep_tables import ROW_TILES, entry, row_gradient
 
 BF16 = torch.bfloat16
 TILES = ROW_TILES[:5]
@@ -98,17 +98,12 @@ def present_tile(kernel: Kernel) -> RowTile:
     return tiles.row_tile(tiles.ROWS, torch.empty(0, dtype=kernel.dtype, device=DEVICE))
 
 
-def _nothing(device: torch.device) -> Callable[[], Tensor]:
-    """Stand in for a table's run: this module has its own."""
-    raise NotImplementedError
-
-
 def time_kernel(name: str, tile: RowTile | None, dry: bool) -> Json:
     """Time a kernel with a tile, or with the present entry of the table."""
     kernel = KERNELS[name]
     walk, key = make_walk(kernel, dry), (compat.arch(DEVICE), kernel.dtype.itemsize)
     used = tile or present_tile(kernel)
-    with entry(Table("ROWS", tiles.ROWS, key, (), _nothing), used):
+    with entry(tiles.ROWS, key, used):
         kernel.run(walk)
         taken = times(partial(kernel.run, walk), seconds=0.1, least=1 if dry else 3, most=15)
     ms = statistics.median(taken)
