@@ -1,4 +1,4 @@
-"""gem-kernels sft | score | train | eval | report | doctor | demo: one command per phase, with files between them.
+"""gem-kernels sft | score | merge | train | eval | report | doctor | demo: one command per phase, with files between them.
 
 Settings come from dataclasses (gem.config, transformers.TrainingArguments): preset < --config file.yaml < flags.
 """
@@ -10,6 +10,8 @@ import copy
 import json
 import logging
 import math
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -30,27 +32,33 @@ from gem.config import (
     ScoreArguments,
 )
 from gem.explain import explain
-from gem.files import write_lines
-from gem.runs import check_file, check_writable, claimed, resume_from, train_to_end
-from gem.settings import DEBUG_HELP, SUMMARIES, parse, raise_error
+from gem.files import check_file, check_writable, write_lines
+from gem.runs import RunFolder, train_to_end
+from gem.settings import DEBUG_HELP, SUMMARIES, never_used, parse, raise_error
+from gem.signals import die_by, terminating
+from gem.stops import Diverged, Terminated
 
 __all__ = ["SUMMARIES", "main", "parse"]
 
 # With one of these, --debug is TrainingArguments' own setting.
 DEBUG_VALUES = ("underflow_overflow", "tpu_metrics_debug")
+# Settings that leave groups as they are, and inputs, whose hashes the header holds.
+NOT_IN_HEADER = {"output", "device", "shard", "auroc_gate", "model", "tokenizer", "data"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 2 after an error, 130 after an interruption from the keyboard.
+    """Run a command and return its exit status: 0, 2 after an error, 3 if the numbers of the run are no good.
 
-    An error is one line on stderr, which --debug precedes with the traceback.
+    An error is one line on stderr, which --debug precedes with the traceback. After a signal, a process that was started for
+    the command (argv is None) ends by it, as shells and schedulers expect; else the status is 128 + its number.
     """
-    argv, debug = _without_debug(sys.argv[1:] if argv is None else argv)
+    started, (argv, debug) = argv is None, _without_debug(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     for chatty in ("httpx", "datasets", "transformers"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     commands = {
-        "sft": _sft, "score": _score, "train": _train, "eval": _eval, "report": _report, "doctor": _doctor, "demo": _demo
+        "sft": _sft, "score": _score, "merge": _merge, "train": _train, "eval": _eval, "report": _report, "doctor": _doctor,
+        "demo": _demo,
     }  # fmt: skip
     if not argv or argv[0] not in commands:
         if argv and argv[0] not in ("-h", "--help"):
@@ -61,14 +69,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n`gem-kernels COMMAND --help` explains every flag; --debug anywhere shows the traceback of an error.")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     try:
-        commands[argv[0]](argv[1:])
-    except (Exception, KeyboardInterrupt) as error:
+        with terminating():
+            commands[argv[0]](argv[1:])
+            sys.stdout.flush()  # a full disk or a closed pipe shows here
+        return 0
+    except (Exception, KeyboardInterrupt, Terminated) as error:
         _close_bars()
         if debug:
             traceback.print_exc()
         print(f"gem-kernels {argv[0]}: {explain(error, argv[0])}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 2
-    return 0
+        return _ended(error, started)
+
+
+def _ended(error: BaseException, started: bool) -> int:
+    """Return the exit status for an error; end a started process by the signal that it stands for."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # what cannot be written would be tried again at the end of the process, with lines of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    signum = signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "signum", 0)
+    if signum and started:
+        die_by(signum)
+    return 128 + signum if signum else 3 if isinstance(error, Diverged) else 2
 
 
 def _close_bars() -> None:
@@ -101,60 +123,120 @@ def _sft(argv: Sequence[str]) -> None:
         "sft", argv, ModelArguments, DataArguments, LossArguments, GuardArguments, TrainingArguments
     )
     from gem.data import read_examples
+    from gem.fingerprint import source_hash
     from gem.models import load_model, load_tokenizer
     from gem.pipeline import pair_group
     from gem.trainer import GEMTrainer
 
     loss.loss = "sft"
-    resume, finished = resume_from(Path(training.output_dir), "sft", settings)
-    if finished:
+    run = RunFolder(training, "sft", settings)
+    if run.finished:
         return
     tokenizer = load_tokenizer(model_args)
+    _check_tokenizer(run, model_args, tokenizer)
     ends = _ends(model_args, tokenizer)
-    groups = [pair_group(example) for example in read_examples(data, tokenizer, need=("chosen",), ends=ends)]
+    examples = read_examples(data, tokenizer, need=("chosen",), ends=ends)
+    run.check_input("data", data.data, lambda: source_hash(data.data, examples))
+    groups = [pair_group(example) for example in examples]
     for group in groups:
         group.members = group.members[:1]  # the chosen answer
     set_seed(training.seed)
     model = load_model(model_args, tokenizer, training.device)
-    with claimed(training, "sft", settings):
+    _check_model(run, model_args, model)
+    with run.claimed():
         trainer = GEMTrainer(model, training, loss=loss, guard=guard, train_dataset=groups, processing_class=tokenizer)
-        train_to_end(trainer, None, resume)
+        train_to_end(trainer, None, run.resume)
+
+
+def _check_tokenizer(run: RunFolder, arguments: ModelArguments, tokenizer: Any) -> None:
+    from gem.fingerprint import tokenizer_hash
+
+    run.check_input("tokenizer", arguments.tokenizer or arguments.model, lambda: tokenizer_hash(tokenizer))
+
+
+def _check_model(run: RunFolder, arguments: ModelArguments, model: Any) -> None:
+    """Check that a run began with this model. Of one from scratch the config is hashed: processors draw other bits."""
+    from gem.fingerprint import data_hash, model_hash
+
+    config = arguments.model if arguments.model.endswith(".json") else ""
+    run.check_input("model", arguments.model, lambda: data_hash(config) if config else model_hash(model))
 
 
 def _score(argv: Sequence[str]) -> None:
     from transformers import set_seed
 
-    (model_args, data, rollout, score, rank, guard, output), _ = parse(
+    (model_args, data, rollout, score, rank, guard, output), settings = parse(
         "score", argv, ModelArguments, DataArguments, RolloutArguments, ScoreArguments, RankArguments, GuardArguments,
         OutputArguments,
     )  # fmt: skip
     from tqdm.auto import tqdm
 
     from gem.data import read_examples
-    from gem.evaluate import pair_auroc
-    from gem.groups import candidates_line, save_groups
-    from gem.guard import warn_below_gate
+    from gem.fingerprint import model_hash, source_hash, tokenizer_hash
+    from gem.groups_file import parse_shard
+    from gem.groups_writer import GroupsWriter, batches, check_same
+    from gem.lock import locked
     from gem.models import load_model, load_tokenizer, pick_device
     from gem.pipeline import GroupMaker, sampling_prompts
-    from gem.rollout import check_room
+    from gem.rollout import check_room, seeded
 
     path, device = Path(output.output or "groups.jsonl"), pick_device(output.device)
-    if path.exists():
-        raise ValueError(f"output must be a new file, got {path}, which exists")
     check_file(path, "output")
+    shard = "{}/{}".format(*parse_shard(output.shard))
+    compared = {name: value for name, value in settings.items() if name not in NOT_IN_HEADER | never_used("score")}
+    header: dict[str, Any] = {"shard": shard, "settings": compared}
+    check_same(path, header)
     tokenizer = load_tokenizer(model_args)
+    header["tokenizer"] = {"name": model_args.tokenizer or model_args.model, "hash": tokenizer_hash(tokenizer)}
+    check_same(path, header)
     ends = _ends(model_args, tokenizer, rollout.stop)
     pair = ("chosen", "rejected") if rank.human_weight else ()
     examples = read_examples(data, tokenizer, need=pair, rollout=rollout, ends=ends)
-    set_seed(output.seed)
-    model = load_model(model_args, tokenizer, device)
-    check_room(model, sampling_prompts(examples), rollout)
-    maker = GroupMaker(model, tokenizer, rollout, score, rank)
+    header["data"] = {"name": data.data, "hash": source_hash(data.data, examples)}
+    check_same(path, header)
     step = max(1, rollout.rollout_batch_size // max(1, rollout.group_size))
-    groups = []
-    for start in tqdm(range(0, len(examples), step), desc="groups"):
-        groups += maker(examples[start : start + step])
-    save_groups(path, groups)
+    starts = batches(len(examples), step, shard)
+    prompts = [example.prompt_ids for example in examples[starts.start : starts.stop]]
+    with locked(path.with_name(f"{path.name}.lock"), "output"):
+        set_seed(output.seed)
+        model = load_model(model_args, tokenizer, device)
+        check_room(model, sampling_prompts(examples) if rollout.group_size else [], rollout)
+        header["model"] = {"name": model_args.model, "hash": model_hash(model)}
+        maker = GroupMaker(model, tokenizer, rollout, score, rank)
+        with GroupsWriter(path, header, prompts, step) as out:
+            if out.finished:
+                print(f"{path} holds this run, finished:")
+            else:
+                for start in tqdm(starts[out.batches :], desc="groups", initial=out.batches, total=len(starts)):
+                    with seeded(output.seed, "score", start):
+                        out.append(maker(examples[start : start + step]))
+                out.finish()
+    _print_groups(path, out.summary, guard)
+
+
+def _merge(argv: Sequence[str]) -> None:
+    from gem.groups_writer import merge_groups
+    from gem.lock import locked
+
+    parser = _small_parser("merge")
+    parser.add_argument("shards", nargs="+", help="files of `gem-kernels score --shard i/n`: all of a run, any order")
+    parser.add_argument("--output", default="groups.jsonl", help="the file that one run would have written")
+    arguments = parser.parse_args(list(argv))
+    path = Path(arguments.output)
+    if path.exists():
+        raise ValueError(f"output must be a new file, got {path}, which exists")
+    check_file(path, "output")
+    with locked(path.with_name(f"{path.name}.lock"), "output"):
+        groups = merge_groups([Path(shard) for shard in arguments.shards], path)
+    _print_groups(path, groups, GuardArguments())
+
+
+def _print_groups(path: Path, groups: Sequence[Any], guard: GuardArguments) -> None:
+    """Print what a groups file holds, and warn of groups that teach little."""
+    from gem.evaluate import pair_auroc
+    from gem.groups import candidates_line
+    from gem.guard import warn_below_gate
+
     share = pair_auroc(groups)
     kept = sum(group.kept for group in groups)
     print(candidates_line(groups))
@@ -174,7 +256,8 @@ def _train(argv: Sequence[str]) -> None:
     )  # fmt: skip
     from gem.data import read_examples
     from gem.evaluate import Evaluation, pair_auroc
-    from gem.groups import check_learnable, load_groups
+    from gem.fingerprint import data_hash, source_hash
+    from gem.groups_file import check_header, check_learnable, load_groups
     from gem.guard import warn_below_gate
     from gem.models import load_model, load_tokenizer
     from gem.pipeline import GroupMaker, sampling_prompts
@@ -185,30 +268,41 @@ def _train(argv: Sequence[str]) -> None:
         raise ValueError(
             f"expected either groups (a file) or data (online), got groups={groups_args.groups!r}, data={data.data!r}"
         )
-    resume, finished = resume_from(Path(training.output_dir), "train", settings)
-    if finished:
+    run = RunFolder(training, "train", settings)
+    if run.finished:
         return
     tokenizer = load_tokenizer(model_args)
+    _check_tokenizer(run, model_args, tokenizer)
     ends = _ends(model_args, tokenizer, rollout.stop)
     read = partial(read_examples, data, tokenizer, rollout=rollout, ends=ends)
     evaluated: Any = {"source": eval_args.eval_data, "split": eval_args.eval_split}
-    held_out = read(need=("chosen",), **evaluated) if eval_args.eval_data else []
-    pair = ("chosen", "rejected") if rank.human_weight else ()
-    groups = load_groups(Path(groups_args.groups)) if groups_args.groups else []
-    examples = [] if groups_args.groups else read(need=pair)
+    held_out = []
+    if eval_args.eval_data:
+        held_out = read(need=("chosen",), **evaluated)
+        run.check_input("eval_data", eval_args.eval_data, lambda: source_hash(eval_args.eval_data, held_out))
+    groups, examples = [], []
     if groups_args.groups:
+        check_header(Path(groups_args.groups), tokenizer)
+        groups = load_groups(Path(groups_args.groups))
+        run.check_input("groups", groups_args.groups, lambda: data_hash(groups_args.groups))
         warn_below_gate(pair_auroc(groups), guard)
+    else:
+        examples = read(need=("chosen", "rejected") if rank.human_weight else ())
+        run.check_input("data", data.data, lambda: source_hash(data.data, examples))
     set_seed(training.seed)
     model: Any = load_model(model_args, tokenizer, training.device)
+    _check_model(run, model_args, model)
     make_groups = None
     if groups_args.groups:
-        check_learnable(groups, model.get_input_embeddings().weight.shape[0], groups_args.groups)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        supervised = loss.loss != "sega" or loss.sft_weight > 0  # the others learn from the pair itself
+        check_learnable(groups, vocabulary, groups_args.groups, supervised)
     else:
-        check_room(model, sampling_prompts(examples), rollout)
+        check_room(model, sampling_prompts(examples) if rollout.group_size else [], rollout)
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         make_groups = GroupMaker(model, tokenizer, rollout, score, rank, reference)
     evaluation = Evaluation(model, tokenizer, held_out, rollout, score, eval_args) if held_out else None
-    with claimed(training, "train", settings):
+    with run.claimed():
         trainer = GEMTrainer(
             model,
             training,
@@ -219,7 +313,7 @@ def _train(argv: Sequence[str]) -> None:
             make_groups=make_groups,
             evaluation=evaluation,
         )
-        train_to_end(trainer, evaluation, resume)
+        train_to_end(trainer, evaluation, run.resume)
 
 
 def _eval(argv: Sequence[str]) -> None:
@@ -241,6 +335,7 @@ def _eval(argv: Sequence[str]) -> None:
     torch.manual_seed(output.seed)
     model = load_model(model_args, tokenizer, device)
     evaluation = Evaluation(model, tokenizer, examples, rollout, score, eval_args)
+    torch.manual_seed(output.seed)  # new adapters have drawn some
     metrics = evaluation(model)
     metrics.pop("preference_reference", None)  # the model is its own reference here: all ties
     print(json.dumps(metrics, indent=1))

@@ -129,6 +129,16 @@ class GuardArguments:
         3, "stop if accuracy or AUROC stays below its best for this many evaluations; 0: never"
     )
     stop_margin: float = setting(0.05, "distance below the best value that counts as a fall")
+    stop_growth: float = setting(
+        50.0,
+        "stop if gradient norm or |loss| is above this multiple of its largest value over the first 20 logged steps, three "
+        "logged steps in a row, or if one step makes the weights ten times as large; 0: never",
+    )
+    stop_idle: int = setting(
+        20,
+        "stop after this many steps in a row with nothing to learn: the gradient is 0 or, online, no group is kept or all "
+        "candidates are cut off; 0: never",
+    )
 
 
 @dataclass
@@ -148,10 +158,12 @@ class GroupsArguments:
 class OutputArguments:
     output: str | None = setting(None, "file to write")
     seed: int = setting(0, "seed of the sampler")
+    shard: str = setting("0/1", "i/n: make the i-th of n parts, counted from 0; `gem-kernels merge` joins their files")
     device: str | None = setting(None, "where the model runs: cpu, cuda, cuda:1, ...; default: CUDA if available")
 
 
-# `preset: paper` is Eq. 1 and 2 as printed: no human pair, no guard rails. Explicit settings win over a preset.
+# `preset: paper` is Eq. 1 and 2 as printed: no human pair, no guard rails but those against faults (stop_growth, stop_idle).
+# Explicit settings win over a preset.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
@@ -199,6 +211,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "auroc_gate": (0, 1),
     "stop_patience": (0, float("inf")),
     "stop_margin": (0, 1),
+    "stop_growth": (0, float("inf")),
+    "stop_idle": (0, float("inf")),
     "eval_limit": (0, float("inf")),
     "eval_samples": (0, float("inf")),
     "lora_rank": (0, float("inf")),
@@ -216,6 +230,8 @@ def check(arguments: Any) -> None:
             raise ValueError(f"{name} must be a list of texts, none of them empty, got {value!r}")
         if name == "stop" and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
             raise ValueError(f"{name} must be a list of texts, none of them empty, got {value!r}")
+        if name == "stop_growth" and 0 < value < 2:
+            raise ValueError(f"stop_growth must be 0 (never) or at least 2, got {value!r}")
         if name in RANGES:
             low, high = RANGES[name]
             if not low <= value <= high:

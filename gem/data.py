@@ -53,6 +53,7 @@ class Example:
     candidates_given: list[Given] = field(default_factory=list)
     question: str = ""  # the user's last message
     sampling_prompt_ids: list[int] = field(default_factory=list)  # prompt for sampling candidates; empty: prompt_ids
+    where: str = field(default="", compare=False)  # "pairs.jsonl, line 3", for messages
 
     @property
     def sampled_from(self) -> list[int]:
@@ -231,6 +232,7 @@ class _Encoder:
             candidates_given=[e.given for e in candidates],
             question=_last_user_text(record["prompt"]),
             sampling_prompt_ids=sampling,
+            where=str(record.get("_where", "")),
         )
 
     def _check(self, completion: str | Messages) -> None:

@@ -17,7 +17,7 @@ from gem.data import Example
 from gem.ends import Ends, model_ends
 from gem.groups import Group, Member
 from gem.head import ensure_fused
-from gem.rollout import Sampler, TransformersSampler, sample_completions
+from gem.rollout import Sampler, TransformersSampler, check_room, sample_completions
 from gem.score import score_groups, token_stats
 from gem.spans import find_spans
 
@@ -76,6 +76,8 @@ class Evaluation:
         self.expected = [self._answer(e.chosen_ids, ends) for e in self.answered]
         self.completions: list[dict[str, str]] = []
         ensure_fused(model)
+        if sampler is None:  # found out now, not after the training
+            check_room(model, [e.sampled_from for e in self.answered], rollout)
         self.reference = self._pair_logprobs(model)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:

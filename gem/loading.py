@@ -11,10 +11,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from gem.files import seems_to_be
+
 JSON_FILES = (
     "config.json", "generation_config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "chat_template.json",
 )  # fmt: skip
+TEXT_FILES = ("chat_template.jinja", "merges.txt", "vocab.txt")
 
 
 @contextmanager
@@ -74,20 +77,37 @@ def damaged(folder: Path) -> str | None:
         why = None
         if file.name in JSON_FILES or file.name.endswith(".index.json"):
             why = _no_json(file, {f.name for f in files})
+        elif file.name in TEXT_FILES:
+            why = _no_text(file)
         elif file.suffix == ".safetensors":
             why = no_tensors(file)
-        elif file.suffix == ".bin" and _begins(file, b"PK") and not zipfile.is_zipfile(file):
+        elif file.suffix == ".bin" and _start(file, 2) == b"PK" and not zipfile.is_zipfile(file):
             why = "is cut off"
         if why is not None:
             return f"{file.name} {why}: fetch or save it again"
     return None
 
 
+def _no_text(file: Path) -> str | None:
+    """Return why a file holds no UTF-8 text; None if it does."""
+    try:
+        kind = seems_to_be(_start(file, 64))
+        if not kind:
+            file.read_text(encoding="utf-8")
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 text ({error})"
+    return f"is not text but {kind}" if kind else None
+
+
 def _no_json(file: Path, names: set[str]) -> str | None:
     """Return why a file holds no JSON object, or which files an index names that are not among `names`; None if all is well."""
+    if (why := _no_text(file)) is not None:
+        return why
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:  # ValueError: not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:
         return f"is not JSON ({error})"
     if not isinstance(content, dict):
         return f"must hold a JSON object, got {type(content).__name__}"
@@ -107,12 +127,17 @@ def no_tensors(file: Path) -> str | None:
     try:
         with safe_open(file, framework="pt"):
             return None
-    except (SafetensorError, OSError) as error:
-        if file.is_file() and _begins(file, b"version https://git-lfs"):
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    except SafetensorError as error:
+        start = _start(file, 64)
+        if start.startswith(b"version https://git-lfs"):
             return "is a pointer of git-lfs, not the weights (git lfs pull brings them)"
-        return f"is cut off or no safetensors file ({error})"
+        kind = seems_to_be(start)
+        seems = "" if kind in ("", "safetensors", "binary") else f": it seems to be {kind}"
+        return f"is cut off or no safetensors file ({error}{seems})"
 
 
-def _begins(file: Path, start: bytes) -> bool:
+def _start(file: Path, length: int) -> bytes:
     with file.open("rb") as opened:
-        return opened.read(len(start)) == start
+        return opened.read(length)

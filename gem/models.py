@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from gem.config import ModelArguments
 from gem.ends import Ends, ends_of, model_ends
+from gem.finite import not_finite_weights
 from gem.loading import loading
 from gem.sources import MODEL_SOURCES, configs_of, pretrained, tokenizer_of
 from gem.special_tokens import check_savable, settle_ends
@@ -89,8 +90,8 @@ def load_model(arguments: ModelArguments, tokenizer: Any, device: torch.device |
         A transformers model, or a peft model around one.
 
     Raises:
-        ValueError: no model named, a file that is unknown or damaged, a vocabulary smaller than the tokenizer's, or a
-            generation config that could not be saved again.
+        ValueError: no model named, a file that is unknown or damaged, weights that are not finite, a vocabulary smaller than
+            the tokenizer's, or a generation config that could not be saved again.
     """
     if not arguments.model:
         raise ValueError(f"model must be {MODEL_SOURCES}, got nothing")
@@ -113,7 +114,10 @@ def load_model(arguments: ModelArguments, tokenizer: Any, device: torch.device |
 
         lora = LoraConfig(r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, target_modules="all-linear")
         model = get_peft_model(model, lora)
-    return cast(nn.Module, placed(model, device))
+    model = placed(model, device)
+    if problem := not_finite_weights(model):
+        raise ValueError(f"model must have finite weights, got {problem} in {arguments.model!r}")
+    return cast(nn.Module, model)
 
 
 def source_ends(arguments: ModelArguments, tokenizer: Any, stop: Sequence[str] = ()) -> Ends:

@@ -27,8 +27,8 @@ def pair_group(example: Example) -> Group:
         members.append(Member("chosen", example.chosen_ids, given=example.chosen_given))
     if example.rejected_ids:
         members.append(Member("rejected", example.rejected_ids, given=example.rejected_given))
-    prompts = {"question": example.question, "sampling_prompt_ids": example.sampling_prompt_ids}
-    return Group(example.prompt, example.prompt_ids, members, **prompts)  # type: ignore[arg-type]
+    about = {"question": example.question, "sampling_prompt_ids": example.sampling_prompt_ids, "where": example.where}
+    return Group(example.prompt, example.prompt_ids, members, **about)  # type: ignore[arg-type]
 
 
 def sampling_prompts(examples: Sequence[Example]) -> list[list[int]]:

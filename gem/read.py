@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from gem.files import seems_to_be
 from gem.problems import BadRecord, shown
 
 Row = dict[str, Any]
@@ -161,13 +162,14 @@ def _file(path: Path, split: str | None) -> Rows:
     try:
         with path.open("rb") as file:
             start = file.read(8)
-        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise ValueError(f"{path}: expected UTF-8 text, got UTF-16")
         if kind == "parquet" or start[:4] == b"PAR1":
             yield from _parquet(path)
             return
         opener = next((o for magic, o in _OPENERS.items() if start.startswith(magic)), open)
         with opener(path, "rb") as stream:
+            if other := seems_to_be(stream.read(64)):
+                raise ValueError(f"{path}: expected UTF-8 text, got {other}")
+            stream.seek(0)
             yield from _csv(path, stream) if kind == "csv" else _json(path, stream, split)
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path}: expected a file that can be read whole, got {_reason(error)}") from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -16,9 +18,25 @@ from gem.config import RolloutArguments
 from gem.decoding import decode
 from gem.ends import Ends, model_ends
 from gem.positions import check_positions
+from gem.stops import Diverged
 from gem.tokens import left_pad
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def seeded(*key: object) -> Iterator[None]:
+    """Seed torch's random numbers of the block from `key` alone, and leave those outside of it as they were.
+
+    What is sampled then depends on nothing that happened before: a resumed run samples what an uninterrupted one would.
+
+    Args:
+        key: values with a repr of their own, such as numbers, texts, and lists of them.
+    """
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little"))
+        yield
 
 
 class Sampler(Protocol):
@@ -30,7 +48,9 @@ class Sampler(Protocol):
         """Return one completion per prompt, in the order of the prompts; a repeated prompt gets independent samples.
 
         Online training takes what is sampled for samples of the policy as it is at the call, at temperature 1: a backend that
-        lags behind, or samples otherwise, biases the KL term and is exempt from `taper`. Its settings are its own.
+        lags behind, or samples otherwise, biases the KL term and is exempt from `taper`. Its settings are its own. It takes
+        its random numbers, or the seed of its requests, from torch's global generator, which the caller seeds: so a resumed
+        run samples what an uninterrupted one would.
 
         Args:
             prompts: token ids.
@@ -109,6 +129,7 @@ def generate(
 
     Raises:
         ValueError: a prompt leaves the model no room for max_new_tokens; raised before anything is generated.
+        Diverged: the model gives NaN or infinity, from which nothing can be sampled.
     """
     check_room(model, prompts, arguments)
     if arguments.top_p < 1 and not greedy:
@@ -134,7 +155,16 @@ def generate(
             inputs = left_pad([prompts[i] for i in batch], pad, next(model.parameters()).device)
             width = inputs["input_ids"].shape[1]
             stopping = StoppingCriteriaList([StopTexts(ends, tokenizer, width)] if ends.texts else [])
-            out = model.generate(**inputs, **options, stopping_criteria=stopping)  # type: ignore[operator]
+            try:
+                out = model.generate(**inputs, **options, stopping_criteria=stopping)  # type: ignore[operator]
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):
+                    raise
+                first = tokenizer.decode(prompts[batch[0]])
+                raise Diverged(
+                    f"the model gives probabilities that are not finite for one of {len(batch)} prompts, the first of which "
+                    f"is {first[:60]!r}"
+                ) from None
             for i, ids in zip(batch, out[:, width:].tolist(), strict=True):
                 # The batch runs until its last row ends; the tokens of the other rows behind their end are padding.
                 completions[i] = ends.cut(ids, tokenizer)
@@ -150,7 +180,9 @@ def check_room(model: nn.Module, prompts: Sequence[Sequence[int]], arguments: Ro
     Raises:
         ValueError: a row is longer than the model has positions for, and the model cannot go beyond them.
     """
-    longest = max(map(len, prompts), default=0)
+    if not prompts:
+        return
+    longest = max(map(len, prompts))
     what = f"max_new_tokens={arguments.max_new_tokens} behind a prompt of {longest} tokens"
     check_positions(model, longest + arguments.max_new_tokens, what)
 

@@ -8,16 +8,24 @@ from typing import Any
 
 from gem.files import read_text
 
-RUN_FILE = "run.json"  # name, seed and settings: whose folder this is
+RUN_FILE = "run.json"  # name, seed, settings and hashes of the inputs: whose folder this is
 STATE_FILE = "trainer_state.json"  # Trainer's log; in every checkpoint too
 METRICS_FILE = "metrics.json"  # written last: a folder with it holds a finished run
 COMPLETIONS_FILE = "completions.jsonl"
+MANIFEST_FILE = "manifest.json"  # sizes and hashes of the files, written last: the checkpoint or the result is whole
+LOCK_FILE = "run.lock"  # who trains there now
+BEST_FOLDER = "checkpoint-best"  # weights of the best evaluation, which the guard restores
 
 
 def numbered_checkpoints(folder: Path) -> list[Path]:
     """Return the folders checkpoint-N in the folder of a run, newest first."""
-    numbers = {p: p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*")}
-    return sorted((p for p, n in numbers.items() if n.isdigit()), key=lambda p: int(numbers[p]), reverse=True)
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=step_number, reverse=True)
+
+
+def step_number(checkpoint: Path) -> int:
+    """Return N of a folder checkpoint-N."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -33,7 +41,7 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
     """Return the JSON object in a text. Raise ValueError, beginning with `where`, if there is none."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: expected a JSON object, got text that does not parse: {error}") from error
     if type(value) is not dict:
         raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""Folder of a run, from start to end: check it, claim it, find where to resume, train, and write the results.
+"""Folder of a run, from start to end: check it, find where to go on, claim it, train, and write the results.
 
 Results are read back by gem/results.py.
 """
@@ -6,43 +6,184 @@ Results are read back by gem/results.py.
 from __future__ import annotations
 
 import json
-import os
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
-from gem.checkpoints import check_steps_left, find_checkpoint
-from gem.files import read_text, write_lines
-from gem.run_files import COMPLETIONS_FILE, METRICS_FILE, RUN_FILE, read_object
+from gem.checkpoints import WEIGHTS, check_steps_left, find_checkpoint, manifest_flaw, steps_of, write_manifest
+from gem.files import check_writable, read_text, write_lines
+from gem.lock import check_free, locked
+from gem.run_files import (
+    BEST_FOLDER,
+    COMPLETIONS_FILE,
+    LOCK_FILE,
+    MANIFEST_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    numbered_checkpoints,
+    read_object,
+    step_number,
+)
+from gem.signals import graceful
+from gem.stops import Diverged, Terminated
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Settings that do not change what a run computes: where it lies, where it resumes, and a secret.
 NOT_COMPARED = ("output_dir", "resume_from_checkpoint", "hub_token")
 
 
-def check_writable(path: Path, name: str) -> None:
-    """Check that a file or folder can be made at `path`, without making anything.
+class RunFolder:
+    """The output_dir of a run. All checks are made by the first process, and all processes raise what it finds.
+
+        run = RunFolder(training, "sft", settings)
+        if run.finished:
+            return
+        run.check_input("data", "pairs.jsonl", lambda: data_hash("pairs.jsonl"))
+        with run.claimed():
+            train_to_end(trainer, evaluation, run.resume)
 
     Args:
-        path: where the result will go.
-        name: the argument that gave the path; the message begins with it.
+        training: TrainingArguments.
+        command: sft or train.
+        settings: all settings of the run.
+
+    Attributes:
+        resume: the checkpoint to go on from, or None.
+        finished: True if the run is finished; its metrics are then printed.
 
     Raises:
-        ValueError: the nearest existing parent is a file, or is not writable.
+        ValueError: from check_output, check_free and find_checkpoint; or a finished run is to resume from a checkpoint.
     """
-    above = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if above != path and not above.is_dir():
-        raise ValueError(f"{name} must be in a folder, got {path}: {above} is a file")
-    if not os.access(above, os.W_OK):
-        raise ValueError(f"{name} must be where one may write, got {path}: {above} cannot be written")
 
+    def __init__(self, training: Any, command: str, settings: Mapping[str, Any]) -> None:
+        self.training, self.command, self.settings = training, command, settings
+        self.folder = Path(training.output_dir)
+        self.inputs: dict[str, dict[str, str]] = {}
+        self.resume, self.finished = self._decided(self._start)
+        self._seen = _progress(self.folder)
 
-def check_file(path: Path, name: str) -> None:
-    """Raise ValueError unless a file can be written at `path`. Call it before the work whose result the file will hold."""
-    if path.is_dir():
-        raise ValueError(f"{name} must be a file, got {path}, which is a folder")
-    check_writable(path, name)
+    def check_input(self, name: str, source: str, hashed: Callable[[], str]) -> None:
+        """Note what goes into the run, and check that it is what the run began with.
+
+        Args:
+            name: the setting that gave it.
+            source: its value, for messages.
+            hashed: returns the hash of its content.
+
+        Raises:
+            ValueError: a run that goes on began with another content.
+        """
+
+        def compared() -> dict[str, str]:
+            now = {"name": source, "hash": hashed()}
+            inputs = read_object(self.folder / RUN_FILE).get("inputs")  # none in runs of older versions
+            then = inputs.get(name) if isinstance(inputs, dict) else None
+            if isinstance(then, dict) and then.get("hash") != now["hash"]:
+                raise ValueError(
+                    f"{name} must be what the run began with, got {source} with hash {now['hash']}, {then.get('hash')} then"
+                )
+            return now
+
+        self.inputs[name] = self._decided(compared)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Lock the folder for the block, and make it the folder of this run.
+
+        An exception of the block leaves no half-written checkpoint, and gets an attribute `kept` that names the last whole one.
+        A run that fails before its first checkpoint gives the claim up, so it can be tried again with other settings.
+
+        Raises:
+            ValueError: another run has taken the folder meanwhile.
+        """
+        with ExitStack() as stack:
+            new, cut_off = self._decided(lambda: self._claim(stack))
+            try:
+                yield
+            except BaseException as error:
+                if self._is_first:
+                    self._clean(new, cut_off)
+                if isinstance(error, Terminated) and self.settings.get("resume_from_checkpoint") not in (None, "true"):
+                    error.kept = "without resume_from_checkpoint"  # type: ignore[attr-defined]
+                if not hasattr(error, "kept"):
+                    error.kept = _kept(self.folder, asked_for=not isinstance(error, Exception))  # type: ignore[attr-defined]
+                raise
+
+    @property
+    def _is_first(self) -> bool:
+        return bool(self.training.process_index == 0)
+
+    def _decided(self, decide: Callable[[], T]) -> T:
+        """Return on every process what the first one decides, or raise its error."""
+        verdict: list[Any] = [None, None]
+        if self._is_first:
+            try:
+                verdict[0] = decide()
+            except Exception as error:
+                verdict[1] = error
+        if self.training.world_size > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(verdict)
+        if verdict[1] is not None:
+            raise verdict[1]
+        result: T = verdict[0]
+        return result
+
+    def _start(self) -> tuple[str | None, bool]:
+        """Return (checkpoint to go on from or None, True if the run is finished)."""
+        folder, asked = self.folder, self.settings.get("resume_from_checkpoint")
+        begun = check_output(folder, self.command, self.settings)
+        check_free(folder / LOCK_FILE, "output_dir", folder)
+        metrics = folder / METRICS_FILE
+        ended = begun and metrics.exists()
+        flaw = _flaw_of_end(folder) if ended else ""
+        if ended and not flaw:
+            if asked and asked.lower() != "true":
+                raise ValueError(
+                    f"output_dir must be another one with resume_from_checkpoint={asked}, got {folder}: this run is finished"
+                )
+            print(f"{folder} holds this run, finished:\n{read_text(metrics).rstrip()}")
+            return None, True
+        resume = find_checkpoint(folder, asked, self.training.world_size)
+        if flaw:
+            start = f"goes on from {resume}" if resume else "starts over"
+            logger.warning("the results of this run are not whole (%s): it %s", flaw, start)
+        return resume, False
+
+    def _claim(self, stack: ExitStack) -> tuple[bool, list[Path]]:
+        """Lock the folder; return (True if it is new, checkpoints that an earlier kill has cut off)."""
+        new = not (self.folder / RUN_FILE).exists()
+        if new:
+            stack.callback(_remove_if_empty, self.folder)
+        stack.enter_context(locked(self.folder / LOCK_FILE, "output_dir", self.folder))
+        if _progress(self.folder) != self._seen:
+            raise ValueError(f"output_dir must be left to one run, got {self.folder}, where another one ran meanwhile")
+        new = prepare_output(self.folder, self.command, self.settings, self.inputs)
+        if self.resume is not None:
+            for checkpoint in numbered_checkpoints(self.folder):
+                is_older = (
+                    step_number(checkpoint) < steps_of(Path(self.resume))[0]
+                )  # so nothing would ever overwrite it
+                if is_older and not (checkpoint / MANIFEST_FILE).is_file():
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+        if self.resume is None:  # it starts over: what an earlier start found best is not this run's
+            shutil.rmtree(self.folder / BEST_FOLDER, ignore_errors=True)
+        return new, _cut_off(self.folder)
+
+    def _clean(self, new: bool, cut_off: list[Path]) -> None:
+        """Remove what a failed run has written in part; if that was all, give the folder up."""
+        for checkpoint in _cut_off(self.folder):
+            if checkpoint not in cut_off:
+                shutil.rmtree(checkpoint, ignore_errors=True)
+        if new and not {p.name for p in self.folder.glob("*")} - {RUN_FILE, LOCK_FILE}:
+            (self.folder / RUN_FILE).unlink(missing_ok=True)
 
 
 def check_output(folder: Path, command: str, settings: Mapping[str, Any]) -> bool:
@@ -72,61 +213,30 @@ def check_output(folder: Path, command: str, settings: Mapping[str, Any]) -> boo
                     f"output_dir must be new or hold a run of the same settings, got {folder} with {shown}"
                 )
             return True
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and {p.name for p in folder.iterdir()} - {LOCK_FILE}:
         raise ValueError(f"output_dir must be empty or hold a run of this command, got {folder}, which is not empty")
     return False
 
 
-def resume_from(folder: Path, command: str, settings: Mapping[str, Any]) -> tuple[str | None, bool]:
-    """Decide how a command starts in its output folder. Call it before a model is loaded: all errors surface here.
-
-    Returns:
-        (checkpoint to resume from or None, True if the run is already finished; its metrics are then printed).
-
-    Raises:
-        ValueError: from check_output and find_checkpoint; or a finished run is to resume from a given checkpoint.
-    """
-    asked = settings.get("resume_from_checkpoint")
-    begun = check_output(folder, command, settings)
-    metrics = folder / METRICS_FILE
-    if begun and metrics.is_file():
-        if asked and asked.lower() != "true":
-            raise ValueError(
-                f"output_dir must be another one with resume_from_checkpoint={asked}, got {folder}: this run is finished"
-            )
-        print(f"{folder} holds this run, finished:\n{read_text(metrics).rstrip()}")
-        return None, True
-    return find_checkpoint(folder, asked), False
-
-
-def prepare_output(folder: Path, command: str, settings: Mapping[str, Any]) -> bool:
+def prepare_output(
+    folder: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, Any] | None = None
+) -> bool:
     """Claim an output folder by a run.json in it, unless it is claimed. Return True if it was new.
+
+    Args:
+        folder: output_dir of the run.
+        command: sft or train.
+        settings: all settings of the run.
+        inputs: name and hash of each of its inputs.
 
     Raises:
         ValueError: from check_output.
     """
     if check_output(folder, command, settings):
         return False
-    write_about(folder, folder.name, settings.get("seed", 0), settings=_settings(command, settings))
+    about = {"settings": _settings(command, settings), "inputs": inputs or {}}
+    write_about(folder, folder.name, settings.get("seed", 0), **about)
     return True
-
-
-@contextmanager
-def claimed(training: Any, command: str, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Claim the output_dir of TrainingArguments for the block.
-
-    A run that fails before its first checkpoint gives the claim up, so it can be tried again with other settings.
-    """
-    folder = Path(training.output_dir)
-    with training.main_process_first(local=False):
-        new = prepare_output(folder, command, settings)
-    try:
-        yield
-    except BaseException:
-        if new and [p.name for p in folder.iterdir()] == [RUN_FILE]:
-            (folder / RUN_FILE).unlink()
-            folder.rmdir()
-        raise
 
 
 def train_to_end(trainer: Any, evaluation: Any, resume: str | None) -> None:
@@ -136,20 +246,29 @@ def train_to_end(trainer: Any, evaluation: Any, resume: str | None) -> None:
         trainer: a GEMTrainer; its output_dir is claimed.
         evaluation: the gem.evaluate.Evaluation that the trainer calls, or None.
         resume: checkpoint to resume from; None: start from the beginning.
+
+    Raises:
+        Terminated: a signal came; the step is finished and saved.
+        Diverged: a guard rail ended the run because its numbers are no good.
     """
     if resume is not None:
         check_steps_left(trainer, resume)
-    terminated: list[int] = []
-    if trainer.args.enable_jit_checkpoint:
-        save = signal.getsignal(signal.SIGTERM)  # Trainer's: some seconds later it saves a checkpoint and stops
-        signal.signal(signal.SIGTERM, lambda number, frame: (terminated.append(number), save(number, frame)))  # type: ignore
-    trainer.train(resume_from_checkpoint=resume)
-    if terminated and trainer.state.global_step < trainer.state.max_steps:
-        print(f"terminated after step {trainer.state.global_step}; the same command goes on from there")
-        return
-    trainer.save_model()
-    trainer.save_state()
-    metrics = {"train_steps": float(trainer.state.global_step)}
+        trainer.args.eval_on_start = False  # that evaluation is in the checkpoint's log
+    with graceful(trainer) as stop:
+        trainer.train(resume_from_checkpoint=resume)
+    folder, step, steps = Path(trainer.args.output_dir), trainer.state.global_step, trainer.state.max_steps
+    if stop.signum and not trainer.stopped and step < steps:
+        saved = f"{folder / f'checkpoint-{step}'} is saved, the same command goes on from there"
+        if trainer.args.save_only_model:
+            saved = "save_only_model leaves no checkpoint to go on from, resume_from_checkpoint=false starts over"
+        raise _terminated(stop.signum, f"terminated after step {step} of {steps}: {saved}")
+    if trainer.diverged:
+        _raise_diverged(trainer)
+    _save(trainer)
+    if stop.signum and evaluation is not None:  # which may take long
+        text = f"terminated after the last step: {folder} holds the model, the same command evaluates it"
+        raise _terminated(stop.signum, text)
+    metrics = {"train_steps": float(step), **_restored(trainer)}
     if evaluation is not None:
         metrics |= {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
     if not trainer.is_world_process_zero():
@@ -157,8 +276,116 @@ def train_to_end(trainer: Any, evaluation: Any, resume: str | None) -> None:
     if evaluation is not None:
         trainer.save_state()  # now with the final evaluation in its log
     completions = evaluation.completions if evaluation is not None else None
-    write_results(Path(trainer.args.output_dir), metrics, completions)
+    write_results(folder, metrics, completions)
+    write_manifest(folder, world_size=trainer.args.world_size, files=_artefacts(folder))
+    if trainer.stopped:
+        print(f"{trainer.stopped}; {_holds(trainer)}")
     print(json.dumps(metrics, indent=1))
+
+
+def _terminated(signum: int, text: str) -> Terminated:
+    """Return the end of a run by a signal, whose text says what is kept."""
+    terminated = Terminated(signum, text)
+    terminated.kept = ""  # type: ignore[attr-defined]
+    return terminated
+
+
+def _raise_diverged(trainer: Any) -> NoReturn:
+    """Save the weights that a guard rail has restored, if there were any, and raise Diverged."""
+    diverged = Diverged(trainer.stopped)
+    diverged.kept = _holds(trainer)  # type: ignore[attr-defined]
+    if trainer.restored:
+        _save(trainer)
+    raise diverged
+
+
+def _holds(trainer: Any) -> str:
+    """Say which weights a guard rail has restored."""
+    if not trainer.restored:
+        return "no checkpoint from before that is there to restore"
+    step = steps_of(Path(trainer.restored))[0]
+    return f"{trainer.args.output_dir} holds the weights of {Path(trainer.restored).name}, of step {step}"
+
+
+def _restored(trainer: Any) -> dict[str, float]:
+    """Return at which step a guard rail ended the run, and of which step the weights are that it restored."""
+    if not trainer.stopped:
+        return {}
+    steps = {"stopped_step": float(trainer.state.global_step)}
+    if trainer.restored:
+        steps["restored_step"] = float(steps_of(Path(trainer.restored))[0])
+    return steps
+
+
+def _save(trainer: Any) -> None:
+    """Save the model and the trainer's state; if that fails, remove the files that it has written in part."""
+    folder, first = Path(trainer.args.output_dir), trainer.is_world_process_zero()
+    before = _written(folder) if first else {}
+    try:
+        trainer.save_model()
+        trainer.save_state()
+        trainer.accelerator.wait_for_everyone()  # a process that ends by an error now would have torchrun end the others
+    except BaseException:
+        for path, when in (_written(folder) if first else {}).items():
+            if before.get(path) != when:
+                path.unlink(missing_ok=True)
+        raise
+
+
+def _written(folder: Path) -> dict[Path, int]:
+    """Return when each file of a folder was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+
+
+def _artefacts(folder: Path) -> list[Path]:
+    """Return the files that a finished run is made of."""
+    patterns = (*WEIGHTS, "*.json", "*.jinja", COMPLETIONS_FILE)
+    return [p for pattern in patterns for p in folder.glob(pattern) if p.name not in (RUN_FILE, MANIFEST_FILE)]
+
+
+def _flaw_of_end(folder: Path) -> str:
+    """Return why the results in a folder are not those of a finished run; "" if they are."""
+    path = folder / METRICS_FILE
+    try:
+        metrics = read_object(path)
+    except (OSError, ValueError) as error:
+        return str(error)
+    wrong = [k for k, v in metrics.items() if type(v) not in (int, float) or not math.isfinite(v)]
+    if wrong or "train_steps" not in metrics:
+        got = f"{wrong[0]}: {metrics[wrong[0]]!r}" if wrong else f"{sorted(metrics)[:8]}"
+        return f"{path}: expected finite numbers, train_steps among them, got {got}"
+    if (folder / MANIFEST_FILE).exists():
+        return manifest_flaw(folder)
+    is_old = "inputs" not in read_object(folder / RUN_FILE)  # of a release without manifests
+    return "" if is_old else f"it has no {MANIFEST_FILE}, which is written last"
+
+
+def _kept(folder: Path, *, asked_for: bool) -> str:
+    """Say what is left of a run that ended too early, and after a signal how to go on."""
+    saved = (*numbered_checkpoints(folder), folder / BEST_FOLDER)
+    whole = next((p for p in saved if (p / MANIFEST_FILE).is_file()), None)
+    if whole is None:
+        return "no checkpoint was written"
+    if whole.name == BEST_FOLDER:
+        return f"{whole} holds the weights of the best evaluation"
+    return f"{whole} is the last whole checkpoint" + (", the same command goes on from there" if asked_for else "")
+
+
+def _progress(folder: Path) -> set[str]:
+    """Return the names of what a run writes in the course of time."""
+    names = {path.name for path in numbered_checkpoints(folder)}
+    return names | {name for name in (RUN_FILE, METRICS_FILE) if (folder / name).exists()}
+
+
+def _cut_off(folder: Path) -> list[Path]:
+    """Return the checkpoints without a manifest."""
+    best = folder / BEST_FOLDER
+    return [p for p in (*numbered_checkpoints(folder), best) if p.is_dir() and not (p / MANIFEST_FILE).is_file()]
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def write_about(folder: Path, name: str, seed: int, **more: Any) -> None:

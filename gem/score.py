@@ -15,15 +15,22 @@ from tqdm.auto import tqdm
 from gem.config import LAST_TOKENS, ScoreArguments
 from gem.data import Example, TokenPair, pack
 from gem.ends import Ends, model_ends
+from gem.finite import not_finite
 from gem.groups import Group, Member
 from gem.head import HeadStats, completion_stats, fused_head, undisturbed
 from gem.positions import check_positions
 from gem.spans import find_spans
+from gem.stops import Diverged
 from gem_kernels import gem_score
 
 
 def token_stats(
-    model: nn.Module, sequences: Sequence[TokenPair], *, batch_tokens: int, progress: str | None = None
+    model: nn.Module,
+    sequences: Sequence[TokenPair],
+    *,
+    batch_tokens: int,
+    progress: str | None = None,
+    names: Sequence[str] = (),
 ) -> list[HeadStats]:
     """Return the statistics of the completion tokens of each sequence, on the CPU, in the order of the sequences.
 
@@ -33,9 +40,11 @@ def token_stats(
             them. Tokens of the prompt and of the others' turns get no statistics.
         batch_tokens: most tokens, padding included, that go through the model at once; a longer sequence goes alone.
         progress: label of a progress bar; None: no bar.
+        names: of the sequences, for the message of Diverged; none: their numbers.
 
     Raises:
         ValueError: a sequence is longer than the model has positions for.
+        Diverged: the model gives a log-prob or an entropy that is not finite.
     """
     fused_head(model)
     device = next(model.parameters()).device
@@ -49,6 +58,8 @@ def token_stats(
             scored = batch["cu_seqlens"].diff().tolist()
             for i, *pieces in zip(at, *(field.cpu().split(scored) for field in stats), strict=True):
                 results[i] = HeadStats(*pieces)
+                if found := not_finite(results[i]._asdict().items()):
+                    raise Diverged(f"the model gives {found} for {names[i] if names else f'sequence {i}'}")
             bar.update(len(at))
     return [r for r in results if r is not None]
 
@@ -106,13 +117,20 @@ def score_groups(
         arguments: settings of Eq. 1.
         progress: label of a progress bar; None: no bar.
         ends: ends of a completion; None: the ends of the scorer and the tokenizer.
+
+    Raises:
+        Diverged: a log-prob or an entropy is not finite; the message names the group.
     """
     members = [member for group in groups for member in group.members]
     sequences = [group.sequence(member) for group in groups for member in group.members]
-    stats = token_stats(scorer, sequences, batch_tokens=arguments.score_tokens, progress=progress)
+    named: dict[str, Any] = {
+        "names": [f"the {member.role} answer of {group.name}" for group in groups for member in group.members],
+        "batch_tokens": arguments.score_tokens,
+    }
+    stats = token_stats(scorer, sequences, progress=progress, **named)
     references = stats
     if reference is not None:
-        references = token_stats(reference, sequences, batch_tokens=arguments.score_tokens)
+        references = token_stats(reference, sequences, **named)
     for member, own, ref in zip(members, stats, references, strict=True):
         member.entropies, member.logprobs = own.entropy.tolist(), ref.logprob.tolist()
     ends = model_ends(scorer, tokenizer) if ends is None else ends

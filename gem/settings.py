@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 
 from gem.config import (
     PRESETS,
+    RANGES,
     TRAINING_DEFAULTS,
     DataArguments,
     EvalArguments,
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 SUMMARIES = {
     "sft": "supervised warm start on prompt + chosen (or completion)",
     "score": "candidates, Eq. 1, ranking, Eq. 2's weights -> a groups file",
+    "merge": "the groups files of the shards of a score -> the file of one run",
     "train": "Eq. 2 on a groups file (--groups), or online from preference records (--data)",
     "eval": "preference accuracies, AUROC of the score, task accuracy",
     "report": "tables, curves and one html page from finished runs",
@@ -58,11 +61,12 @@ NO_LORA = "new adapters change nothing before they are trained"
 Rule = tuple[str, str, Callable[[Any], bool] | None, str]
 UNUSED: tuple[Rule, ...] = (
     ("sft", "loss length_norm beta kl_weight taper sft_weight", ALWAYS, "sft has one loss, -log pi(chosen)"),
-    ("sft", _names(GuardArguments), ALWAYS, "sft evaluates nothing"),
+    ("sft", _names(GuardArguments, but="stop_growth stop_idle"), ALWAYS, "sft evaluates nothing"),
     ("sft", "eval_strategy eval_on_start", ALWAYS, "sft evaluates nothing; `gem-kernels eval` does"),
-    ("score", "stop_patience stop_margin", ALWAYS, "score trains nothing"),
+    ("score", _names(GuardArguments, but="auroc_gate"), ALWAYS, "score trains nothing"),
     ("score eval", "score_with", ALWAYS, OWN_REFERENCE),
     ("score eval", "lora_rank", ALWAYS, NO_LORA),
+    ("eval", "shard", ALWAYS, "eval writes no groups"),
     ("eval", "group_size", ALWAYS, "eval_samples says how many completions are sampled"),
     ("eval", "data", lambda s: s.eval_data, "eval_data is what is evaluated"),
     ("eval", SAMPLED_SCORE, lambda s: not s.eval_samples, "eval_samples=0 samples and scores nothing"),
@@ -121,6 +125,12 @@ UNUSED: tuple[Rule, ...] = (
     ),
     ("train", "stop_margin", lambda s: not s.stop_patience, "stop_patience=0 never stops"),
     (
+        "sft train",
+        "stop_growth stop_idle",
+        lambda s: str(s.logging_strategy) == "no",
+        "the guard reads the log, and logging_strategy is no",
+    ),
+    (
         "train",
         "auroc_gate",
         lambda s: not s.groups and not s.eval_on_start,
@@ -161,6 +171,7 @@ def parse(command: str, argv: Sequence[str], *classes: Any) -> tuple[list[Any], 
     parser.set_defaults(**from_file)
     parsed = vars(parser.parse_args(list(argv)))
     settings = {name: parsed[name] for name in unset}
+    _check_values(settings)
 
     if preset != "default" and not PRESETS[preset].keys() & (unset.keys() - never_used(command)):
         logger.warning("preset=%s changes nothing of `gem-kernels %s`", preset, command)
@@ -240,6 +251,15 @@ def _refuse_unused(command: str, settings: Mapping[str, Any], unset: Mapping[str
             )
 
 
+def _check_values(settings: Mapping[str, Any]) -> None:
+    """Refuse values that no setting has, and that later errors would not name."""
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value) and not (math.isnan(value) and name in RANGES):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{name} must not hold a NUL character, got {value!r}")
+
+
 def _check_training(settings: Mapping[str, Any], unset: Mapping[str, Any]) -> None:
     """Refuse training settings that transformers would reject late, without a name, or not at all."""
     check_trackers(settings["report_to"])
@@ -262,11 +282,15 @@ def _read_file(path: str, command: str, actions: Mapping[str, argparse.Action]) 
     if not Path(path).is_file():
         raise ValueError(f"config must be an existing yaml file, got {path!r}")
     try:
-        content = yaml.safe_load(read_text(Path(path)))
-    except yaml.YAMLError as error:
+        node: Any = yaml.compose(text := read_text(Path(path)), yaml.SafeLoader)
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"config must be yaml, got {path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"config must be a mapping of settings, got {type(content).__name__} in {path}")
+    keys = [key.value for key, _ in node.value]
+    if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"config must hold each setting once, got {', '.join(twice)} several times in {path}")
     unknown = sorted(map(str, set(content) - actions.keys()))
     if unknown:
         raise ValueError(f"config must hold settings of `gem-kernels {command}`, got {', '.join(unknown)} in {path}")
@@ -286,6 +310,8 @@ def _as_flag(action: argparse.Action, value: Any) -> Any:
     if action.nargs == "?" and isinstance(value, bool) and not isinstance(action.const, bool):
         return action.const if value else action.default
     many = action.nargs in ("+", "*")
+    if isinstance(value, dict) and (action.type in (int, float) or action.dest not in training_defaults()):
+        raise ValueError(f"argument {action.dest}: expected {'a list' if many else 'one value'}, got {value!r}")
     if value is None or isinstance(value, dict) or (many and isinstance(value, list)):
         return value
     if many or isinstance(value, list):

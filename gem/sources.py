@@ -99,7 +99,11 @@ def pretrained(source: str, model_class: Any = AutoModelForCausalLM, **options: 
         return _dequantised(model_class, file, **options)
     check_config(source)
     with loading("model", source, MODEL_SOURCES):
-        return model_class.from_pretrained(source, trust_remote_code=False, **options)
+        model, found = model_class.from_pretrained(source, trust_remote_code=False, output_loading_info=True, **options)
+        if missing := sorted(found["missing_keys"]):  # transformers would make them anew and go on
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise ValueError(f"its weights lack {missing[0]}{more}, which its config.json asks for")
+        return model
 
 
 class Configs(NamedTuple):
@@ -122,11 +126,29 @@ def configs_of(source: str) -> Configs:
     if file is not None:
         return Configs(_from_gguf(AutoConfig, file, "model"), None)
     with loading("model", source, MODEL_SOURCES):
-        config = AutoConfig.from_pretrained(source)
+        return Configs(AutoConfig.from_pretrained(source), _generation_config(source))
+
+
+def _generation_config(source: str) -> Any:
+    """Return the generation config of a folder or hub name, None for the many models that have none.
+
+    Raises:
+        ValueError: its ends are no token ids.
+    """
     try:
-        return Configs(config, transformers.GenerationConfig.from_pretrained(source))
-    except OSError:  # many models have no generation config
-        return Configs(config, None)
+        config = transformers.GenerationConfig.from_pretrained(source)
+    except OSError:
+        return None
+    for name in ("eos_token_id", "pad_token_id"):
+        value = getattr(config, name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and abs(i) < 1 << 31 for i in ids) or (
+            name == "eos_token_id" and min(ids, default=0) < 0
+        ):
+            raise ValueError(
+                f"{name} of its generation_config.json must be a token's id or a list of them, got {value!r}"
+            )
+    return config
 
 
 def adapted(source: str, model_class: Any = AutoModelForCausalLM, **options: Any) -> Any:
@@ -250,7 +272,7 @@ def adapter_base(source: str) -> str | None:
         return None
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise ValueError(f"model must have adapters whose config is JSON, got {file}: {error}") from None
     base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     if not base or not isinstance(base, str) or not settings.get("peft_type"):

@@ -1,31 +1,45 @@
-"""GEMTrainer: transformers.Trainer over groups. It overrides public methods only: get_batch_samples, compute_loss,
-evaluate and log, in the order in which a step calls them.
+"""GEMTrainer: transformers.Trainer over groups. It overrides public methods only, in the order in which a step calls them:
 
     get_batch_samples   examples or groups -> (online: fresh candidates, scores, weights) -> packed micro-batches
-    compute_loss        micro-batch -> the model's fused forward: linear_group_loss with `group_loss` as its loss_fn
-    evaluate, log       held-out metrics; the means of what the batches recorded
+    training_step       Trainer's own; then the gradient must be finite
+      compute_loss      micro-batch -> the model's fused forward: linear_group_loss with `group_loss` as its loss_fn
+    log, evaluate       the means of what the batches recorded; held-out metrics
+    save_model          Trainer's own, for finite weights alone
+
+What is sampled at a step depends on the seed, the step, the process and the prompts alone, so a run that was killed goes on
+exactly. A number that is not finite raises Diverged at its step.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from gem.checkpoints import write_manifest
 from gem.config import GuardArguments, LossArguments, check
 from gem.data import Example, pack
+from gem.finite import is_finite
 from gem.groups import ROLES, Group
-from gem.guard import CollapseGuard
+from gem.guard import CollapseGuard, SoundWeights, check_gradients, check_weights
 from gem.head import completion_stats, fuse_lm_head, fused_head, router_usage, unwrapped
 from gem.head.router import adds_router_loss
 from gem.losses import group_loss
 from gem.positions import check_positions
+from gem.rollout import seeded
+from gem.run_files import BEST_FOLDER, MANIFEST_FILE, STATE_FILE
+from gem.saving import KeepWhole, load_weights
 from gem.score import longest_row
 from gem.special_tokens import KeepSpecialTokens
+from gem.stops import Diverged
 from gem.training_flags import refuse_ignored
 from gem_kernels import IGNORE_INDEX, TokenStats
 
@@ -38,9 +52,11 @@ class GEMTrainer(Trainer):
     Args:
         model: a transformers causal language model, or a peft model around one.
         args: TrainingArguments; per_device_train_batch_size counts groups. Several processes (torchrun) train one model by
-            DistributedDataParallel, and each logs the health of its own groups.
+            DistributedDataParallel. Losses are logged as they are (logging_nan_inf_filter is off), and old checkpoints are
+            deleted only once a newer one is whole (gem.saving.KeepWhole obeys save_total_limit).
         loss: the loss and its weights.
-        guard: AUROC gate and automatic stop.
+        guard: AUROC gate and automatic stops. After one, `stopped` says why, `diverged` is True unless the run merely got worse
+            than its best, and `restored` names the folder whose weights the model has again.
         train_dataset: groups; with make_groups, examples.
         processing_class: the tokenizer.
         make_groups: examples -> groups, called once per optimizer step with the examples of that step.
@@ -48,6 +64,7 @@ class GEMTrainer(Trainer):
 
     Raises:
         ValueError: a setting is out of range, would have no effect here, or asks for FSDP, DeepSpeed or DataParallel.
+        Diverged: in train() and save_model(): a log-prob, loss, gradient or weight is NaN or infinite.
     """
 
     def __init__(
@@ -68,7 +85,12 @@ class GEMTrainer(Trainer):
         refuse_ignored(args, loss.loss, evaluates=evaluation is not None)
         if args.eval_strategy != "no" and evaluation is None:
             raise ValueError(f"evaluation must be given with eval_strategy={args.eval_strategy}, got None")
+        args = copy.copy(args)  # the caller's stay as they are
         args.remove_unused_columns = False
+        args.logging_nan_inf_filter = False  # it would log a NaN as the mean of the losses before it
+        guessing = math.log(model.get_input_embeddings().weight.shape[0]) if loss.loss == "sft" else math.inf  # type: ignore[operator]
+        self.guard = CollapseGuard(guard, online=make_groups is not None, guessing=guessing)
+        keep_whole, args.save_total_limit = KeepWhole(args.save_total_limit, lambda: self.guard.doubtful), None
         super().__init__(
             model,
             args,
@@ -76,7 +98,7 @@ class GEMTrainer(Trainer):
             train_dataset=train_dataset,  # type: ignore[arg-type]
             eval_dataset=[] if evaluation is not None else None,  # type: ignore[arg-type]
             processing_class=processing_class,
-            callbacks=[CollapseGuard(guard), KeepSpecialTokens(model), *callbacks],
+            callbacks=[SoundWeights(guard), keep_whole, self.guard, KeepSpecialTokens(model), *callbacks],
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.n_gpu > 1:
             other = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else "DataParallel"
@@ -87,6 +109,8 @@ class GEMTrainer(Trainer):
             self.pop_callback(ProgressCallback)
             self.add_callback(Progress())
         self.loss, self.make_groups, self.evaluation = loss, make_groups, evaluation
+        self._batches: list[dict[str, Any]] = []  # of this step
+        self._usage: tuple[Tensor | None, ...] = ()  # of its experts, once it is known
         fuse_lm_head(model, cache_bytes=loss.cache_mib << 20)
         check_positions(model, longest_row(train_dataset), "max_length: prompt and completion")
         if adds_router_loss(unwrapped(model)) and not fused_head(model).router_top_k:
@@ -99,7 +123,7 @@ class GEMTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
         self.layout = "packed" if flash else "right"
-        self._health: dict[str, list[Tensor]] = {}
+        self._health: dict[str, list[float]] = {}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -108,7 +132,13 @@ class GEMTrainer(Trainer):
         micro_batches: list[list[Any]] = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if self.make_groups is not None:
             # One call for the whole step: generation runs in larger batches than training.
-            fresh = iter(self.make_groups([example for batch in micro_batches for example in batch]))
+            examples = [example for batch in micro_batches for example in batch]
+            prompts = [example.prompt_ids for example in examples]
+            try:
+                with seeded(self.args.seed, self.state.global_step, self.args.process_index, prompts):
+                    fresh = iter(self.make_groups(examples))
+            except Diverged as error:
+                raise Diverged(f"{self._at} {error}") from None
             micro_batches = [[next(fresh) for _ in batch] for batch in micro_batches]
         groups = [group for batch in micro_batches for group in batch]
         for name, values in group_health(groups).items():
@@ -117,10 +147,9 @@ class GEMTrainer(Trainer):
         tokens = [int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in batches]
         counts = torch.tensor([self._items(groups), sum(tokens)], device=device)
         items, all_tokens = self.accelerator.reduce(counts).tolist()
-        shares = [n / all_tokens for n in tokens]
-        usage = self._router_usage(batches, shares)
-        for batch, share in zip(batches, shares, strict=True):
-            batch["router"] = {"router_share": share, "router_usage": usage}
+        for batch, n in zip(batches, tokens, strict=True):
+            batch["router"] = {"router_share": n / all_tokens}
+        self._batches, self._usage = batches, ()
         return batches, items
 
     def _items(self, groups: Sequence[Group]) -> int:
@@ -129,7 +158,7 @@ class GEMTrainer(Trainer):
             return sum(len(m.ids) for group in groups for m in group.members if m.role == "chosen")
         return len(groups)
 
-    def _router_usage(self, batches: Sequence[dict[str, Any]], shares: Sequence[float]) -> Tensor | None:
+    def _router_usage(self) -> Tensor | None:
         """Return how often (E,) a token of the whole step chooses each expert of a mixture of experts, on average.
 
         The router loss of the step depends on these averages, and each micro-batch needs them before its backward
@@ -139,15 +168,16 @@ class GEMTrainer(Trainer):
             None if the step is one micro-batch on one process, or the model has no router loss of this form.
         """
         model = cast(nn.Module, self.model)
-        alone = len(batches) * self.accelerator.num_processes == 1
+        alone = len(self._batches) * self.accelerator.num_processes == 1
         if alone or not adds_router_loss(unwrapped(model)) or not fused_head(model).router_top_k:
             return None
         model.train()
         device = self.args.device
         usage = torch.zeros((), device=device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), self.compute_loss_context_manager():
-            for batch, share in zip(batches, shares, strict=True):
-                usage = usage + share * cast(Tensor, router_usage(model, self._prepare_inputs(batch)))
+            for batch in self._batches:
+                own = cast(Tensor, router_usage(model, self._prepare_inputs(batch)))
+                usage = usage + batch["router"]["router_share"] * own
         return cast(Tensor, self.accelerator.reduce(usage))
 
     def _batch(self, groups: Sequence[Group]) -> dict[str, Any]:
@@ -163,7 +193,20 @@ class GEMTrainer(Trainer):
             # On-policy: sampled in this step. A groups file is off-policy from the first update on.
             "fresh": torch.tensor([self.make_groups is not None and m.sampled for m in members]),
             "members_per_group": [len(group.members) for group in groups],
+            "names": [group.name for group in groups],
         }
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Return the loss of Trainer's own forward and backward; raise Diverged if the step's gradient is not finite."""
+        names = inputs["names"]
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        # With fp16, infinite gradients are a matter of the scaler, which skips their step.
+        if self.accelerator.sync_gradients and self.accelerator.scaler is None:
+            norm = check_gradients(model, f"{self._at} the gradient, after {_first(names)}, has")
+            self._record("no_gradient", torch.tensor(float(norm == 0)))
+        return loss
 
     def compute_loss(
         self,
@@ -179,10 +222,13 @@ class GEMTrainer(Trainer):
         )
         items = num_items_in_batch if num_items_in_batch is not None else len(weights)
         share = self.accelerator.num_processes  # undoes DistributedDataParallel's mean over processes
-        router = {**inputs["router"], "router_share": inputs["router"]["router_share"] * share}
+        if not self._usage:  # not in get_batch_samples: a resumed run restores the random numbers only after it
+            self._usage = (self._router_usage(),)
+        router = {"router_share": inputs["router"]["router_share"] * share, "router_usage": self._usage[0]}
         if self.loss.loss == "sft" and self.args.label_smoothing_factor:
             smooth = {"label_smoothing": self.args.label_smoothing_factor, "num_items_in_batch": items / share}
             result, stats = completion_stats(model, _of_chosen(inputs), **smooth, **router)
+            self._check_loss(result, inputs["names"])
             return (result, {"stats": stats}) if return_outputs else result
 
         def loss_fn(stats: TokenStats, group: int) -> Tensor:
@@ -190,13 +236,19 @@ class GEMTrainer(Trainer):
             ref = inputs["ref_logprob"][at] if len(inputs["ref_logprob"]) else None
             members = (weights[group], roles[group], fresh[group])
             terms = group_loss(stats.logprob, ref, inputs["sequence"][at], *members, self.loss)
-            for name, value in terms.items():
-                self._record(name, value.detach())
+            values = {name: self._record(name, value.detach()) for name, value in terms.items()}
+            if not all(map(math.isfinite, values.values())):
+                raise Diverged(f"{self._at} {_cause(stats.logprob, ref, values)} in {inputs['names'][group]}")
             loss: Tensor = terms["loss"] * share / items
             return loss
 
         result, stats = completion_stats(model, inputs, loss_fn=loss_fn, cu_groups=inputs["cu_groups"], **router)
+        self._check_loss(result, inputs["names"])  # with the router loss, which is no group's
         return (result, {"stats": stats}) if return_outputs else result
+
+    def _check_loss(self, loss: Tensor, names: Sequence[str]) -> None:
+        if not is_finite(loss):
+            raise Diverged(f"{self._at} the loss of {_first(names)} is {float(loss.detach()):g}")
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -208,20 +260,92 @@ class GEMTrainer(Trainer):
             torch.manual_seed(self.args.seed)
             metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.evaluation(cast(nn.Module, self.model)).items()}
         self.log(dict(metrics))
+        if self.is_in_train and self.args.save_strategy != "no" and self.guard.is_best(self.state):
+            self._save_best()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _save_best(self) -> None:
+        """Save the weights that a guard's stop restores, in place of those of an earlier evaluation.
+
+        A kill in between loses nothing: the run goes on from before this evaluation and comes here again.
+        """
+        folder = Path(str(self.args.output_dir)) / BEST_FOLDER
+        self.save_model(str(folder))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            self.state.save_to_json(str(folder / STATE_FILE))  # it says of which step the weights are
+            write_manifest(folder, world_size=self.args.world_size)
+        self.accelerator.wait_for_everyone()  # the guard of each process looks for the manifest
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **keywords: Any) -> Any:
+        """Train as Trainer does, with all the weights of the checkpoint to resume from, or of the one to restore at the end."""
+        if isinstance(resume_from_checkpoint, str):
+            load_weights(self.model, Path(resume_from_checkpoint))
+        result = super().train(resume_from_checkpoint, *arguments, **keywords)
+        if self.restored:
+            load_weights(self.model, Path(self.restored))
+        return result
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save as Trainer does; raise Diverged if a weight is not finite, before anything is written."""
+        check_weights(cast(nn.Module, self.model), "nothing is saved, as the model has")
+        if output_dir is not None and self.is_world_process_zero():  # what lies there is no longer whole
+            (Path(output_dir) / MANIFEST_FILE).unlink(missing_ok=True)
+        super().save_model(output_dir, _internal_call)
+
+    @property
+    def stopped(self) -> str:
+        return self.guard.stopped
+
+    @property
+    def diverged(self) -> bool:
+        return self.guard.diverged
+
+    @property
+    def restored(self) -> str:
+        return (self.stopped and self.state.best_model_checkpoint) or ""
+
+    @property
+    def _at(self) -> str:
+        return f"step {self.state.global_step + 1}:"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and add to a training loss the means of what the batches recorded since the last one."""
         if "loss" in logs:
-            means = {name: float(torch.stack(values).nanmean()) for name, values in self._health.items()}
-            logs = {**means, **logs}
-            self._health.clear()
+            logs = {**self._means(), **logs}
         super().log(logs, start_time)
 
-    def _record(self, name: str, value: Tensor) -> None:
-        """Keep a value for the mean that the next log shows."""
-        self._health.setdefault(name, []).append(value.float().cpu())
+    def _means(self) -> dict[str, float]:
+        """Return the mean over all processes of each value recorded since the last log; one without a value is absent."""
+        finite = {name: [x for x in values if math.isfinite(x)] for name, values in self._health.items()}
+        self._health.clear()
+        found: list[dict[str, tuple[float, int]]] = gather_object(
+            [{name: (math.fsum(values), len(values)) for name, values in finite.items()}]
+        )
+        names = dict.fromkeys(name for part in found for name in part)
+        sums = {name: [part[name] for part in found if name in part] for name in names}
+        counts = {name: sum(n for _, n in parts) for name, parts in sums.items()}
+        return {name: sum(total for total, _ in sums[name]) / n for name, n in counts.items() if n}
+
+    def _record(self, name: str, value: Tensor) -> float:
+        """Keep a value for the mean that the next log shows, and return it."""
+        self._health.setdefault(name, []).append(float(value))
+        return self._health[name][-1]
+
+
+def _cause(logprob: Tensor, ref_logprob: Tensor | None, terms: dict[str, float]) -> str:
+    """Return which number of a group's loss is not finite first: what enters it, then its terms."""
+    for what, tensor in (("log-prob", logprob), ("reference log-prob", ref_logprob)):
+        if tensor is not None and not is_finite(tensor):
+            return f"the {what} of a token is {float(tensor.detach()[~tensor.isfinite()][0]):g}"
+    name = next(name for name, value in reversed(terms.items()) if not math.isfinite(value))
+    return f"{name} is {terms[name]:g}"
+
+
+def _first(names: Sequence[str]) -> str:
+    """Name a micro-batch by its first group."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _of_chosen(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ IGNORED: dict[str, str] = {
     "fsdp_config": DISTRIBUTED,
     "deepspeed": DISTRIBUTED,
     "parallelism_config": DISTRIBUTED,
+    "enable_jit_checkpoint": "SIGTERM and SIGINT always finish the step and save a checkpoint",
     "do_train": COMMAND,
     "do_predict": COMMAND,
     "resume_from_checkpoint": "give it to GEMTrainer.train(resume_from_checkpoint=...)",

@@ -21,7 +21,7 @@ from gem import config as c
 from gem.cli import SUMMARIES, main, parse
 from gem.demo import build_tokenizer
 from gem.explain import explain
-from gem.groups import load_groups
+from gem.groups_file import load_groups
 from gem.settings import never_used
 
 COMMANDS: dict[str, tuple[type, ...]] = {
@@ -171,7 +171,10 @@ def test_shipped_configs_parse(file: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("fine-tune",), "command must be one of sft, score, train, eval, report, doctor, demo, got 'fine-tune'"),
+        (
+            ("fine-tune",),
+            "command must be one of sft, score, merge, train, eval, report, doctor, demo, got 'fine-tune'",
+        ),
         (("train", "--reward", "best"), "reward must be one of identity, softmax, rank, bt, got 'best'"),
         (("train", "--loss", "SEGA"), "loss must be one of sega"),
         (("score", "--dtype", "fp32"), "dtype must be one of float32"),
@@ -296,7 +299,7 @@ def test_every_phase_of_a_tiny_model(files: Path, capsys: pytest.CaptureFixture[
     assert Path("gem/completions.jsonl").read_text().count("\n") == 8
     assert "<html" in Path("page.html").read_text() and "gem" in Path("page.html").read_text()
 
-    # Run again: a finished run stays as it is, and a groups file is never overwritten.
+    # Run again: what is finished stays as it is.
     files_before = {p: p.read_bytes() for folder in ("sft", "gem") for p in Path(folder).rglob("*") if p.is_file()}
     for command in ("sft", "train"):
         status, out, err = run(capsys, command, "--config", f"{command}.yaml")
@@ -304,7 +307,11 @@ def test_every_phase_of_a_tiny_model(files: Path, capsys: pytest.CaptureFixture[
     files_after = {p: p.read_bytes() for folder in ("sft", "gem") for p in Path(folder).rglob("*") if p.is_file()}
     assert files_before == files_after
     before = Path("groups.jsonl").read_bytes()
-    assert "output must be a new file, got groups.jsonl" in refused(capsys, "score", "--config", "score.yaml")
+    status, out, err = run(capsys, "score", "--config", "score.yaml")
+    assert status == 0 and "groups.jsonl holds this run, finished:\n24 candidates" in out, err
+    assert "max_new_tokens: 6 there, 5 now" in refused(
+        capsys, "score", "--config", "score.yaml", "--max_new_tokens", "5"
+    )
     assert Path("groups.jsonl").read_bytes() == before
     assert "max_steps: 3 there, 5 now" in refused(capsys, "sft", "--config", "sft.yaml", "--max_steps", "5")
     assert "not empty" in refused(capsys, "sft", "--config", "sft.yaml", "--output_dir", ".")
@@ -350,7 +357,7 @@ def test_groups_of_another_tokenizer(files: Path, capsys: pytest.CaptureFixture[
     for command in ("sft", "score"):
         assert run(capsys, command, "--config", f"{command}.yaml")[0] == 0
     groups = [json.loads(line) for line in Path("groups.jsonl").read_text().splitlines()]
-    groups[3]["members"][0]["ids"][0] = 17
+    groups[4]["members"][0]["ids"][0] = 17  # behind the header
     Path("groups.jsonl").write_text("".join(json.dumps(group) + "\n" for group in groups))
     error = "groups must be of this model's tokenizer, got token 17 in groups.jsonl; the model has 17"
     assert error in run(capsys, "train", "--config", "train.yaml")[2]
@@ -393,7 +400,12 @@ class StrangeError(Exception):
         (ValueError("tau must be\n > 0,\tgot -1"), "tau must be > 0, got -1\n"),
         (FileNotFoundError(2, "No such file or directory", "a/b.json"), "FileNotFoundError: a/b.json: No such file"),
         (PermissionError(13, "Permission denied", "/root/x"), "PermissionError: /root/x: Permission denied"),
-        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
+        (OSError(28, "No space left on device"), "the disk is full ([Errno 28] No space left on device)"),
+        (OSError(28, "No space left on device", "a/b"), "the disk is full (a/b: No space left on device)"),
+        (
+            RuntimeError("basic_ios::clear: iostream error"),
+            "a file could not be written whole, as on a full disk (basic",
+        ),
         (
             ModuleNotFoundError("No module named 'peft'", name="peft"),
             "needs pip install 'gem-kernels[train]' (No module",
@@ -480,7 +492,11 @@ def test_an_error_behind_a_progress_bar_is_the_last_line(
     _, _, err = run(capsys, "sft", "--config", "sft.yaml", "--disable_tqdm", "false")
     gc.collect()
     err += capsys.readouterr().err
-    assert "0/3" in err and err.splitlines()[-1] == f"gem-kernels sft: RuntimeError: in the middle of it {HINT}"
+    assert (
+        "0/3" in err
+        and err.splitlines()[-1]
+        == f"gem-kernels sft: RuntimeError: in the middle of it {HINT}; no checkpoint was written"
+    )
 
 
 @pytest.mark.parametrize(
@@ -501,8 +517,13 @@ def test_a_result_that_cannot_be_written_is_told_first(
     monkeypatch.setattr("gem.report.results_table", lambda *_: pytest.fail("the report was made"))
     assert "output must be in a folder, got pairs.jsonl/x: " in refused(capsys, *argv, "pairs.jsonl/x")
     assert "output must be a " in refused(capsys, *argv, "cfg")
-    monkeypatch.setattr("os.access", lambda *_: False)
-    assert "cannot be written" in refused(capsys, *argv, "new/x")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    assert "got new/x: No space left on device" in refused(capsys, *argv, "new/x")
+    assert not Path("new").exists()
 
 
 def test_the_line_of_a_process_under_torchrun(tmp_path: Path) -> None:

@@ -138,28 +138,43 @@ def spoil(get: Any, at: tuple[int, ...], value: float) -> Any:
     return plant
 
 
-OF_PHI = "the bias of the lm_head of PhiForCausalLM must"
-
+WEIGHTS = "the weights of {} must be finite, got {} ({} entries)"
 
 NOT_FINITE = {
-    "weight": (
+    "head": (
         "llama",
         spoil(lambda m: m.lm_head.weight, (3, 3), torch.nan),
-        "the weight of the lm_head of LlamaForCausalLM must be finite, got nan at [3, 3]",
+        WEIGHTS.format("LlamaForCausalLM", "nan in lm_head.weight", "1 of 3104"),
     ),
-    "infinite weight": ("llama", spoil(lambda m: m.lm_head.weight, (96, 0), -torch.inf), "got -inf at [96, 0]"),
-    "bias": ("phi", spoil(lambda m: m.lm_head.bias, (7,), torch.nan), f"{OF_PHI} be finite, got nan at [7]"),
-    "infinite bias": ("phi", spoil(lambda m: m.lm_head.bias, (7,), torch.inf), f"{OF_PHI} be finite, got inf at [7]"),
+    "infinite head": (
+        "llama",
+        spoil(lambda m: m.lm_head.weight, (96, slice(2)), -torch.inf),
+        WEIGHTS.format("LlamaForCausalLM", "inf in lm_head.weight", "2 of 3104"),
+    ),
+    "bias": (
+        "phi",
+        spoil(lambda m: m.lm_head.bias, (7,), torch.nan),
+        WEIGHTS.format("PhiForCausalLM", "nan in lm_head.bias", "1 of 97"),
+    ),
+    "infinite bias": (
+        "phi",
+        spoil(lambda m: m.lm_head.bias, (7,), torch.inf),
+        WEIGHTS.format("PhiForCausalLM", "inf in lm_head.bias", "1 of 97"),
+    ),
     "no token": (
         "phi",
         spoil(lambda m: m.lm_head.bias, (slice(None),), -torch.inf),
-        f"{OF_PHI} leave a token that can occur, got -inf in every entry",
+        "the bias of the lm_head of PhiForCausalLM must leave a token that can occur, got -inf in every entry",
     ),
     "body": (
         "llama",
         spoil(lambda m: m.model.layers[1].mlp.up_proj.weight, (2, 5), torch.nan),
-        "the hidden states that LlamaForCausalLM hands to its lm_head must be finite, got nan at [0, 0, 0]: "
-        "model.layers.1.mlp.up_proj.weight holds nan at [2, 5]",
+        WEIGHTS.format("LlamaForCausalLM", "nan in model.layers.1.mlp.up_proj.weight", "1 of 1536"),
+    ),
+    "a token's embedding, which no trial token has": (
+        "llama",
+        spoil(lambda m: m.model.embed_tokens.weight, (0, 0), torch.nan),
+        WEIGHTS.format("LlamaForCausalLM", "nan in model.embed_tokens.weight", "1 of 3104"),
     ),
     "buffer": (
         "llama",
@@ -183,8 +198,7 @@ def test_refuses_an_adapter_that_is_not_finite() -> None:
     with torch.no_grad():
         model.get_output_embeddings().lora_B["default"].weight[4, 1] = torch.inf
     with pytest.raises(
-        ValueError,
-        match=re.escape("the adapter's B of the lm_head of LlamaForCausalLM must be finite, got inf at [4, 1]"),
+        ValueError, match=r"must be finite, got inf in lm_head.lora_B.default.weight \(1 of 194 entries\)"
     ):
         fuse_lm_head(model)
 

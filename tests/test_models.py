@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -18,6 +19,7 @@ from gem.data import pack
 from gem.demo import build_tokenizer
 from gem.doctor import load
 from gem.ends import Ends, model_ends
+from gem.finite import not_finite_weights
 from gem.head import completion_stats, fuse_lm_head
 from gem.models import load_model, load_tokenizer, source_ends
 
@@ -338,3 +340,39 @@ def test_ends_before_the_weights_are_read_are_those_of_the_model(folder: Path, e
     (folder / "saved" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"model must be .*config\.json"):
         source_ends(arguments, tokenizer)
+
+
+# --- weights that are no numbers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(base: Path, value: float) -> None:
+    weights = load_file(base / "model.safetensors")
+    weights["model.embed_tokens.weight"][3, :2] = value
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    message = (
+        rf"model must have finite weights, got {value} in model.embed_tokens.weight \(2 of 640 entries\) in '{base}'"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_model(ModelArguments(model=str(base)), build_tokenizer())
+
+
+def test_adapters_that_are_not_finite_are_named(base: Path, tmp_path: Path) -> None:
+    adapters = lora(base)
+    with torch.no_grad():
+        adapters.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight[0, 0] = torch.nan
+    adapters.save_pretrained(tmp_path / "adapters")
+    with pytest.raises(
+        ValueError, match=r"finite weights, got nan in model.layers.0.mlp.up_proj.weight \(16 of 384 entries\)"
+    ):
+        load_model(ModelArguments(model=str(tmp_path / "adapters")), build_tokenizer())
+
+
+def test_weights_that_cannot_be_looked_into_are_passed_over() -> None:
+    model = LlamaForCausalLM(config())
+    assert not_finite_weights(model) == not_finite_weights(LlamaForCausalLM(config()).to("meta")) == ""
+    model.lm_head.bias = torch.nn.Parameter(torch.tensor([-torch.inf] + 39 * [0.0]))  # its first token never occurs
+    assert not_finite_weights(model) == ""
+    with torch.no_grad():
+        model.lm_head.bias[1] = torch.inf
+    assert not_finite_weights(model) == "inf in lm_head.bias (1 of 40 entries)"

@@ -18,6 +18,7 @@ from gem.head import ensure_fused
 from gem.positions import _warn_of_long_rows
 from gem.rollout import generate, sample_completions
 from gem.score import token_stats
+from gem.stops import Diverged
 
 PROMPTS = [[5, 6], [7], [8, 9, 10, 11], [12, 13]]
 
@@ -205,3 +206,13 @@ def test_what_a_sampler_returns_is_cut_behind_its_end() -> None:
     ends, tokenizer = Ends(frozenset({EOS})), byte_tokenizer()
     assert sample_completions(lambda *_, **__: sampled, [[5], [6]], ends, tokenizer) == [[5, EOS], [5, 6]]
     assert sample_completions(lambda *_, **__: pytest.fail("called without prompts"), [], ends, tokenizer) == []
+
+
+def test_a_model_that_gives_no_probabilities(model: Any) -> None:
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[5] = float("nan")
+    with pytest.raises(
+        Diverged, match="the model gives probabilities that are not finite for one of 2 prompts, the first"
+    ):
+        generate(broken, byte_tokenizer(), [[7, 4], [7, 5]], RolloutArguments(max_new_tokens=3))

@@ -131,7 +131,10 @@ def test_without_a_router_loss_nothing_is_looked_ahead(tmp_path: Path, monkeypat
         calls.clear()
         trainer = make_trainer(tmp_path, LossArguments(loss="sft"), model=model, data=groups)
         cut = [groups[i : i + size] for i in range(0, 4, size)]
-        batches, _ = trainer.get_batch_samples(iter(cut), len(cut), torch.device("cpu"))
+        batches, items = trainer.get_batch_samples(iter(cut), len(cut), torch.device("cpu"))
+        assert not calls  # before the random numbers of a resumed run are restored
+        for batch in batches:
+            trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
         assert len(calls) == expected
         assert sum(b["router"]["router_share"] for b in batches) == pytest.approx(1.0)
 

@@ -6,18 +6,26 @@ import json
 import os
 import shutil
 import signal
+import socket
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 import transformers
+from test_checkpoints import checkpoint, cut
 from test_cli import refused, run, write_files
 from transformers import TrainerCallback
 
-from gem.checkpoints import find_checkpoint, newest_checkpoint, steps_of
+from gem.checkpoints import manifest_flaw, write_manifest
+from gem.lock import locked
 from gem.results import load_run
-from gem.runs import check_output, prepare_output
+from gem.runs import RunFolder, check_output, prepare_output, train_to_end
+from gem.signals import Stop
+from gem.stops import Diverged
 
 
 @pytest.fixture
@@ -54,7 +62,7 @@ def test_folder_is_claimed_once(tmp_path: Path) -> None:
             check(folder, "sft", settings)
 
 
-def test_folder_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="output_dir must be empty or hold a run of this command.*not empty"):
         prepare_output(tmp_path, "sft", {})
@@ -67,11 +75,8 @@ def test_folder_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         prepare_output(tmp_path, "sft", {})
     (tmp_path / "empty").mkdir()
     assert prepare_output(tmp_path / "empty", "sft", {})
-    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(
-        ValueError, match=f"output_dir must be where one may write, got .*new: {tmp_path} cannot be written"
-    ):
-        prepare_output(tmp_path / "new", "sft", {})
+    (tmp_path / "empty" / "run.json").rename(tmp_path / "empty" / "run.lock")  # killed before it could claim the folder
+    assert prepare_output(tmp_path / "empty", "sft", {})
 
 
 @pytest.mark.parametrize("command", ["sft", "train"])
@@ -149,83 +154,6 @@ def test_one_that_fails_later_leaves_its_checkpoints(
 # --- where a run resumes -----------------------------------------------------------------------------------------------
 
 
-def checkpoint(folder: Path, step: int, of: int = 1000, without: str = "") -> Path:
-    """Write the files of a checkpoint of Trainer, as small as possible."""
-    path = folder / f"checkpoint-{step}"
-    path.mkdir(parents=True)
-    linear = torch.nn.Linear(2, 2)
-    transformers.modeling_utils.safe_save_file(linear.state_dict(), path / "model.safetensors", {"format": "pt"})
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        torch.save({"state": torch.ones(9)}, path / name)
-    (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": of}))
-    if without:
-        (path / without).unlink()
-    return path
-
-
-def test_the_newest_whole_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert newest_checkpoint(tmp_path) is None
-    for step in (9, 20):
-        checkpoint(tmp_path, step)
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")  # 20 > 9 as numbers
-    checkpoint(tmp_path, 100, without="trainer_state.json")  # written last, so a kill came before
-    (checkpoint(tmp_path, 200) / "trainer_state.json").write_text('{"global_st')
-    checkpoint(tmp_path, 300, of=300)  # finished
-    (tmp_path / "checkpoint-tmp").mkdir()
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20") and not caplog.text
-    cut(checkpoint(tmp_path, 400) / "optimizer.pt")
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
-    assert "checkpoint-400 is not whole" in caplog.text and "optimizer.pt is damaged or cut off" in caplog.text
-    for step in (9, 20):
-        shutil.rmtree(tmp_path / f"checkpoint-{step}")
-    with pytest.raises(
-        ValueError, match=r"output_dir must hold a whole checkpoint .*optimizer\.pt.*=false starts over"
-    ):
-        newest_checkpoint(tmp_path)
-    assert find_checkpoint(tmp_path, "false") is None
-
-
-def cut(path: Path, keep: float = 0.6) -> Path:
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * keep)])
-    return path
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"])
-def test_a_checkpoint_that_lacks_a_file(name: str, tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, 5, without=name)
-    with pytest.raises(ValueError) as raised:
-        find_checkpoint(tmp_path, str(path))
-    assert str(raised.value).startswith(f"resume_from_checkpoint must be a whole checkpoint, got '{path}': it has no ")
-    assert ("file of weights" if "model" in name else name) in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"]
-)
-@pytest.mark.parametrize("damage", ["cut", "text", "empty"])
-def test_a_checkpoint_with_a_damaged_file(name: str, damage: str, tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, 5)
-    if damage == "cut":
-        cut(path / name)
-    else:
-        (path / name).write_text("garbage" if damage == "text" else "")
-    with pytest.raises(ValueError, match=f"resume_from_checkpoint must be a whole checkpoint, got .*{name}"):
-        find_checkpoint(tmp_path, str(path))
-
-
-def test_a_checkpoint_in_parts(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, 5)
-    (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"it has no model-00002-of-00002\.safetensors"):
-        find_checkpoint(tmp_path, str(path))
-    shutil.copy(path / "model-00001-of-00002.safetensors", path / "model-00002-of-00002.safetensors")
-    assert find_checkpoint(tmp_path, str(path)) == str(path)
-    assert steps_of(path) == (5, 1000)
-
-
 @pytest.mark.parametrize("asked", ["true", "True", "no/such/checkpoint-5", "pairs.jsonl", "cfg"])
 def test_no_checkpoint_to_resume_from(
     asked: str,
@@ -249,6 +177,7 @@ def test_resuming_as_asked(files: Path, capsys: pytest.CaptureFixture[str]) -> N
     told = json.loads(state.read_text())
     told["log_history"][0]["loss"] = 99.0  # marks this checkpoint
     state.write_text(json.dumps(told))
+    write_manifest(state.parent, world_size=1)
     assert run(capsys, *elsewhere, "sft/checkpoint-1")[0] == 0
     assert losses("again") == pytest.approx([99.0, *whole[1:]], abs=1e-6)
     # A checkpoint of the last step or a later one leaves no step to take.
@@ -269,30 +198,463 @@ def test_resuming_as_asked(files: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert losses(asked)[0] == pytest.approx(first)
 
 
+class Kill(TrainerCallback):
+    """Send this process a signal in a step."""
+
+    def __init__(self, step: int, signum: int) -> None:
+        self.step, self.signum = step, signum
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), self.signum)
+
+
+def add_callback(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
+    """Add a callback to the trainers of the commands that follow."""
+    usual = transformers.trainer.DEFAULT_CALLBACKS
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*usual, callback])
+
+
+def logged(folder: str) -> list[dict[str, float]]:
+    """Return what a run has logged, without its summary of the training, which has times."""
+    history = json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in history if "train_runtime" not in entry]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_terminated_run_goes_on(
-    files: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    signum: int, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """enable_jit_checkpoint: SIGTERM saves a checkpoint and stops, and the run does not count as finished."""
-    from transformers import trainer_jit_checkpoint
-
-    class Kill(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    at_once = lambda seconds, call: type("Timer", (), {"start": lambda self: call()})()  # noqa: E731
-    monkeypatch.setattr(trainer_jit_checkpoint.threading, "Timer", at_once)
-    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, Kill])
-    command = ("sft", "--config", "sft.yaml", "--enable_jit_checkpoint", "true")
-    status, out, err = run(capsys, *command)
-    assert status == 0 and "terminated after step 1; the same command goes on from there" in out, err
-    assert Path("sft/checkpoint-1").is_dir() and not Path("sft/metrics.json").exists()
-    monkeypatch.setattr(Kill, "on_step_end", TrainerCallback.on_step_end)
+    command = ("sft", "--config", "sft.yaml")
+    assert run(capsys, *command, "--output_dir", "whole")[0] == 0
+    with monkeypatch.context() as patched:
+        add_callback(patched, Kill(1, signum))
+        status, _, err = run(capsys, *command)
+    said = "terminated after step 1 of 3: sft/checkpoint-1 is saved, the same command goes on from there"
+    assert status == 128 + signum and err.splitlines()[-1] == f"gem-kernels sft: {said}"
+    assert sorted(p.name for p in Path("sft").iterdir()) == ["checkpoint-1", "run.json"]
     status, out, err = run(capsys, *command)
     assert status == 0 and '"train_steps": 3.0' in out, err
+    assert Path("sft/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+    assert logged("sft") == logged("whole")
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_in_the_last_step(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_callback(monkeypatch, Kill(3, signal.SIGTERM))
+    status, out, err = run(capsys, *SFT)
+    assert status == 0 and '"train_steps": 3.0' in out, err
+
+
+@pytest.mark.parametrize(
+    "flags", [("--logging_steps", "2"), ("--logging_steps", "50"), ("--logging_strategy", "epoch")]
+)
+def test_the_log_of_a_resumed_run(
+    flags: tuple[str, ...], files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint between two logs: the losses before it are logged with it."""
+    command = (*SFT, *flags, "--max_steps", "5", "--save_steps", "3")
+    assert run(capsys, *command, "--output_dir", "whole")[0] == 0
+    with monkeypatch.context() as patched:
+        add_callback(patched, Raise(4))
+        assert run(capsys, *command)[0] == 2
+    assert run(capsys, *command)[0] == 0
+    assert logged("sft") == logged("whole") and len(logged("sft")) > 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--eval_strategy", "steps", "--eval_steps", "1", "--eval_on_start", "true", "--save_steps", "1"),
+        ("--eval_strategy", "epoch", "--save_steps", "2"),  # a step that is saved ends an epoch
+        ("--eval_strategy", "epoch", "--save_strategy", "epoch"),
+    ],
+    ids=" ".join,
+)
+def test_the_evaluations_of_a_resumed_run(
+    flags: tuple[str, ...], files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(capsys, "sft", "--config", "sft.yaml")[0] == 0
+    assert run(capsys, "score", "--config", "score.yaml")[0] == 0
+    Path("train.yaml").write_text(Path("train.yaml").read_text().replace("eval_strategy: steps\neval_steps: 1\n", ""))
+    train = ("train", "--config", "train.yaml", "--max_steps", "-1", "--num_train_epochs", "2")
+    command = (*train, "--per_device_train_batch_size", "4", "--eval_limit", "2", "--eval_samples", "0", *flags)
+    assert run(capsys, *command, "--output_dir", "whole")[0] == 0
+    for callback in (Raise(2), Kill(1, signal.SIGTERM), Kill(2, signal.SIGTERM)):
+        shutil.rmtree("gem", ignore_errors=True)
+        with monkeypatch.context() as patched:
+            add_callback(patched, callback)
+            assert run(capsys, *command)[0] != 0
+        assert run(capsys, *command)[0] == 0
+        assert logged("gem") == logged("whole"), callback
+        assert Path("gem/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+
+
+# --- runs that fail ---------------------------------------------------------------------------------------------------
+
+
+class Raise(TrainerCallback):
+    """Raise an error when a step begins."""
+
+    def __init__(self, step: int, error: BaseException | None = None) -> None:
+        self.step, self.error = step, error or RuntimeError("no luck")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no luck"), OSError(28, "No space left"), KeyboardInterrupt()])
+def test_what_is_kept(
+    error: BaseException, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = ", the same command goes on from there" * isinstance(error, KeyboardInterrupt)
+    last = f"sft/checkpoint-2 is the last whole checkpoint{goes_on}"
+    for step, kept in ((0, "no checkpoint was written"), (2, last)):
+        with monkeypatch.context() as patched:
+            add_callback(patched, Raise(step, type(error)(*error.args)))
+            assert run(capsys, *SFT)[2].splitlines()[-1].endswith(kept)
+        assert Path("sft").exists() == bool(step)
+    assert {p.name for p in Path("sft").iterdir()} == {"run.json", "checkpoint-1", "checkpoint-2"}
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt"])
+def test_a_half_written_checkpoint_is_removed(
+    name: str, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = torch.save
+
+    def save(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        own(content, path, *args, **kwargs)
+        if str(path).endswith(f"checkpoint-2/{name}"):
+            cut(Path(path))
+            raise OSError(28, "No space left on device", str(path))
+
+    Path("sft").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", save)
+        error = run(capsys, *SFT)[2].splitlines()[-1]
+    assert error.startswith("gem-kernels sft: ") and error.endswith("sft/checkpoint-1 is the last whole checkpoint")
+    assert {p.name for p in Path("sft").iterdir()} == {"run.json", "checkpoint-1"}
+    Path("sft/checkpoint-3").mkdir()  # cut off by a kill: it may be anything, and is left in place
+    assert run(capsys, *SFT, "--no_such_flag")[0] == 2 and Path("sft/checkpoint-3").is_dir()
+    assert run(capsys, *SFT)[0] == 0
+
+
+def test_results_that_cannot_be_saved(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gem.trainer import GEMTrainer
+
+    own = GEMTrainer.save_model
+
+    def save_model(self: GEMTrainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        own(self, output_dir, _internal_call)
+        if output_dir is None:
+            cut(Path("sft/model.safetensors"))
+            raise OSError(28, "No space left on device", "sft/model.safetensors")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GEMTrainer, "save_model", save_model)
+        assert "sft/checkpoint-3 is the last whole" in run(capsys, *SFT)[2].splitlines()[-1]
+    assert {p.name for p in Path("sft").iterdir()} == {"run.json", *(f"checkpoint-{step}" for step in (1, 2, 3))}
+    assert run(capsys, *SFT)[0] == 0 and manifest_flaw(Path("sft")) == ""
+
+
+def test_the_best_weights_are_kept(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Best(Raise):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            Path("sft/checkpoint-best").mkdir()
+            write_manifest(Path("sft/checkpoint-best"), world_size=1)
+            super().on_step_begin(args, state, control)
+
+    add_callback(monkeypatch, Best(0))
+    assert run(capsys, *SFT)[2].endswith("sft/checkpoint-best holds the weights of the best evaluation\n")
+    assert sorted(p.name for p in Path("sft").iterdir()) == ["checkpoint-best", "run.json"]
+
+
+class Stopped:
+    """A trainer whose guard has ended the training after step 7."""
+
+    stopped = "stopped after step 7 of 9: accuracy fell"
+
+    def __init__(self, folder: Path, restored: str, *, diverged: bool) -> None:
+        self.args = SimpleNamespace(output_dir=str(folder), world_size=1)
+        self.state = SimpleNamespace(global_step=7, max_steps=9)
+        self.restored, self.diverged, self.folder = restored, diverged, folder
+
+    def train(self, resume_from_checkpoint: str | None) -> None: ...
+
+    def is_world_process_zero(self) -> bool:
+        return True
+
+    @property
+    def accelerator(self) -> Any:
+        return SimpleNamespace(wait_for_everyone=lambda: None)
+
+    def save_model(self) -> None:
+        (self.folder / "model.safetensors").write_text("weights")
+
+    def save_state(self) -> None:
+        (self.folder / "trainer_state.json").write_text("{}")
+
+
+@pytest.mark.parametrize("best", ["checkpoint-5", "checkpoint-best", ""])
+@pytest.mark.parametrize("diverged", [False, True])
+def test_a_run_that_a_guard_ends(
+    best: str, diverged: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gem.runs.graceful", lambda _: nullcontext(Stop()))
+    if best:
+        (tmp_path / best).mkdir()
+        (tmp_path / best / "trainer_state.json").write_text('{"global_step": 5, "max_steps": 9}')
+    trainer = Stopped(tmp_path, str(tmp_path / best) if best else "", diverged=diverged)
+    if diverged:
+        with pytest.raises(Diverged, match="^stopped after step 7 of 9: accuracy fell$") as raised:
+            train_to_end(trainer, None, None)
+        kept = getattr(raised.value, "kept", "")
+        nothing = "no checkpoint from before that is there to restore"
+        assert kept == (f"{tmp_path} holds the weights of {best}, of step 5" if best else nothing)
+        assert (tmp_path / "model.safetensors").exists() == bool(best)
+        assert not (tmp_path / "metrics.json").exists()
+    else:
+        train_to_end(trainer, None, None)
+        metrics = json.loads((tmp_path / "metrics.json").read_text())
+        assert metrics == {"train_steps": 7.0, "stopped_step": 7.0, **({"restored_step": 5.0} if best else {})}
+        assert capsys.readouterr().out.startswith(Stopped.stopped) and manifest_flaw(tmp_path) == ""
+
+
+# --- what goes into a run -----------------------------------------------------------------------------------------------
+
+
+def test_inputs_that_changed(files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        add_callback(patched, Raise(2))
+        assert run(capsys, *SFT)[0] == 2
+    inputs = json.loads(Path("sft/run.json").read_text())["inputs"]
+    assert {name: value["name"] for name, value in inputs.items()} == {
+        "data": "pairs.jsonl", "tokenizer": "tok", "model": "cfg/config.json"
+    }  # fmt: skip
+    changed = {
+        "data": (Path("pairs.jsonl"), lambda text: text.replace("#### 4", "#### 5")),
+        "tokenizer": (
+            Path("tok/tokenizer.json"),
+            lambda text: text.replace('"</s>"', '"<end>"') if '"</s>"' in text else _other_vocabulary(text),
+        ),
+        "model": (
+            Path("cfg/config.json"),
+            lambda text: text.replace('"initializer_range": 0.3', '"initializer_range": 0.2'),
+        ),
+    }
+    before = sorted(Path("sft").rglob("*"))
+    for name, (path, change) in changed.items():
+        text = path.read_text()
+        path.write_text(change(text))
+        then = inputs[name]["hash"]
+        error = refused(capsys, *SFT)
+        assert f"{name} must be what the run began with, got {inputs[name]['name']} with hash " in error
+        assert f", {then} then" in error and error.count(then) == 1
+        path.write_text(text)
+    assert sorted(Path("sft").rglob("*")) == before
+    about = json.loads(Path("sft/run.json").read_text())
+    Path("pairs.jsonl").write_text(Path("pairs.jsonl").read_text().replace("#### 4", "#### 5"))
+    for older in ({k: v for k, v in about.items() if k != "inputs"}, {**about, "inputs": None}):  # of older versions
+        Path("sft/run.json").write_text(json.dumps(older))
+        with monkeypatch.context() as patched:
+            add_callback(patched, Raise(2))
+            assert "no luck" in run(capsys, *SFT)[2]
+    assert run(capsys, *SFT)[0] == 0
+
+
+def _other_vocabulary(text: str) -> str:
+    """Return a tokenizer.json with two tokens exchanged."""
+    rules = json.loads(text)
+    vocabulary = rules["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    return json.dumps(rules)
+
+
+def test_groups_and_held_out_data_that_changed(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(capsys, "sft", "--config", "sft.yaml")[0] == 0
+    assert run(capsys, "score", "--config", "score.yaml")[0] == 0
+    train = ("train", "--config", "train.yaml", "--save_steps", "1", "--eval_data", "held.jsonl")
+    shutil.copy("pairs.jsonl", "held.jsonl")
+    with monkeypatch.context() as patched:
+        add_callback(patched, Raise(1))
+        assert run(capsys, *train)[0] == 2
+    inputs = json.loads(Path("gem/run.json").read_text())["inputs"]
+    assert inputs.keys() == {"tokenizer", "eval_data", "groups", "model"}
+    monkeypatch.setattr("gem.models.load_model", None)  # seen before the model loads
+    for name, path in (("eval_data", Path("held.jsonl")), ("groups", Path("groups.jsonl"))):
+        content = path.read_bytes()
+        path.write_bytes(b"".join(content.splitlines(keepends=True)[:-1]))
+        assert f"{name} must be what the run began with, got {path} with hash" in run(capsys, *train)[2]
+        path.write_bytes(content)
+
+
+# --- finished runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["cut off", "empty", "a list", "NaN", "no steps", "a text", "weights", "state"])
+def test_an_end_that_is_none(
+    end: str, files: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(capsys, *SFT)[0] == 0
+    whole = Path("sft/model.safetensors").read_bytes()
+    contents = {
+        "cut off": '{"train_st', "empty": "", "a list": "[3.0]", "NaN": '{"train_steps": NaN}', "no steps": '{"accuracy": 1.0}',
+        "a text": '{"train_steps": "3"}',
+    }  # fmt: skip
+    path = {"weights": Path("sft/model.safetensors"), "state": Path("sft/trainer_state.json")}.get(
+        end, Path("sft/metrics.json")
+    )
+    path.write_text(contents[end]) if end in contents else cut(path)
+    status, out, _ = run(capsys, *SFT)
+    assert status == 0 and "finished" not in out and '"train_steps": 3.0' in out
+    said = next(line for line in caplog.messages if "not whole" in line)
+    assert str(path) in said and said.endswith("it goes on from sft/checkpoint-2")
+    assert Path("sft/model.safetensors").read_bytes() == whole
+    assert "finished" in run(capsys, *SFT)[1]
+
+
+def test_a_finished_run_of_an_older_version(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, *SFT)[0] == 0
+    Path("sft/manifest.json").unlink()
+    about = json.loads(Path("sft/run.json").read_text())
+    del about["inputs"]
+    Path("sft/run.json").write_text(json.dumps(about))
+    assert "finished" in run(capsys, *SFT)[1]
+
+
+def test_a_finished_run_without_its_manifest_ends_again(
+    files: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is written last: a power cut before it may have left less than was written."""
+    assert run(capsys, *SFT)[0] == 0
+    Path("sft/manifest.json").unlink()
+    status, out, _ = run(capsys, *SFT)
+    assert status == 0 and "holds this run, finished" not in out
+    assert "it has no manifest.json, which is written last" in caplog.text and Path("sft/manifest.json").exists()
+
+
+def test_a_later_note_is_no_flaw(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, *SFT)[0] == 0
+    for name in ("README.md", "train.log"):
+        Path("sft", name).write_text("mine")
+    assert "finished" in run(capsys, *SFT)[1]
+
+
+# --- two runs at once -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use(files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Look(Raise):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            assert json.loads(Path("sft/run.lock").read_text())["pid"] == os.getpid()
+            super().on_step_begin(args, state, control)
+
+    with monkeypatch.context() as patched:
+        add_callback(patched, Look(2))
+        assert "no luck" in run(capsys, *SFT)[2]
+    assert not Path("sft/run.lock").exists()
+    with locked(Path("sft/run.lock"), "output_dir"), monkeypatch.context() as patched:
+        patched.setattr("gem.models.load_tokenizer", None)  # refused before anything loads
+        cut(Path("sft/checkpoint-2/optimizer.pt"))
+        before = {p: p.stat().st_mtime_ns for p in Path("sft").rglob("*")}
+        by = f"gem-kernels sft: output_dir is in use by process {os.getpid()} on "
+        error = refused(capsys, *SFT)
+        assert error.startswith(by) and error.endswith("got sft\n")
+        assert {p: p.stat().st_mtime_ns for p in Path("sft").rglob("*")} == before
+    Path("sft/run.lock").write_text('{"pid": 1, "host": "x", "since": "then"}')  # of a run that was killed
+    assert run(capsys, *SFT)[0] == 0 and not Path("sft/run.lock").exists()
+
+
+def test_a_folder_taken_meanwhile(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gem.models import load_model
+
+    with ExitStack() as stack:
+
+        def load(*args: Any) -> Any:
+            stack.enter_context(locked(Path("sft/run.lock"), "output_dir"))
+            return load_model(*args)
+
+        monkeypatch.setattr("gem.models.load_model", load)
+        assert "output_dir is in use by process" in refused(capsys, *SFT)
+        assert [p.name for p in Path("sft").iterdir()] == ["run.lock"]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "metrics.json", "run.json"])
+def test_a_folder_used_meanwhile(
+    name: str, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a run that has begun after this one looked, and is over: where this one would go on is no longer right."""
+    from gem.models import load_model
+
+    def load(*args: Any) -> Any:
+        path = Path("sft", name)
+        path.parent.mkdir()
+        path.write_text("{}") if path.suffix else path.mkdir()
+        return load_model(*args)
+
+    monkeypatch.setattr("gem.models.load_model", load)
+    said = "output_dir must be left to one run, got sft, where another one ran meanwhile"
+    assert said in refused(capsys, *SFT) and [p.name for p in Path("sft").iterdir()] == [name]
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def process(rank: int, port: int) -> None:
+    """Use a folder as one of two processes, of which the second one must touch and hash nothing."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+
+    def hashed() -> str:
+        assert rank == 0
+        return "1234"
+
+    def folder(name: str) -> RunFolder:
+        training = transformers.TrainingArguments(name, use_cpu=True, report_to="none")
+        return RunFolder(training, "train", {})
+
+    run = folder("new")
+    run.check_input("data", "pairs.jsonl", hashed)
+    with run.claimed():
+        assert run.resume is None and run.inputs == {"data": {"name": "pairs.jsonl", "hash": "1234"}}
+        if rank == 0:
+            assert json.loads(Path("new/run.lock").read_text())["pid"] == os.getpid()
+            checkpoint(Path("new"), 5, processes=2)
+    run = folder("new")
+    assert run.resume == "new/checkpoint-5" and not run.finished
+    with pytest.raises(ValueError, match="data must be what the run began with, got pairs.csv with hash 5, 1234 then"):
+        run.check_input("data", "pairs.csv", lambda: "5")
+    with pytest.raises(ValueError, match="which is not empty"):
+        folder("other")
+    with pytest.raises(KeyError) as raised, run.claimed():
+        raise KeyError
+    assert getattr(raised.value, "kept", "") == "new/checkpoint-5 is the last whole checkpoint"
+    if rank == 0:
+        cut(Path("new/checkpoint-5/rng_state_1.pth"))
+    with pytest.raises(ValueError, match="rng_state_1.pth is damaged or cut off"):
+        folder("new")
+
+
+def test_what_the_first_process_finds_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other").mkdir()
+    Path("other/thesis.tex").touch()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.start_processes(process, (port,), 2, start_method="fork")  # spares the imports
 
 
 # --- damaged files ----------------------------------------------------------------------------------------------------------
@@ -345,13 +707,16 @@ def test_a_damaged_checkpoint_of_ones_own(
     name: str,
     files: Path,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert run(capsys, *SFT)[0] == 0
     for path in (Path("sft/metrics.json"), Path("sft/trainer_state.json")):
         path.unlink()
     cut(Path("sft/checkpoint-2") / name)
-    status, _, err = run(capsys, *SFT)  # the one before it is whole
-    assert status == 0 and f"sft/checkpoint-2/{name} is damaged or cut off" not in err.splitlines()[-1]
+    assert run(capsys, *SFT)[0] == 0  # the one before it is whole
+    assert f"sft/checkpoint-2/{name} is damaged or cut off" in caplog.text
+    assert "renamed to checkpoint-2.damaged" in caplog.text and "going on from sft/checkpoint-1" in caplog.text
+    assert Path("sft/checkpoint-2.damaged", name).is_file() and Path("sft/checkpoint-2").is_dir()
     Path("sft/metrics.json").unlink()
     for step in (1, 2):
         cut(Path(f"sft/checkpoint-{step}") / name)

@@ -34,10 +34,13 @@ IN_VAIN: list[tuple[str, str, str]] = [
     ("sft --length_norm tokens", "length_norm", "sft has one loss"),
     ("sft --auroc_gate 0.7", "auroc_gate", "evaluates nothing"),
     ("sft --stop_patience 1", "stop_patience", "evaluates nothing"),
+    ("sft --logging_strategy no --stop_growth 9", "stop_growth", "the guard reads the log"),
     ("sft --eval_strategy steps", "eval_strategy", "evaluates nothing"),
     ("sft --eval_on_start", "eval_on_start", "evaluates nothing"),
     ("score --stop_patience 1", "stop_patience", "trains nothing"),
     ("score --stop_margin 0.1", "stop_margin", "trains nothing"),
+    ("score --stop_growth 9", "stop_growth", "trains nothing"),
+    ("score --stop_idle 9", "stop_idle", "trains nothing"),
     ("score --score_with reference", "score_with", "its own reference"),
     ("score --lora_rank 4", "lora_rank", "before they are trained"),
     ("score --group_size 0 --temperature 0.7", "temperature", "samples nothing"),
@@ -57,6 +60,7 @@ IN_VAIN: list[tuple[str, str, str]] = [
     ("eval --eval_samples 0 --top_m 3", "top_m", "eval_samples=0"),
     (f"train {OFFLINE} --beta 0.3", "beta", "dpo, ipo and listwise_dpo"),
     (f"train {OFFLINE} --loss pro --beta 0.3", "beta", "dpo, ipo and listwise_dpo"),
+    ("eval --shard 1/2", "shard", "eval writes no groups"),
     (f"train {OFFLINE} --loss dpo --kl_weight 0.3", "kl_weight", "sega and listwise_dpo"),
     (f"train {OFFLINE} --loss pro --kl_weight 0.3", "kl_weight", "sega and listwise_dpo"),
     (f"train {OFFLINE} --loss dpo --length_norm tokens", "length_norm", "it is for sega"),
@@ -82,6 +86,7 @@ IN_VAIN: list[tuple[str, str, str]] = [
     (f"train {ONLINE} {EVALUATED} --eval_samples 0 --stop_patience 1", "stop_patience", "needs eval_strategy"),
     (f"train {ONLINE} {EVALUATED} --stop_patience 0 --stop_margin 0.2", "stop_margin", "never stops"),
     (f"train {ONLINE} {EVALUATED} --auroc_gate 0.7", "auroc_gate", "eval_on_start"),
+    (f"train {ONLINE} --logging_strategy no --stop_idle 3", "stop_idle", "the guard reads the log"),
 ]
 # Settings of the rules above, with their condition not met.
 NOT_IN_VAIN = [
@@ -97,7 +102,9 @@ NOT_IN_VAIN = [
     f"train {OFFLINE} {EVALUATED} --max_length 99 --limit 9 --temperature 0.5 --top_m 3 --eval_limit 3",
     f"train {OFFLINE} {EVALUATED} --stop_patience 1 --stop_margin 0.2",
     f"train {ONLINE} --tau 1 --group_size 3 --score_with reference --temperature 0.5 --limit 9",
-    f"train {ONLINE} --loss pro --tau 1",
+    f"train {ONLINE} --loss pro --tau 1 --stop_idle 3 --stop_growth 9",
+    f"train {OFFLINE} --stop_growth 0",
+    "sft --stop_growth 9 --stop_idle 3",
     f"train {ONLINE} {EVALUATED} --eval_on_start --auroc_gate 0.7",
     f"train {OFFLINE} --beta 0.1 --tau 0.5 --group_size 5",  # the values that hold by default
 ]
@@ -207,6 +214,23 @@ def test_a_flag_with_a_value_of_its_own(flags: list[str], text: str, value: str,
     file = ["--config", yaml_file(tmp_path, f"model: m\n{text}\n")]
     (asking,), settings = parse("score", [*file, *flags], Asking)
     assert asking.question == settings["question"] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: a\nseed: 1\nmodel: b", "config must hold each setting once, got model several times in "),
+        ("[" * 100_000, "config must be yaml, got .*recursion"),
+        ("model: {a: 1}", r"argument model: expected one value, got \{'a': 1\}"),
+        ("markers: {a: 1}", r"argument markers: expected a list, got \{'a': 1\}"),
+        ("tau: .inf", "tau must be a finite number, got inf"),
+        ("tau: .nan", "tau must be in .*, got nan"),
+        ('output: "a\\0b"', r"output must not hold a NUL character, got 'a\\x00b'"),
+    ],
+)
+def test_a_value_that_no_setting_has(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse("score", ["--config", yaml_file(tmp_path, text)], *COMMANDS["score"])
 
 
 def test_hidden_flags_are_those_of_no_use(capsys: pytest.CaptureFixture[str]) -> None:

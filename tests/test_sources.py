@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import logging
@@ -279,11 +280,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "header cut off": (lambda d: cut(d / "model.safetensors", 20), r"model.safetensors is cut off or no saf"),
     "empty weights": (lambda d: cut(d / "model.safetensors", 0), r"model.safetensors is cut off or no saf"),
     "garbage": (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 999), r"model.safetensors is cut off or"),
+    "packed weights": (lambda d: (d / "model.safetensors").write_bytes(b"PK\3\4" * 99), r"it seems to be zip, as torch.sav"),
+    "fewer weights": (lambda d: change(d / "config.json", num_hidden_layers=2),
+                      r"its weights lack model.layers.1.input_layernorm.weight and 8 more, which its config.json asks"),
     "a pointer": (lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
                   r"model.safetensors is a pointer of git-lfs"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), r"no file named model.safetensors"),
     "config": (lambda d: (d / "config.json").write_text("{"), r"config.json is not JSON"),
-    "config of bytes": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe"), r"config.json is not JSON"),
+    "config in UTF-16": (lambda d: (d / "config.json").write_text("{}", encoding="utf-16"), r"not text but UTF-16: fetch"),
+    "packed config": (lambda d: (d / "config.json").write_bytes(gzip.compress(b"{}")), r"config.json is not text but gzip"),
+    "deep config": (lambda d: (d / "config.json").write_text("[" * 99999), r"config.json is not JSON \(maximum recursion"),
+    "no folder's file": (lambda d: ((d / "config.json").unlink(), (d / "config.json").mkdir()), r"cannot be read \(Is a dir"),
     "config that is a list": (lambda d: (d / "config.json").write_text("[]"), r"config.json must hold a JSON object"),
     "config of nothing": (lambda d: (d / "config.json").write_text("{}"), r"Should have a `model_type` key"),
     "no heads": (lambda d: change(d / "config.json", num_attention_heads=0), r"config.json transformers reads"),
@@ -292,6 +299,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown architecture": (lambda d: change(d / "config.json", model_type="zorg"), r"model type `zorg` but Transf"),
     "own code": (lambda d: change(d / "config.json", model_type="zorg", auto_map=REMOTE), r"needs code of its own"),
     "ends": (lambda d: (d / "generation_config.json").write_text("{"), r"generation_config.json is not JSON"),
+    "template": (lambda d: (d / "chat_template.jinja").write_bytes("é".encode("utf-16")), r"template.jinja is not text but UT"),
+    "latin-1": (lambda d: (d / "chat_template.jinja").write_bytes(b"a" * 99 + b"\xe9"), r"is not UTF-8 text \('utf-8' codec"),
     "package": (lambda d: change(d / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
                 r"needs a package that is not installed"),
     "running pickle": (lambda d: pickled(d, Running()), r"weights are a pickle that torch does not load"),

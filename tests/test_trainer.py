@@ -13,16 +13,26 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from gem.checkpoints import newest_checkpoint
 from gem.config import GuardArguments, LossArguments, RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
 from gem.demo import build_tokenizer
 from gem.groups import Group, Member
+from gem.guard import SoundWeights
 from gem.head import ensure_fused
 from gem.pipeline import GroupMaker, pair_group
+from gem.rollout import seeded
 from gem.score import token_stats
+from gem.stops import Diverged
 from gem.trainer import GEMTrainer
 
 ROOT = Path(__file__).parent.parent
@@ -258,6 +268,182 @@ def test_bad_arguments(tmp_path: Path) -> None:
     (batch,), items = trainer.get_batch_samples(iter([groups]), 1, torch.device("cpu"))
     with pytest.raises(ValueError, match="loss=dpo needs groups with"):
         trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
+
+
+# --- numbers that are not finite --------------------------------------------------------------------------------------
+
+
+def _nan_weight(groups: list[Group], model: Any) -> None:
+    groups[5].members[0].weight = float("nan")
+
+
+def _nan_reference(groups: list[Group], model: Any) -> None:
+    groups[5].members[2].logprobs[1] = float("nan")
+
+
+def _infinite_kl(groups: list[Group], model: Any) -> None:
+    groups[5].members[0].logprobs[0] = 200.0
+
+
+def _nan_log_prob(groups: list[Group], model: Any) -> None:
+    groups[5].members[0].ids[2] = 16  # in no other group
+    with torch.no_grad():
+        model.model.embed_tokens.weight[16] = float("nan")
+
+
+PLANTED = {
+    "weight": (_nan_weight, r"weight_\w+ is nan"),
+    "reference": (_nan_reference, "the reference log-prob of a token is nan"),
+    "kl": (_infinite_kl, "kl is inf"),
+    "log-prob": (_nan_log_prob, "the log-prob of a token is nan"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_number_that_is_not_finite_stops_at_its_group(name: str, tmp_path: Path) -> None:
+    plant, message = PLANTED[name]
+    model = tiny_model()
+    groups = groups_of(model, 8)
+    for i, group in enumerate(groups):
+        group.where = f"groups.jsonl, line {i + 2}"
+    changes = {"max_steps": 8, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+    changes |= {"save_strategy": "no" if name == "log-prob" else "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, LossArguments(), model=model, data=groups, args=changes)
+    plant(groups, model)
+    if name == "log-prob":  # this weight is not finite before the first step
+        trainer.remove_callback(SoundWeights)
+    with pytest.raises(Diverged, match=rf"^step 6: {message} in groups\.jsonl, line 7 \(''\)$"):
+        trainer.train()
+    assert trainer.state.global_step == 5
+    if name != "log-prob":
+        assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+
+
+@pytest.mark.parametrize("name", ["sega", "sft"])
+def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(name: str, tmp_path: Path) -> None:
+    model = tiny_model()
+    groups = groups_of(model, 8)
+    trainer = make_trainer(
+        tmp_path, LossArguments(loss=name), model=model, data=groups, args={"save_strategy": "steps", "save_steps": 1}
+    )
+    up = model.model.layers[0].mlp.up_proj.weight
+    up.register_hook(lambda grad: grad * (float("inf") if trainer.state.global_step == 2 else 1))
+    with pytest.raises(
+        Diverged, match=r"^step 3: the gradient, after a group .* has (nan|inf) in .*up_proj\.weight \("
+    ):
+        trainer.train()
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, LossArguments())
+    with torch.no_grad():
+        trainer.model.lm_head.weight[3, 2] = float("inf")
+    with pytest.raises(
+        Diverged, match=r"nothing is saved, as the model has inf in lm_head\.weight \(1 of 272 entries\)"
+    ):
+        trainer.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
+    with pytest.raises(Diverged, match=r"before the first step, the model has inf in lm_head\.weight"):
+        trainer.train()
+
+
+def test_a_checkpoint_that_is_written_again_is_not_whole_meanwhile(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, LossArguments())
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5" / "manifest.json").write_text("{}")
+    trainer.save_model(str(tmp_path / "checkpoint-5"))
+    assert not (tmp_path / "checkpoint-5" / "manifest.json").exists()
+
+
+def test_a_smoothed_loss_is_checked_too(tmp_path: Path) -> None:
+    groups = [pair_group(e) for e in examples(4)]
+    trainer = make_trainer(tmp_path, LossArguments(loss="sft"), data=groups, args={"label_smoothing_factor": 0.1})
+    (batch,), items = trainer.get_batch_samples(iter([groups]), 1, torch.device("cpu"))
+    with torch.no_grad():
+        trainer.model.lm_head.weight[3, 2] = float("nan")
+    with pytest.raises(Diverged, match=r"step 1: the loss of a group \(''\) and 3 more is nan"):
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=items)
+
+
+# --- exact resume -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_sampled_depends_on_its_key_alone() -> None:
+    def draw(*key: object) -> float:
+        with seeded(*key):
+            return float(torch.rand(()))
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = draw(0, 3, 0, [[1, 2]])
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    assert draw(0, 3, 0, [[1, 2]]) == first
+    assert (
+        len({first, draw(1, 3, 0, [[1, 2]]), draw(0, 4, 0, [[1, 2]]), draw(0, 3, 1, [[1, 2]]), draw(0, 3, 0, [[1, 3]])})
+        == 5
+    )
+
+
+def test_an_online_run_goes_on_exactly(tmp_path: Path) -> None:
+    """With dropout and evaluations, which use random numbers between the steps; eight steps, resumed after each third."""
+
+    def run(folder: Path, stops: list[int]) -> tuple[torch.Tensor, list[dict[str, float]]]:
+        for stop in [*stops, 8]:
+            model, tokenizer = tiny_model(), build_tokenizer()
+            model.config.attention_dropout = 0.3
+            maker = GroupMaker(
+                model, tokenizer, RolloutArguments(group_size=3, max_new_tokens=6), ScoreArguments(),
+                RankArguments(human_weight=0.0), copy.deepcopy(model).requires_grad_(False),
+            )  # fmt: skip
+
+            class Stop(TrainerCallback):
+                at = stop
+
+                def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                    control.should_training_stop |= state.global_step == self.at
+
+            trainer = make_trainer(
+                folder, LossArguments(), model=model, data=examples(12), make_groups=maker, callbacks=[Stop()],
+                evaluation=lambda m: {"noise": float(torch.rand(()))},
+                args={"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2,
+                      "save_total_limit": 2},
+            )  # fmt: skip
+            trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        logs = [{k: v for k, v in e.items() if not k.startswith("train_")} for e in trainer.state.log_history]
+        return weights, [e for e in logs if "loss" in e or "eval_noise" in e]
+
+    weights, log = run(tmp_path / "whole", [])
+    again, log_again = run(tmp_path / "cut", [3, 6])
+    assert torch.equal(again, weights) and log_again == log
+
+
+def test_a_mixture_of_experts_goes_on_exactly(tmp_path: Path) -> None:
+    """transformers stores its experts under other names, and Trainer loads none of them."""
+
+    def run(folder: Path, resume: str | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(
+            MixtralConfig(
+                vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
+                router_aux_loss_coef=0.5, attention_dropout=0.3, bos_token_id=1, eos_token_id=EOS, pad_token_id=0,
+            )
+        )  # fmt: skip
+        args = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
+        args |= {"gradient_accumulation_steps": 2}
+        data = [pair_group(e) for e in examples(24)]
+        for group in data:
+            group.members = group.members[:1]
+        trainer = make_trainer(folder, LossArguments(loss="sft"), model=model, data=data, args=args)
+        trainer.train(resume_from_checkpoint=resume)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    whole = run(tmp_path / "whole", None)
+    assert torch.equal(run(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-2")), whole)
 
 
 def test_kill_and_resume_ends_as_an_uninterrupted_run(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainingArguments
 from gem.config import GuardArguments, LossArguments
 from gem.demo import build_tokenizer
 from gem.settings import parse
+from gem.stops import Diverged
 from gem.trainer import GEMTrainer
 from gem.training_flags import IGNORED, ONLY_WITH, PACKAGES, check_trackers, refuse_ignored
 
@@ -34,7 +35,7 @@ OURS = {
     "prompt_format", "prompt_template", "system", "max_length", "cot_prompt", "cot_pairs",  # test_prompts.py, test_data.py
     "groups", "eval_data", "eval_limit", "eval_samples", "cache_mib",  # test_cli.py, test_evaluate.py, test_group_loss.py
     "loss", "length_norm", "beta", "kl_weight", "taper", "sft_weight",  # here
-    "auroc_gate", "stop_patience", "stop_margin",  # test_trainer.py
+    "auroc_gate", "stop_patience", "stop_margin", "stop_growth", "stop_idle",  # test_guard.py
     "group_size", "max_new_tokens", "temperature", "top_p", "rollout_batch_size", "stop",  # test_settings.py, test_rollout.py
     "top_m", "branch_weight", "final_weight", "entropy_clip", "markers", "score_with", "score_tokens",  # test_settings.py
     "tau", "prior_sd", "human_weight", "reward", "weight_norm", "min_spread", "filter_groups",  # test_settings.py
@@ -89,7 +90,8 @@ SHOWS: dict[str, tuple[dict[str, Any], Callable[[GEMTrainer], Any]]] = {
         lambda t: checkpoints(t) == [1],
     ),
     "save_steps": ({**SAVING, "save_steps": 2}, lambda t: checkpoints(t) == [2, 4]),
-    "save_total_limit": ({**SAVING, "save_total_limit": 1}, lambda t: checkpoints(t) == [4]),
+    # The last step leaves nothing to resume for, so the checkpoint before it stays too.
+    "save_total_limit": ({**SAVING, "save_total_limit": 1}, lambda t: checkpoints(t) == [3, 4]),
     "save_only_model": ({**SAVING, "save_only_model": True}, lambda t: not list(folder(t).rglob("optimizer.pt"))),
     "metric_for_best_model": ({**BEST, **SAVING}, lambda t: t.state.best_global_step == 2),
     "load_best_model_at_end": (
@@ -131,7 +133,7 @@ SHOWS: dict[str, tuple[dict[str, Any], Callable[[GEMTrainer], Any]]] = {
 # Settings that need a GPU, other machines, the network, a tracker or other steps than the test's.
 ELSEWHERE = {
     "auto_find_batch_size", "logging_nan_inf_filter", "torch_empty_cache_steps", "log_level", "debug", "report_to",
-    "enable_jit_checkpoint", "resume_from_checkpoint",  # tests of their own: below, and test_runs.py
+    "resume_from_checkpoint",  # tests of their own: below, and test_runs.py
     "activation_checkpointing", "activation_checkpointing_kwargs",  # newer names of gradient_checkpointing
     "torch_compile", "torch_compile_backend", "torch_compile_mode",  # below
     "dataloader_multiprocessing_context", "dataloader_in_order",  # as their neighbours
@@ -151,7 +153,10 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(
         ("prediction_loss_only", "eval_use_gather_object", "batch_eval_metrics", "use_liger_kernel"), "true"
     ),
-    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval", "do_train", "do_eval", "do_predict", "fsdp"), "true"),
+    **dict.fromkeys(
+        ("bf16_full_eval", "fp16_full_eval", "do_train", "do_eval", "do_predict", "fsdp", "enable_jit_checkpoint"),
+        "true",
+    ),
     **dict.fromkeys(("eval_do_concat_batches", "average_tokens_across_devices", "dataloader_pin_memory"), "false"),
     "per_device_eval_batch_size": "4",
     "eval_accumulation_steps": "2",
@@ -476,12 +481,12 @@ def test_a_batch_that_does_not_fit_gets_smaller(tmp_path: Path, monkeypatch: pyt
     assert sizes[0] == 8 and sizes[1:] == [7, 1]
 
 
-def test_an_infinite_loss_is_shown_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_infinite_loss_stops_whatever_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = GEMTrainer.compute_loss
     monkeypatch.setattr(GEMTrainer, "compute_loss", lambda self, *a, **k: own(self, *a, **k) * float("inf"))
     for filtered in (True, False):
-        found = [loss for _, loss in losses(trained(tmp_path, logging_nan_inf_filter=filtered, max_steps=1))]
-        assert (found == [0.0]) == filtered
+        with pytest.raises(Diverged, match="step 1: "):
+            trained(tmp_path, logging_nan_inf_filter=filtered, max_steps=1)
 
 
 def test_memory_is_emptied_and_messages_are_silenced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from gem.finite import not_finite_weights
 from gem.head.adapters import head_parts
 from gem.head.call import FusedHead
 from gem.head.output import STATISTICS, FusedCausalLMOutput, HeadStats
@@ -39,8 +40,10 @@ def examine(fused: FusedHead, wrapped: nn.Module) -> None:
         wrapped: the model, or a wrapper of peft around it.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are not, or the model has weights that are not finite: what comes of them is no number.
     """
+    if problem := not_finite_weights(fused.model):
+        raise ValueError(f"the weights of {type(fused.model).__name__} must be finite, got {problem}")
     own = _OwnModel(fused, HeadSwitch.of(fused.model, attach=True))
     with undisturbed(fused.model), gathering(fused.model), full_sums():
         ids = trial_tokens(fused.model)[:1]
