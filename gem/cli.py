@@ -173,7 +173,7 @@ def _score(argv: Sequence[str]) -> None:
 
     from gem.data import read_examples
     from gem.fingerprint import model_hash, source_hash, tokenizer_hash
-    from gem.groups_file import parse_shard
+    from gem.groups import parse_shard
     from gem.groups_writer import GroupsWriter, batches, check_same
     from gem.lock import locked
     from gem.models import load_model, load_tokenizer, pick_device
@@ -234,7 +234,7 @@ def _merge(argv: Sequence[str]) -> None:
 def _print_groups(path: Path, groups: Sequence[Any], guard: GuardArguments) -> None:
     """Print what a groups file holds, and warn of groups that teach little."""
     from gem.evaluate import pair_auroc
-    from gem.groups import candidates_line
+    from gem.group import candidates_line
     from gem.guard import warn_below_gate
 
     share = pair_auroc(groups)
@@ -257,7 +257,7 @@ def _train(argv: Sequence[str]) -> None:
     from gem.data import read_examples
     from gem.evaluate import Evaluation, pair_auroc
     from gem.fingerprint import data_hash, source_hash
-    from gem.groups_file import check_header, check_learnable, load_groups
+    from gem.groups import check_header, check_learnable, load_groups
     from gem.guard import warn_below_gate
     from gem.models import load_model, load_tokenizer
     from gem.pipeline import GroupMaker, sampling_prompts

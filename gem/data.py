@@ -23,7 +23,7 @@ from gem.config import CHOICES, DataArguments, RolloutArguments
 from gem.conversation import Part, Rendered, take_apart
 from gem.encoding import Encoded, encode_completion, encode_prompt, gives_back
 from gem.ends import Ends, ends_of
-from gem.groups import Given
+from gem.group import Given
 from gem.problems import BadRecord, Minor, Problems, shown
 from gem.records import load_records
 from gem_kernels import IGNORE_INDEX

@@ -34,7 +34,7 @@ from gem.config import (
 from gem.data import Example, encode_records, load_records
 from gem.evaluate import Evaluation
 from gem.files import write_lines
-from gem.groups_file import save_groups
+from gem.groups import save_groups
 from gem.pipeline import GroupMaker, pair_group
 from gem.report import plain, results_table, write_report
 from gem.results import Run, load_run

@@ -16,7 +16,7 @@ from gem.chat_template import any_of, common, squeezed
 from gem.conversation import Part
 from gem.decoding import decode
 from gem.ends import Ends
-from gem.groups import Given
+from gem.group import Given
 from gem.problems import BadRecord, shown
 
 # Hardly any token starts with one of these and reaches into the next text. Tokenised in front of a piece, an anchor keeps the

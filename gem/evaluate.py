@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gem.config import EvalArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
 from gem.ends import Ends, model_ends
-from gem.groups import Group, Member
+from gem.group import Group, Member
 from gem.head import ensure_fused
 from gem.rollout import Sampler, TransformersSampler, check_room, sample_completions
 from gem.score import score_groups, token_stats

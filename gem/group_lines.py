@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import asdict, fields
 from typing import Any
 
-from gem.groups import ROLES, Given, Group, Member
+from gem.group import ROLES, Given, Group, Member
 
 _ROUNDING = 1e-3  # by which a log-prob or an entropy may lie on the wrong side of 0
 _LARGE = 1e6  # no log-prob or score is beyond, in nats; and it is far within fp32

@@ -12,9 +12,9 @@ from typing import IO
 from tqdm.auto import tqdm
 
 from gem.files import replacing
+from gem.group import Group, Member
 from gem.group_lines import parse_group, write_group
-from gem.groups import Group, Member
-from gem.groups_file import (
+from gem.groups import (
     BIG,
     DONE,
     OPEN,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gem.config import CHOICES, LossArguments
-from gem.groups import ROLES
+from gem.group import ROLES
 
 
 class _Members(NamedTuple):
@@ -48,7 +48,7 @@ def group_loss(
         ref_logprob: (n,) log-probs under the reference; None only for sft.
         sequence: (n,) int64, index of each token's member.
         weight: (K,) w of Eq. 2.
-        role: (K,) numbers of gem.groups.ROLES.
+        role: (K,) numbers of gem.group.ROLES.
         fresh: (K,) bool, true for members sampled from the policy as it is now.
         arguments: the loss and its weights.
 

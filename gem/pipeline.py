@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gem.config import RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
 from gem.ends import model_ends
-from gem.groups import Group, Member
+from gem.group import Group, Member
 from gem.head import ensure_fused
 from gem.rank import Posterior, bradley_terry_posterior, first_of_duplicates, keep_groups, keep_members
 from gem.rollout import Sampler, TransformersSampler, sample_completions

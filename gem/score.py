@@ -16,7 +16,7 @@ from gem.config import LAST_TOKENS, ScoreArguments
 from gem.data import Example, TokenPair, pack
 from gem.ends import Ends, model_ends
 from gem.finite import not_finite
-from gem.groups import Group, Member
+from gem.group import Group, Member
 from gem.head import HeadStats, completion_stats, fused_head, undisturbed
 from gem.positions import check_positions
 from gem.spans import find_spans

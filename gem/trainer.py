@@ -28,7 +28,7 @@ from gem.checkpoints import write_manifest
 from gem.config import GuardArguments, LossArguments, check
 from gem.data import Example, pack
 from gem.finite import is_finite
-from gem.groups import ROLES, Group
+from gem.group import ROLES, Group
 from gem.guard import CollapseGuard, SoundWeights, check_gradients, check_weights
 from gem.head import completion_stats, fuse_lm_head, fused_head, router_usage, unwrapped
 from gem.head.router import adds_router_loss

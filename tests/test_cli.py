@@ -21,7 +21,7 @@ from gem import config as c
 from gem.cli import SUMMARIES, main, parse
 from gem.demo import build_tokenizer
 from gem.explain import explain
-from gem.groups_file import load_groups
+from gem.groups import load_groups
 from gem.settings import never_used
 
 COMMANDS: dict[str, tuple[type, ...]] = {

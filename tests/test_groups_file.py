@@ -13,12 +13,20 @@ from typing import Any
 
 import pytest
 
-from gem import groups_file
 from gem.demo import build_tokenizer
 from gem.files import replacing, write_lines
 from gem.fingerprint import tokenizer_hash
-from gem.groups import Group, Member
-from gem.groups_file import Header, check_header, check_learnable, header_line, load_groups, read_header, save_groups
+from gem.groups import (
+    Group,
+    Header,
+    Member,
+    check_header,
+    check_learnable,
+    header_line,
+    load_groups,
+    read_header,
+    save_groups,
+)
 
 
 def groups() -> list[Group]:
@@ -314,7 +322,7 @@ def test_reading_a_big_file_shows_a_bar(
     save_groups(tmp_path / "g.jsonl", groups())
     load_groups(tmp_path / "g.jsonl")
     assert not capsys.readouterr().err
-    monkeypatch.setattr(groups_file, "BIG", 1)
+    monkeypatch.setattr("gem.groups.BIG", 1)
     load_groups(tmp_path / "g.jsonl")
     assert "reading g.jsonl" in capsys.readouterr().err
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gem import cli
 from gem.config import COT_PROMPT, ModelArguments, RolloutArguments
 from gem.data import encode_records
-from gem.groups_file import load_groups
+from gem.groups import load_groups
 from gem.head import fuse_lm_head, unfuse
 from gem.models import load_model, load_tokenizer, source_ends
 from gem.rollout import generate

@@ -52,7 +52,7 @@ GEM: list[set[str]] = [
         "fingerprint",
     },
     {"loading", "explain", "signals"},
-    {"settings", "sources", "ends", "groups", "messages", "read", "run_files", "head.output", "head.adapters"},
+    {"settings", "sources", "ends", "group", "messages", "read", "run_files", "head.output", "head.adapters"},
     {"special_tokens", "chat_template", "converters", "shapes", "checkpoints", "results", "group_lines"},
     {
         "models",
@@ -61,7 +61,7 @@ GEM: list[set[str]] = [
         "curves",
         "runs",
         "saving",
-        "groups_file",
+        "groups",
         "head.rounding",
         "head.switch",
         "head.trial",

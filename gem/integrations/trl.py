@@ -21,7 +21,7 @@ from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation  # type: ignore[attr-defined]
 
 from gem.config import LAST_TOKENS, ScoreArguments, check
-from gem.groups import Member
+from gem.group import Member
 from gem.head import fuse_lm_head, fused_head
 from gem.score import apply_eq1, token_stats
 from gem.spans import find_spans
