@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-real test-isa lint bench gpu aot clean
+.PHONY: demo test test-real test-faults test-isa lint bench gpu aot clean
 
 demo: $(VENV)/.train
 	$(BIN)/gem-kernels demo --output_dir runs/demo
@@ -25,6 +25,11 @@ test: $(VENV)/.test $(VENV)/.bench
 # Tests on a published model, SmolLM2-135M: at most eight minutes on two cores.
 test-real: $(VENV)/.real
 	$(BIN)/python -m pytest tests/test_real.py -o tmp_path_retention_policy=none
+
+# Kills, full disks, damaged files, NaN, signals: at most eight minutes on two cores. FAULTS=20: as many kills of each command,
+# half an hour. FAULTS_TABLE=1: the table of docs/reliability.md is written from what the faults showed.
+test-faults: $(VENV)/.test
+	$(BIN)/python -m pytest tests/faults -o tmp_path_retention_policy=none
 
 # Tests on every instruction set of this processor, with ten seeds, on one and on two threads: half an hour per set.
 test-isa: $(VENV)/.test $(VENV)/.bench
