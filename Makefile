@@ -9,18 +9,23 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 demo: $(VENV)/.train
 	$(BIN)/gem-kernels demo --output_dir runs/demo
 
-# Two runs in parallel: all tests as on any CPU, and the tests of the ops with the Triton kernels interpreted, which work in
-# NumPy: a second thread of torch would only wait, on a core that the other run needs.
+# Two runs in parallel, one a core. The first: the tests as on any CPU. The second, whose output comes at the end: the tests of the
+# ops with the Triton kernels interpreted, which work in NumPy, so that a second thread of torch would only wait; then the tests
+# whose work is done by processes of their own.
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,kernels compile linear_logprob linear_logprob_oracles linear_logprob_calls \
 	logprob group_loss group_loss_calls sega_loss vocab_parallel vocab_parallel_alone scoring layouts launches)
+PROCESS_TESTS := $(patsubst %,tests/test_%.py,aot gpu_driver fuse_distributed trainer_distributed)
 
 test: $(VENV)/.test $(VENV)/.bench
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(KERNEL_TESTS) >$(VENV)/interpreted.log 2>&1 & interpreted=$$!; \
-	trap "kill $$interpreted" INT TERM; \
-	$(BIN)/python -m pytest tests benchmarks --benchmark-disable; plain=$$?; \
-	echo "The tests of the ops with the Triton kernels interpreted:"; \
-	wait $$interpreted; status=$$?; cat $(VENV)/interpreted.log; \
-	test $$plain -eq 0 && test $$status -eq 0
+	@(trap 'kill $$running' TERM; \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(KERNEL_TESTS) & running=$$!; wait $$running; kernels=$$?; \
+	$(BIN)/python -m pytest $(PROCESS_TESTS) & running=$$!; wait $$running; processes=$$?; \
+	test $$kernels -eq 0 && test $$processes -eq 0) >$(VENV)/second.log 2>&1 & second=$$!; \
+	trap "kill $$second" INT TERM; \
+	$(BIN)/python -m pytest tests benchmarks --benchmark-disable $(addprefix --ignore=,$(PROCESS_TESTS)); first=$$?; \
+	echo "The tests of the ops with the Triton kernels interpreted, and those with processes of their own:"; \
+	wait $$second; status=$$?; cat $(VENV)/second.log; \
+	test $$first -eq 0 && test $$status -eq 0
 
 # Tests on a published model, SmolLM2-135M: at most eight minutes on two cores.
 test-real: $(VENV)/.real

@@ -50,10 +50,8 @@ class CollapseGuard(TrainerCallback):
     """
 
     WATCHED = ("eval_accuracy_sampled", "eval_auroc")
-    TIES = (
-        *WATCHED,
-        "eval_preference_token",
-    )  # equal in one number, the best evaluation is told by the next, then the later
+    # Evaluations that are equal in one number are told apart by the next; equal in all, the later is the best.
+    RANKED = (*WATCHED, "eval_preference_token")
 
     def __init__(self, guard: GuardArguments, *, online: bool = False, guessing: float = math.inf) -> None:
         self.guard, self.online, self.guessing = guard, online, guessing
@@ -96,7 +94,7 @@ class CollapseGuard(TrainerCallback):
     def is_best(self, state: TrainerState) -> bool:
         """Return True if the evaluation just logged is the best so far, or equal to it."""
         found = [
-            tuple(entry.get(name, -math.inf) for name in self.TIES)
+            tuple(entry.get(name, -math.inf) for name in self.RANKED)
             for entry in state.log_history
             if any(name in entry for name in self.WATCHED)
         ]

@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from gem.checkpoints import write_manifest
+from gem.checkpoints import newest_checkpoint, write_manifest
 from gem.config import GuardArguments, LossArguments, check
 from gem.data import Example, pack
 from gem.finite import is_finite
@@ -279,7 +279,12 @@ class GEMTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # the guard of each process looks for the manifest
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **keywords: Any) -> Any:
-        """Train as Trainer does, with all the weights of the checkpoint to resume from, or of the one to restore at the end."""
+        """Train as Trainer does, with all the weights of the checkpoint to resume from, or of the one to restore at the end.
+
+        With True it resumes from the newest checkpoint of output_dir that is whole.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(Path(str(self.args.output_dir))) or True
         if isinstance(resume_from_checkpoint, str):
             load_weights(self.model, Path(resume_from_checkpoint))
         result = super().train(resume_from_checkpoint, *arguments, **keywords)
