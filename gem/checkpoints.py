@@ -20,7 +20,7 @@ from typing import Any
 
 from gem.files import write_lines
 from gem.fingerprint import file_hash
-from gem.run_files import MANIFEST_FILE, STATE_FILE, numbered_checkpoints, read_object
+from gem.run_files import MANIFEST_FILE, STATE_FILE, has_manifest, numbered_checkpoints, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def _newest(folder: Path) -> tuple[str | None, dict[Path, str]]:
     """Return the newest whole checkpoint, and what is wrong with each damaged one that is newer."""
     damaged: dict[Path, str] = {}
     for checkpoint in numbered_checkpoints(folder):
-        if not (checkpoint / MANIFEST_FILE).is_file():
+        if not has_manifest(checkpoint):
             logger.warning("passing over %s, which was cut off: it has no %s", checkpoint, MANIFEST_FILE)
             continue
         with suppress(OSError, ValueError):  # _flaw says it better
@@ -140,7 +140,7 @@ def _flaw(checkpoint: Path) -> str:
     """Return why a training cannot resume from a checkpoint exactly; "" if it can."""
     if not checkpoint.is_dir():
         return "no such folder"
-    if not (checkpoint / MANIFEST_FILE).is_file():
+    if not has_manifest(checkpoint):
         return f"it has no {MANIFEST_FILE}, which is written last"
     if flaw := manifest_flaw(checkpoint):
         return flaw

@@ -200,7 +200,7 @@ def _score(argv: Sequence[str]) -> None:
     with locked(path.with_name(f"{path.name}.lock"), "output"):
         set_seed(output.seed)
         model = load_model(model_args, tokenizer, device)
-        check_room(model, sampling_prompts(examples) if rollout.group_size else [], rollout)
+        check_room(model, sampling_prompts(examples, rollout), rollout)
         header["model"] = {"name": model_args.model, "hash": model_hash(model)}
         maker = GroupMaker(model, tokenizer, rollout, score, rank)
         with GroupsWriter(path, header, prompts, step) as out:
@@ -298,7 +298,7 @@ def _train(argv: Sequence[str]) -> None:
         supervised = loss.loss != "sega" or loss.sft_weight > 0  # the others learn from the pair itself
         check_learnable(groups, vocabulary, groups_args.groups, supervised)
     else:
-        check_room(model, sampling_prompts(examples) if rollout.group_size else [], rollout)
+        check_room(model, sampling_prompts(examples, rollout), rollout)
         reference = copy.deepcopy(model).eval().requires_grad_(False)
         make_groups = GroupMaker(model, tokenizer, rollout, score, rank, reference)
     evaluation = Evaluation(model, tokenizer, held_out, rollout, score, eval_args) if held_out else None

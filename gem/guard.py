@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from gem.checkpoints import manifest_flaw, steps_of
 from gem.config import GuardArguments
 from gem.finite import not_finite
-from gem.run_files import BEST_FOLDER, MANIFEST_FILE, numbered_checkpoints
+from gem.run_files import BEST_FOLDER, has_manifest, numbered_checkpoints
 from gem.stops import Diverged
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class CollapseGuard(TrainerCallback):
 
 def _is_whole(checkpoint: Path) -> bool:
     """Return True if the files of a checkpoint are as its manifest says; warn if they are not."""
-    if not (checkpoint / MANIFEST_FILE).is_file():
+    if not has_manifest(checkpoint):
         return False
     if flaw := manifest_flaw(checkpoint):
         logger.warning("%s is not whole and is not restored: %s", checkpoint, flaw)
@@ -185,7 +186,7 @@ def explosion(
     if _lowest(steps, "loss", streak) > limit:
         return f"loss is above {limit:.3g} nats a token, twice that of guessing and of the start (lower learning_rate)"
     for name, least in (("grad_norm", 0.0), ("loss", 1.0)):
-        first = _values(steps[:-streak], name)[:LEVEL]
+        first = list(islice(_values(steps[:-streak], name), LEVEL))
         level = max([least, *first])
         if len(first) >= FIRST and _lowest(steps, name, streak) > guard.stop_growth * level > 0:
             return (
@@ -195,20 +196,20 @@ def explosion(
     return ""
 
 
-def _values(steps: Sequence[Entry], name: str) -> list[float]:
-    """Return the sizes of a logged number. fp16 skips steps whose gradient is infinite, and they count nowhere."""
-    return [abs(entry[name]) for entry in steps if math.isfinite(entry.get(name, math.nan))]
+def _values(steps: Sequence[Entry], name: str) -> Iterator[float]:
+    """Yield the sizes of a logged number. fp16 skips steps whose gradient is infinite, and they count nowhere."""
+    return (abs(entry[name]) for entry in steps if math.isfinite(entry.get(name, math.nan)))
 
 
 def _lowest(steps: Sequence[Entry], name: str, streak: int) -> float:
-    last = _values(steps[-streak:], name)
+    last = list(_values(steps[-streak:], name))
     return min(last) if len(last) == streak else 0.0
 
 
 def idle_steps(steps: Sequence[Entry], online: bool) -> int:
     """Return for how many steps up to the last logged one there was nothing to learn from."""
-    active = [0, *(int(entry["step"]) for entry in steps if not _why_idle(entry, online))]
-    return int(steps[-1]["step"]) - active[-1] if steps else 0
+    active = next((int(entry["step"]) for entry in reversed(steps) if not _why_idle(entry, online)), 0)
+    return int(steps[-1]["step"]) - active if steps else 0
 
 
 def _why_idle(entry: Entry, online: bool) -> str:

@@ -31,9 +31,9 @@ def pair_group(example: Example) -> Group:
     return Group(example.prompt, example.prompt_ids, members, **about)  # type: ignore[arg-type]
 
 
-def sampling_prompts(examples: Sequence[Example]) -> list[list[int]]:
-    """Return the prompts of the examples whose candidates are to be sampled: those without candidates of their own."""
-    return [e.sampled_from for e in examples if not e.candidate_ids]
+def sampling_prompts(examples: Sequence[Example], rollout: RolloutArguments) -> list[list[int]]:
+    """Return the prompts that candidates are sampled from: of the examples without their own, if any are asked for."""
+    return [e.sampled_from for e in examples if rollout.group_size and not e.candidate_ids]
 
 
 def _candidates(example: Example) -> list[Member]:

@@ -28,6 +28,11 @@ def step_number(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def has_manifest(folder: Path) -> bool:
+    """Return True if a checkpoint was written to its end: its manifest is written last."""
+    return (folder / MANIFEST_FILE).is_file()
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file, {} if there is no such file.
 

@@ -24,6 +24,7 @@ from gem.run_files import (
     MANIFEST_FILE,
     METRICS_FILE,
     RUN_FILE,
+    has_manifest,
     numbered_checkpoints,
     read_object,
     step_number,
@@ -159,22 +160,20 @@ class RunFolder:
 
     def _claim(self, stack: ExitStack) -> tuple[bool, list[Path]]:
         """Lock the folder; return (True if it is new, checkpoints that an earlier kill has cut off)."""
-        new = not (self.folder / RUN_FILE).exists()
-        if new:
+        if not (self.folder / RUN_FILE).exists():
             stack.callback(_remove_if_empty, self.folder)
         stack.enter_context(locked(self.folder / LOCK_FILE, "output_dir", self.folder))
         if _progress(self.folder) != self._seen:
             raise ValueError(f"output_dir must be left to one run, got {self.folder}, where another one ran meanwhile")
         new = prepare_output(self.folder, self.command, self.settings, self.inputs)
-        if self.resume is not None:
-            for checkpoint in numbered_checkpoints(self.folder):
-                is_older = (
-                    step_number(checkpoint) < steps_of(Path(self.resume))[0]
-                )  # so nothing would ever overwrite it
-                if is_older and not (checkpoint / MANIFEST_FILE).is_file():
-                    shutil.rmtree(checkpoint, ignore_errors=True)
         if self.resume is None:  # it starts over: what an earlier start found best is not this run's
             shutil.rmtree(self.folder / BEST_FOLDER, ignore_errors=True)
+        else:
+            begin, _ = steps_of(Path(self.resume))
+            for checkpoint in numbered_checkpoints(self.folder):
+                # A part of an older one would stay: nothing overwrites it.
+                if step_number(checkpoint) < begin and not has_manifest(checkpoint):
+                    shutil.rmtree(checkpoint, ignore_errors=True)
         return new, _cut_off(self.folder)
 
     def _clean(self, new: bool, cut_off: list[Path]) -> None:
@@ -363,7 +362,7 @@ def _flaw_of_end(folder: Path) -> str:
 def _kept(folder: Path, *, asked_for: bool) -> str:
     """Say what is left of a run that ended too early, and after a signal how to go on."""
     saved = (*numbered_checkpoints(folder), folder / BEST_FOLDER)
-    whole = next((p for p in saved if (p / MANIFEST_FILE).is_file()), None)
+    whole = next(filter(has_manifest, saved), None)
     if whole is None:
         return "no checkpoint was written"
     if whole.name == BEST_FOLDER:
@@ -380,7 +379,7 @@ def _progress(folder: Path) -> set[str]:
 def _cut_off(folder: Path) -> list[Path]:
     """Return the checkpoints without a manifest."""
     best = folder / BEST_FOLDER
-    return [p for p in (*numbered_checkpoints(folder), best) if p.is_dir() and not (p / MANIFEST_FILE).is_file()]
+    return [p for p in (*numbered_checkpoints(folder), best) if p.is_dir() and not has_manifest(p)]
 
 
 def _remove_if_empty(folder: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from gem.checkpoints import write_manifest
-from gem.run_files import MANIFEST_FILE, numbered_checkpoints
+from gem.run_files import MANIFEST_FILE, has_manifest, numbered_checkpoints
 
 
 class KeepWhole(TrainerCallback):
@@ -96,7 +96,7 @@ def superfluous(folder: Path, limit: int | None, new: Path, state: TrainerState)
 
     Those of later steps than the new one are of an earlier start, and go first.
     """
-    whole = [p for p in numbered_checkpoints(folder) if (p / MANIFEST_FILE).is_file()][::-1]
+    whole = [p for p in numbered_checkpoints(folder) if has_manifest(p)][::-1]
     if not limit or limit < 0:
         return []
     at = whole.index(new)
