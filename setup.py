@@ -16,6 +16,7 @@ TRAIN = [
     "matplotlib>=3.7",
     "tqdm>=4.66",
     "pyyaml>=6.0",
+    "requests>=2.32",
 ]
 
 GGUF = "gguf>=0.17"  # transformers accepts older versions, which fail with NumPy 2
@@ -41,7 +42,7 @@ setup(
         "gguf": [*TRAIN, GGUF],
         "test": [*TRAIN, GGUF, "trl>=1.16", "pytest>=8.0", "choix>=0.4", "scipy>=1.11"],
         # mypy needs the packages that the code imports to check against their signatures.
-        "lint": [*TRAIN, "pytest>=8.0", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-tqdm"],
+        "lint": [*TRAIN, "pytest>=8.0", "ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "types-requests", "types-tqdm"],
     },
     entry_points={"console_scripts": ["gem-kernels=gem.cli:main"]},
     classifiers=[

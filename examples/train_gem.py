@@ -7,7 +7,6 @@ First a supervised warm start; then, per step: candidates -> entropies and Eq. 1
 """
 
 import argparse
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from gem.ends import model_ends
 from gem.evaluate import Evaluation
 from gem.models import load_model, load_tokenizer
 from gem.pipeline import GroupMaker, pair_group
+from gem.reference import reference_for
 from gem.trainer import GEMTrainer
 
 
@@ -93,14 +93,14 @@ def main() -> None:
     ).train()
 
     # GEM. Each step samples k candidates per prompt, scores them with Eq. 1, ranks them together with the human pair
-    # (Bradley-Terry posterior) and turns the ranks into the weights of Eq. 2. The frozen warm start is the reference.
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
-    make_groups = GroupMaker(model, tokenizer, rollout, ScoreArguments(), RankArguments(), reference)
-    evaluation = Evaluation(reference, tokenizer, held_out, rollout, ScoreArguments(), EvalArguments())
+    # (Bradley-Terry posterior) and turns the ranks into the weights of Eq. 2. The reference is the frozen warm start.
+    loss, score = LossArguments(), ScoreArguments()  # SEGA + 0.05 KL to the reference + 0.1 supervised
+    make_groups = GroupMaker(model, tokenizer, rollout, score, RankArguments(), reference_for(model, loss, score))
+    evaluation = Evaluation(model, tokenizer, held_out, rollout, score, EvalArguments())
     trainer = GEMTrainer(
         model,
         arguments("gem", a.steps, eval_strategy="steps", eval_steps=max(1, a.steps // 10), eval_on_start=True),
-        loss=LossArguments(),  # SEGA + 0.05 KL to the reference + 0.1 supervised
+        loss=loss,
         guard=GuardArguments(),  # warn if the score is uninformative, stop if held-out numbers fall
         train_dataset=examples,
         processing_class=tokenizer,

@@ -6,7 +6,6 @@ Settings come from dataclasses (gem.config, transformers.TrainingArguments): pre
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import logging
 import math
@@ -44,6 +43,7 @@ __all__ = ["SUMMARIES", "main", "parse"]
 DEBUG_VALUES = ("underflow_overflow", "tpu_metrics_debug")
 # Settings that leave groups as they are, and inputs, whose hashes the header holds.
 NOT_IN_HEADER = {"output", "device", "shard", "auroc_gate", "model", "tokenizer", "data"}
+NOT_IN_HEADER |= {"server", "server_model", "server_timeout"}  # where the same model answers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,12 +173,12 @@ def _score(argv: Sequence[str]) -> None:
 
     from gem.data import read_examples
     from gem.fingerprint import model_hash, source_hash, tokenizer_hash
+    from gem.generators import check_room, seeded
     from gem.groups import parse_shard
     from gem.groups_writer import GroupsWriter, batches, check_same
     from gem.lock import locked
     from gem.models import load_model, load_tokenizer, pick_device
     from gem.pipeline import GroupMaker, sampling_prompts
-    from gem.rollout import check_room, seeded
 
     path, device = Path(output.output or "groups.jsonl"), pick_device(output.device)
     check_file(path, "output")
@@ -207,11 +207,23 @@ def _score(argv: Sequence[str]) -> None:
             if out.finished:
                 print(f"{path} holds this run, finished:")
             else:
+                maker.generator = _generator(rollout, model, tokenizer, ends, sampling_prompts(examples, rollout))
                 for start in tqdm(starts[out.batches :], desc="groups", initial=out.batches, total=len(starts)):
                     with seeded(output.seed, "score", start):
                         out.append(maker(examples[start : start + step]))
                 out.finish()
     _print_groups(path, out.summary, guard)
+
+
+def _generator(rollout: RolloutArguments, model: Any, tokenizer: Any, ends: Any, prompts: Sequence[list[int]]) -> Any:
+    """Return the generator of --server, which answers and has room for the prompts; None: transformers, on the model."""
+    if rollout.server is None:
+        return None
+    from gem.server import ServedModel, ServerGenerator
+
+    served = ServedModel.of(rollout)
+    served.check_room(prompts, rollout)
+    return ServerGenerator(served, tokenizer, ends, rollout, vocabulary=model.get_input_embeddings().weight.shape[0])
 
 
 def _merge(argv: Sequence[str]) -> None:
@@ -257,11 +269,12 @@ def _train(argv: Sequence[str]) -> None:
     from gem.data import read_examples
     from gem.evaluate import Evaluation, pair_auroc
     from gem.fingerprint import data_hash, source_hash
+    from gem.generators import check_room
     from gem.groups import check_header, check_learnable, load_groups
     from gem.guard import warn_below_gate
     from gem.models import load_model, load_tokenizer
     from gem.pipeline import GroupMaker, sampling_prompts
-    from gem.rollout import check_room
+    from gem.reference import reference_for
     from gem.trainer import GEMTrainer
 
     if bool(groups_args.groups) == bool(data.data):
@@ -299,8 +312,7 @@ def _train(argv: Sequence[str]) -> None:
         check_learnable(groups, vocabulary, groups_args.groups, supervised)
     else:
         check_room(model, sampling_prompts(examples, rollout), rollout)
-        reference = copy.deepcopy(model).eval().requires_grad_(False)
-        make_groups = GroupMaker(model, tokenizer, rollout, score, rank, reference)
+        make_groups = GroupMaker(model, tokenizer, rollout, score, rank, reference_for(model, loss, score))
     evaluation = Evaluation(model, tokenizer, held_out, rollout, score, eval_args) if held_out else None
     with run.claimed():
         trainer = GEMTrainer(
@@ -334,7 +346,8 @@ def _eval(argv: Sequence[str]) -> None:
     examples = read_examples(data, tokenizer, need=("chosen",), rollout=rollout, ends=ends, **evaluated)
     torch.manual_seed(output.seed)
     model = load_model(model_args, tokenizer, device)
-    evaluation = Evaluation(model, tokenizer, examples, rollout, score, eval_args)
+    generator = _generator(rollout, model, tokenizer, ends, [example.sampled_from for example in examples])
+    evaluation = Evaluation(model, tokenizer, examples, rollout, score, eval_args, generator=generator)
     torch.manual_seed(output.seed)  # new adapters have drawn some
     metrics = evaluation(model)
     metrics.pop("preference_reference", None)  # the model is its own reference here: all ties

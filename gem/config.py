@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 MARKERS = ("####", "Final Answer:", "\\boxed{", "</think>")
 COT_PROMPT = (  # requests steps, and a marker that find_spans knows
     "Reason step by step and be brief. Finish with a last line: #### and the final answer, and nothing after it."
 )
 LAST_TOKENS = 8  # length of the answer without a marker or a last line, in tokens
+SAMPLER_GAP = 0.1  # nats a token between the sampler's log-probs and the policy's, above which a warning comes
 
 
 def setting(default: Any, help: str, **more: Any) -> Any:
@@ -68,7 +70,7 @@ class RolloutArguments:
     top_p: float = setting(
         1.0, "top-p of the sampler; below 1 the log-probs are not those of the sampling distribution"
     )
-    rollout_batch_size: int = setting(64, "candidates generated at once")
+    rollout_batch_size: int = setting(64, "candidates generated at once; with a server, asked for at once")
     stop: list[str] = setting([], "texts that also end a candidate, beside the end of sequence")
     cot_prompt: str | None = setting(
         None,
@@ -77,6 +79,13 @@ class RolloutArguments:
         const=COT_PROMPT,
     )
     cot_pairs: bool = setting(False, "put cot_prompt into the human pair's prompt too")
+    server: str | None = setting(
+        None,
+        "URL of a `vllm serve` that samples from the same model, with its key in VLLM_API_KEY or OPENAI_API_KEY; default: "
+        "transformers, here",
+    )
+    server_model: str | None = setting(None, "name of the model at the server; default: the only one that it serves")
+    server_timeout: float = setting(600.0, "seconds to wait for an answer of the server")
 
 
 @dataclass
@@ -89,7 +98,13 @@ class ScoreArguments:
     entropy_clip: float = setting(1.0, "entropies above this quantile of the batch are clipped to it; 1: none")
     markers: list[str] = setting(list(MARKERS), "texts that announce the final answer")
     score_with: str = setting(
-        "policy", "policy | reference: the model whose entropies score (a frozen scorer cannot game its own score)"
+        "policy",
+        "policy | reference | ema: the model whose entropies score; a frozen scorer cannot game its own score, and a moving "
+        "average of the policy's weights does so slowly",
+    )
+    ema_decay: float = setting(
+        0.95,
+        "share of the moving average that a training step leaves: it is decay / (1 - decay) steps behind the policy",
     )
     score_tokens: int = setting(8192, "number of tokens in one scoring batch")
 
@@ -114,7 +129,9 @@ class LossArguments:
     loss: str = setting("sega", "sega | listwise_dpo | dpo | ipo | pro | sft")
     length_norm: str = setting("none", "none: log pi summed over tokens | tokens: divided by their number")
     beta: float = setting(0.1, "beta: inverse temperature of dpo, ipo and listwise_dpo")
-    kl_weight: float = setting(0.05, "weight of the k3 estimate of KL(policy || reference) on the candidates")
+    kl_weight: float = setting(
+        0.05, "weight of the k3 estimate of KL(policy || reference) on the candidates; 0: none is computed online"
+    )
     taper: bool = setting(
         True, "scale off-policy members with w < 0 by min(1, pi / pi_ref), which bounds how far they are pushed down"
     )
@@ -183,7 +200,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "prompt_format": ("auto", "chat", "text"),
     "on_bad_row": ("auto", "skip", "stop"),
     "dtype": ("float32", "bfloat16", "float16"),
-    "score_with": ("policy", "reference"),
+    "score_with": ("policy", "reference", "ema"),
     "reward": ("identity", "softmax", "rank", "bt"),
     "weight_norm": ("mass", "none", "std"),
     "loss": ("sega", "listwise_dpo", "dpo", "ipo", "pro", "sft"),
@@ -197,8 +214,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "temperature": (1e-6, float("inf")),
     "top_p": (1e-6, 1),
     "rollout_batch_size": (1, float("inf")),
+    "server_timeout": (1e-3, float("inf")),
     "top_m": (1e-9, float("inf")),
     "entropy_clip": (1e-9, 1),
+    "ema_decay": (0, 1),
     "score_tokens": (1, float("inf")),
     "tau": (1e-9, float("inf")),
     "prior_sd": (1e-9, float("inf")),
@@ -230,12 +249,27 @@ def check(arguments: Any) -> None:
             raise ValueError(f"{name} must be a list of texts, none of them empty, got {value!r}")
         if name == "stop" and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
             raise ValueError(f"{name} must be a list of texts, none of them empty, got {value!r}")
+        if name == "server" and value is not None:
+            check_url(name, value)
         if name == "stop_growth" and 0 < value < 2:
             raise ValueError(f"stop_growth must be 0 (never) or at least 2, got {value!r}")
         if name in RANGES:
             low, high = RANGES[name]
             if not low <= value <= high:
                 raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
+
+
+def check_url(name: str, value: str) -> None:
+    """Raise ValueError for what is no http(s)://host:port, or holds what may be a secret, which the message leaves out."""
+    if any(sign in value for sign in "@?#"):
+        raise ValueError(f"{name} must be a URL without user, password and query; a key goes into VLLM_API_KEY")
+    try:
+        parts = urlsplit(value)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError(f"{name} must be a URL such as http://localhost:8000, got {value!r}")
 
 
 # Our defaults where they differ from transformers': log every step (the curves are the point), keep two checkpoints.

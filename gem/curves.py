@@ -145,6 +145,12 @@ FIGURES = {
             "answers",
             "At one, all the candidates agree and there is nothing left to rank.",
         ),
+        Panel(
+            "flawed",
+            "Empty, or repeats the prompt",
+            "share",
+            "Like what is cut off, these candidates are not scored: at one, there is nothing to learn from.",
+        ),
         Panel("kept", "Groups kept by the filter", "share", "Near zero, training rests on a few odd groups."),
         Panel(
             "span_fallback",
@@ -164,10 +170,22 @@ FIGURES = {
             "sum of weights",
             "Should mirror the positive weight; if it outweighs it, training mostly pushes down.",
         ),
+        Panel(
+            "sampler_gap",
+            "Gap of sampler and policy",
+            "nats per token",
+            "Above 0.1, the candidates are those of another model: stale weights, another dtype, or a cut distribution.",
+        ),
         Panel("kl", "KL to the reference", "nats", "A climb that speeds up: the policy is running away."),
         Panel("loss", "Training loss", "nats", "With weights of both signs its level says little; jumps and gaps do."),
         Panel("eval_loss", "Held-out loss", "nats", "Rising while the training loss falls: over-fitting."),
         Panel("grad_norm", "Gradient norm", "L2 norm", "Spikes that grow: the learning rate may be too high."),
+        Panel(
+            "weight_growth",
+            "Growth of the weights in a step",
+            "ratio of norms",
+            "Near one. A jump: a step has thrown away what the weights held; ten ends the run.",
+        ),
     ),
 }
 # fmt: on

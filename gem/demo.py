@@ -14,11 +14,11 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
@@ -36,6 +36,7 @@ from gem.evaluate import Evaluation
 from gem.files import write_lines
 from gem.groups import save_groups
 from gem.pipeline import GroupMaker, pair_group
+from gem.rails import Verdict, as_metrics, verdicts, write_rails
 from gem.report import plain, results_table, write_report
 from gem.results import Run, load_run
 from gem.runs import write_about, write_results
@@ -229,14 +230,26 @@ def run_method(
     if online:
         save_groups(folder / "last_groups.jsonl", maker(pairs[:PROMPTS]))
     evaluation.samples = FINAL_SAMPLES
-    return finish(name, folder, seed, model, evaluation)
+    rails = verdicts(
+        cast(Any, trainer.state.log_history), GuardArguments(), online=online
+    )  # what a run by the command shows
+    return finish(name, folder, seed, model, evaluation, rails)
 
 
-def finish(name: str, folder: Path, seed: int, model: LlamaForCausalLM, evaluation: Evaluation) -> Run:
-    """Evaluate the model and write its results into the run's folder."""
+def finish(
+    name: str,
+    folder: Path,
+    seed: int,
+    model: LlamaForCausalLM,
+    evaluation: Evaluation,
+    rails: Sequence[Verdict] = (),
+) -> Run:
+    """Evaluate the model and write its results, and the verdicts of its training, into the run's folder."""
     set_seed(12345)  # every method is sampled with the same random numbers
-    metrics = evaluation(model)
+    metrics = evaluation(model) | as_metrics(rails)
     write_about(folder, name, seed)
+    if rails:
+        write_rails(folder, rails)
     write_results(folder, metrics, evaluation.completions)
     return load_run(folder)
 

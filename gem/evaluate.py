@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from gem.config import EvalArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
 from gem.ends import Ends, model_ends
+from gem.fingerprint import model_hash
+from gem.generators import Generator, TransformersGenerator, check_room, draw_completions
 from gem.group import Group, Member
 from gem.head import ensure_fused
-from gem.rollout import Sampler, TransformersSampler, check_room, sample_completions
 from gem.score import score_groups, token_stats
 from gem.spans import find_spans
 
@@ -48,7 +49,7 @@ class Evaluation:
         rollout: how answers are sampled.
         score: settings of Eq. 1.
         arguments: eval_limit and eval_samples.
-        sampler: rollout backend of the answers; None: transformers' generate on the model of each call.
+        generator: where the answers come from; None: transformers' generate on the model of each call.
     """
 
     def __init__(
@@ -59,9 +60,9 @@ class Evaluation:
         rollout: RolloutArguments,
         score: ScoreArguments,
         arguments: EvalArguments,
-        sampler: Sampler | None = None,
+        generator: Generator | None = None,
     ) -> None:
-        self.tokenizer, self.rollout, self.score, self.sampler = tokenizer, rollout, score, sampler
+        self.tokenizer, self.rollout, self.score, self.generator = tokenizer, rollout, score, generator
         self.samples = arguments.eval_samples
         self.examples = list(examples[: arguments.eval_limit] if arguments.eval_limit else examples)
         self.pairs = [e for e in self.examples if e.rejected_ids]
@@ -76,9 +77,10 @@ class Evaluation:
         self.expected = [self._answer(e.chosen_ids, ends) for e in self.answered]
         self.completions: list[dict[str, str]] = []
         ensure_fused(model)
-        if sampler is None:  # found out now, not after the training
+        if generator is None:  # found out now, not after the training
             check_room(model, [e.sampled_from for e in self.answered], rollout)
         self.reference = self._pair_logprobs(model)
+        self._start = model_hash(model) if self.pairs else None  # until a call meets other weights
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics of the model, those with a finite value."""
@@ -100,7 +102,10 @@ class Evaluation:
         """Return the preference metrics, none without pairs."""
         if not self.pairs:
             return {}
-        logprob = self._pair_logprobs(model)
+        # The first evaluation is often that of the reference itself: before the first step, or by `gem-kernels eval`.
+        if self._start is not None and self._start != model_hash(model):
+            self._start = None
+        logprob = self.reference if self._start is not None else self._pair_logprobs(model)
         length = torch.tensor([[len(e.chosen_ids), len(e.rejected_ids)] for e in self.pairs])
         longer = preference_accuracy(length.float())
         return {
@@ -115,9 +120,10 @@ class Evaluation:
         if not self.answered:
             return {}
         ends = model_ends(model, self.tokenizer, self.rollout.stop)
-        sampler = self.sampler or TransformersSampler(model, self.tokenizer, self.rollout)
+        generator = self.generator or TransformersGenerator(model, self.tokenizer, self.rollout)
         prompts = [e.sampled_from for e in self.answered]
-        greedy = sample_completions(sampler, prompts, ends, self.tokenizer, greedy=True)
+        drawn = draw_completions(generator, prompts, 1, ends, self.tokenizer, greedy=True)
+        greedy = [completion.ids for (completion,) in drawn]
         right = [self._is_right(ids, expected, ends) for ids, expected in zip(greedy, self.expected, strict=True)]
         self.completions = [
             {
@@ -129,22 +135,25 @@ class Evaluation:
             for example, ids, expected, ok in list(zip(self.answered, greedy, self.expected, right, strict=True))[:20]
         ]
         metrics = {"accuracy_greedy": sum(right) / len(right)}
-        return {**metrics, **self._sampled(model, sampler, prompts, ends)} if self.samples else metrics
+        return {**metrics, **self._sampled(model, generator, prompts, ends)} if self.samples else metrics
 
     def _sampled(
-        self, model: nn.Module, sampler: Sampler, prompts: Sequence[list[int]], ends: Ends
+        self, model: nn.Module, generator: Generator, prompts: Sequence[list[int]], ends: Ends
     ) -> dict[str, float]:
         """Return the metrics of `samples` completions per prompt: their accuracy, and how S orders them."""
+        drawn = draw_completions(generator, prompts, self.samples, ends, self.tokenizer)
         groups = [
-            Group(e.prompt, e.prompt_ids, [], question=e.question, sampling_prompt_ids=prompt)
-            for e, prompt in zip(self.answered, prompts, strict=True)
-            for _ in range(self.samples)
+            Group(
+                e.prompt,
+                e.prompt_ids,
+                [Member("candidate", completion.ids, sampled=True)],
+                question=e.question,
+                sampling_prompt_ids=prompt,
+            )
+            for e, prompt, completions in zip(self.answered, prompts, drawn, strict=True)
+            for completion in completions
         ]
         expected = [answer for answer in self.expected for _ in range(self.samples)]
-        sampled_from = [g.sampling_prompt_ids for g in groups]
-        completions = sample_completions(sampler, sampled_from, ends, self.tokenizer)
-        for group, ids in zip(groups, completions, strict=True):
-            group.members = [Member("candidate", ids, sampled=True)]
         score_groups(groups, self.tokenizer, model, None, self.score, ends=ends)
         sampled = [group.members[0] for group in groups]
         correct = [self._is_right(m.ids, answer, ends) for m, answer in zip(sampled, expected, strict=True)]

@@ -6,7 +6,7 @@ import pickle
 
 from gem.stops import Diverged, Terminated
 
-EXTRAS = ("transformers", "accelerate", "datasets", "peft", "matplotlib", "tqdm", "yaml")
+EXTRAS = ("transformers", "accelerate", "datasets", "peft", "matplotlib", "tqdm", "yaml", "requests")
 OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator")  # as in the messages of CUDA, and of torch on a CPU
 NO_SPACE = ("no space left on device", "disk quota exceeded")
 NOT_WRITTEN = ("pytorchstreamwriter", "inline_container", "iostream error")  # torch.save, which swallows the reason

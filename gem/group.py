@@ -36,6 +36,7 @@ class Member:
     sampled: bool = False  # drawn from the scoring policy, not read from the record
     flaw: str = ""  # why a candidate is not scored: "empty", "repeats the prompt"
     given: Given = field(default_factory=list)
+    sampler_logprobs: list[float] = field(default_factory=list, compare=False)  # under what sampled it; not in the file
 
 
 @dataclass

@@ -17,7 +17,7 @@ _MOST_WEIGHT = 1e3
 
 _GROUP = {f.name for f in fields(Group)} - {"where"}
 _NEEDED = {"role", "ids", "logprobs"}  # of a member
-_DEFAULTS = {f.name: f.default for f in fields(Member)}  # lists have none, and are set below
+_DEFAULTS = {f.name: f.default for f in fields(Member) if f.compare}  # lists have none, and are set below
 _NUMBERS: tuple[tuple[str, float, float], ...] = (
     ("score", -_LARGE, _LARGE),
     ("final_entropy", -_ROUNDING, _MOST_NATS),
@@ -192,6 +192,8 @@ def write_group(group: Group) -> bytes:
     """Return a group as a line, NaN as null."""
     row = asdict(group)
     del row["where"]
+    for member in row["members"]:
+        del member["sampler_logprobs"]
     return json.dumps(_without_nan(row), ensure_ascii=False).encode() + b"\n"
 
 

@@ -11,6 +11,7 @@ function raises TypeError for another dtype, and ValueError for mismatched shape
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gem.config import CHOICES, LossArguments
-from gem.group import ROLES
+from gem.group import ROLES, Role
 
 
 class _Members(NamedTuple):
@@ -45,7 +46,8 @@ def group_loss(
 
     Args:
         logprob: (n,) log-probs of the group's tokens under the policy.
-        ref_logprob: (n,) log-probs under the reference; None only for sft.
+        ref_logprob: (n,) log-probs under the reference, NaN for the members of which `reads_reference` is False; None if it is
+            for all of them. Without those of the candidates there is no part `kl`.
         sequence: (n,) int64, index of each token's member.
         weight: (K,) w of Eq. 2.
         role: (K,) numbers of gem.group.ROLES.
@@ -76,7 +78,12 @@ def group_loss(
             known = ", ".join(name for name in CHOICES["loss"] if name != unknown)
             raise ValueError(f"loss must be one of {known}, got {unknown!r}")
     has_pair = bool(chosen.any() and rejected.any())
-    if ref_logprob is None or (needs_pair and not has_pair):
+    if ref_logprob is None:
+        ref_logprob = torch.full_like(logprob, torch.nan)
+        needs_reference = any(map(partial(reads_reference, arguments), _names(role), fresh.tolist()))
+    else:
+        needs_reference = False
+    if needs_reference or (needs_pair and not has_pair):
         raise ValueError(f"loss={arguments.loss} needs groups with the log-probs of a reference and a human pair")
 
     lengths = torch.bincount(sequence, minlength=len(role))
@@ -91,17 +98,40 @@ def group_loss(
     # k3 estimates the KL from samples of the policy: from the candidates alone, as a mean over sequences.
     sampled = candidate[sequence]
     kl = kl_k3(logprob[sampled], ref_logprob[sampled]).sum() / candidate.sum().clamp(min=1)
-    if has_kl:
+    counts = has_kl and arguments.kl_weight > 0
+    if counts:
         loss = loss + arguments.kl_weight * kl
-    parts = {
-        "loss": loss,
-        "kl": kl,
-        "weight_positive": weight.clamp(min=0).sum(),
-        "weight_negative": -weight.clamp(max=0).sum(),
-    }
+    parts = {"loss": loss}
+    if counts or not bool(ref_logprob[sampled].isnan().any()):
+        parts["kl"] = kl
+    parts |= {"weight_positive": weight.clamp(min=0).sum(), "weight_negative": -weight.clamp(max=0).sum()}
     if has_pair:
         parts |= {"logprob_chosen": log_pi[chosen].mean(), "logprob_rejected": log_pi[rejected].mean()}
     return parts
+
+
+def reads_reference(arguments: LossArguments, role: Role, fresh: bool) -> bool:
+    """Return True if `group_loss` reads the reference log-probs of members of this role.
+
+    Args:
+        arguments: the loss and its weights.
+        role: of the member.
+        fresh: True if it was sampled from the policy as it is now.
+    """
+    is_candidate = role == "candidate"
+    match arguments.loss:
+        case "sega":
+            return (is_candidate and arguments.kl_weight > 0) or (arguments.taper and not fresh)
+        case "listwise_dpo":
+            return True
+        case "dpo" | "ipo":
+            return not is_candidate
+        case _:  # sft and pro
+            return False
+
+
+def _names(role: Tensor) -> list[Role]:
+    return [list(ROLES)[number] for number in role.tolist()]
 
 
 def _tapered(weight: Tensor, log_pi: Tensor, log_ref: Tensor, fresh: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
-"""Examples -> weighted groups: rollout, Eq. 1, ranking, weights of Eq. 2. The first of GEM's two phases."""
+"""Examples -> weighted groups: candidates, Eq. 1, ranking, weights of Eq. 2. The first of GEM's two phases."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,17 @@ from torch import Tensor, nn
 from gem.config import RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
 from gem.ends import model_ends
+from gem.generators import Completion, Generator, TransformersGenerator, draw_completions
 from gem.group import Group, Member
-from gem.head import ensure_fused
+from gem.head import HeadStats, ensure_fused
 from gem.rank import Posterior, bradley_terry_posterior, first_of_duplicates, keep_groups, keep_members
-from gem.rollout import Sampler, TransformersSampler, sample_completions
-from gem.score import score_groups
+from gem.reference import Frozen, Reference
+from gem.score import apply_eq1, group_stats, read_members, sampler_gap, warn_of_gap
 from gem.sega import advantages, rewards, sega_weights
+from gem_kernels import TokenStats
+
+if TYPE_CHECKING:
+    from gem.ema import WeightAverage
 
 
 def pair_group(example: Example) -> Group:
@@ -46,15 +53,20 @@ def _candidates(example: Example) -> list[Member]:
 class GroupMaker:
     """Callable that turns examples into weighted groups, with the model's weights at the time of the call.
 
+    A call is `draw`, `weigh` and `refer`. GEMTrainer calls them one by one: as a rule it weighs with the entropies of the very
+    forward that it trains on, so that no forward is there for the scores alone (`two_passes` says when it cannot).
+
     Args:
         model: the policy, a transformers model; it is fused if it is not yet.
         tokenizer: the model's tokenizer.
         rollout: how candidates are sampled.
         score: settings of Eq. 1.
         rank: settings of the ranking and of Eq. 2's weights.
-        reference: frozen model of the KL term and of `score_with: reference`; None: the model itself (before training).
-        sampler: rollout backend of the candidates, which has its own settings: of `rollout` only group_size and stop count
-            then. None: transformers' generate on `model`.
+        reference: the model before training, of the KL term and of `score_with: reference` (gem.reference), or a frozen model;
+            None: the model itself, at the time of the call.
+        generator: where candidates come from, which has its own settings: of `rollout` only group_size and stop count then.
+            None: transformers' generate on `model`.
+        average: the scorer of `score_with: ema`; GEMTrainer sets it.
     """
 
     model: nn.Module
@@ -62,49 +74,130 @@ class GroupMaker:
     rollout: RolloutArguments
     score: ScoreArguments
     rank: RankArguments
-    reference: nn.Module | None = None
-    sampler: Sampler | None = None
+    reference: Reference | nn.Module | None = None
+    generator: Generator | None = None
+    average: WeightAverage | None = None
 
     def __post_init__(self) -> None:
+        self.gap, self._warned = math.nan, False  # of the last scoring pass
         ensure_fused(self.model)
-        if self.reference is not None:
-            ensure_fused(self.reference)
+        if isinstance(self.reference, nn.Module):
+            self.reference = Frozen(self.reference, batch_tokens=self.score.score_tokens)
 
     def __call__(self, examples: Sequence[Example], progress: bool = False) -> list[Group]:
         groups = self.draw(examples, progress)
-        self.weigh(groups, progress)
+        self.weigh(groups, progress=progress)
+        self.refer(groups)
         return groups
 
     def draw(self, examples: Sequence[Example], progress: bool = False) -> list[Group]:
-        """Return a group per example: its candidates, sampled if the record brings none, then its human answers."""
-        sampler = self.sampler or TransformersSampler(self.model, self.tokenizer, self.rollout)
+        """Return a group per example: its candidates, sampled if the record brings none, then its human answers; with spans."""
+        generator = self.generator or TransformersGenerator(self.model, self.tokenizer, self.rollout)
         ends = model_ends(self.model, self.tokenizer, self.rollout.stop)
-        sampled = [i for i, e in enumerate(examples) if not e.candidate_ids for _ in range(self.rollout.group_size)]
-        prompts = [examples[i].sampled_from for i in sampled]
-        completions = sample_completions(
-            sampler, prompts, ends, self.tokenizer, progress="candidates" if progress else None
+        asking = [example for example in examples if not example.candidate_ids]
+        drawn = draw_completions(
+            generator,
+            [example.sampled_from for example in asking],
+            self.rollout.group_size,
+            ends,
+            self.tokenizer,
+            progress="candidates" if progress else None,
         )
-        candidates = [_candidates(example) for example in examples]
-        for i, ids in zip(sampled, completions, strict=True):
-            candidates[i].append(Member("candidate", ids, sampled=True))
+        sampled = iter(drawn)
         groups = [pair_group(example) for example in examples]
-        for group, members in zip(groups, candidates, strict=True):
-            group.members = [*members, *group.members]
+        for group, example in zip(groups, examples, strict=True):
+            candidates = _candidates(example) if example.candidate_ids else [_sampled(c) for c in next(sampled)]
+            group.members = [*candidates, *group.members]
+        read_members(groups, self.tokenizer, ends, self.score)
         return groups
 
-    def weigh(self, groups: Sequence[Group], progress: bool = False) -> None:
-        """Fill in statistics, spans, S, ranks and weights of every member, in place."""
-        frozen = self.reference if self.score.score_with == "reference" else None
-        score_groups(
-            groups,
-            self.tokenizer,
-            self.model if frozen is None else frozen,
-            self.reference if frozen is None else None,
-            self.score,
-            "scores" if progress else None,
-            ends=model_ends(self.model, self.tokenizer, self.rollout.stop),
-        )
-        weight_groups(groups, self.rank)
+    def weigh(
+        self, groups: Sequence[Group], stats: HeadStats | TokenStats | None = None, progress: bool = False
+    ) -> None:
+        """Fill in S, ranks and weights of every member, in place.
+
+        Args:
+            groups: from `draw`.
+            stats: entropies (N,) of the members' tokens under the scorer, one member after the other, on any device. None:
+                the scorer computes them in a pass of its own, and the members keep them.
+            progress: show a bar.
+        """
+        entropy = self._scored(groups, progress) if stats is None else stats.entropy.detach().cpu()
+        weigh(groups, entropy, self.score, self.rank)
+
+    def refer(self, groups: Sequence[Group], wanted: Callable[[Member], bool] = lambda _: True) -> None:
+        """Fill in the log-probs under the reference, if there is one, of the members that are wanted and have none."""
+        if self.reference is not None:
+            cast(Reference, self.reference).fill(groups, wanted)
+
+    def compare(self, members: Sequence[Member], logprob: Tensor) -> float:
+        """Return gem.score.sampler_gap of members and their log-probs (N,) under the policy; warn once if it is too large."""
+        found = sampler_gap(members, logprob)
+        self._warned = self._warned or warn_of_gap(found)
+        return found
+
+    def two_passes(self, trained: nn.Module) -> str:
+        """Return why the forward that trains a model cannot give the entropies of Eq. 1; "" if these settings let it."""
+        if self.model is not trained:
+            return "the candidates are those of another model"
+        if type(self).weigh is not GroupMaker.weigh:
+            return f"{type(self).__name__} has a weigh of its own"
+        if self.score.score_with != "policy":
+            return f"score_with={self.score.score_with}"
+        if self.score.entropy_clip < 1:
+            return f"entropy_clip={self.score.entropy_clip:g} is a quantile of the whole step"
+        return ""
+
+    def _scored(self, groups: Sequence[Group], progress: bool) -> Tensor:
+        """Return the entropies (N,) of a scoring pass; the members keep them, and the log-probs if they are the reference's."""
+        with self._scorer() as scorer:
+            stats = group_stats(scorer, groups, self.score.score_tokens, "scores" if progress else None)
+        members = [member for group in groups for member in group.members]
+        if self.score.score_with == "policy":
+            self.gap = self.compare(members, torch.cat([own.logprob for own in stats]))
+        keep = self.score.score_with == "reference" or (self.reference is None and self.score.score_with == "policy")
+        for member, own in zip(members, stats, strict=True):
+            member.entropies = own.entropy.tolist()
+            if keep:
+                member.logprobs = own.logprob.tolist()
+        return torch.cat([own.entropy for own in stats])
+
+    def _scorer(self) -> AbstractContextManager[nn.Module]:
+        """Return the context of the model whose entropies enter Eq. 1."""
+        match self.score.score_with:
+            case "reference" if self.reference is not None:
+                if not hasattr(self.reference, "serving"):
+                    got = type(self.reference).__name__
+                    raise ValueError(
+                        f"reference must be AdapterOff, Frozen or a model with score_with=reference, got {got}"
+                    )
+                return cast(Any, self.reference).serving()  # type: ignore[no-any-return]
+            case "ema":
+                if self.average is None:
+                    raise ValueError(
+                        "score_with=ema needs a GroupMaker that GEMTrainer got as make_groups, got one without average"
+                    )
+                return self.average.averaged(self.model)
+            case _:
+                return nullcontext(self.model)
+
+
+def _sampled(completion: Completion) -> Member:
+    """Return the candidate that was drawn."""
+    return Member("candidate", completion.ids, sampled=True, sampler_logprobs=completion.logprobs or [])
+
+
+def weigh(groups: Sequence[Group], entropy: Tensor, score: ScoreArguments, rank: RankArguments) -> None:
+    """Turn entropies into weights: Eq. 1, the ranking, Eq. 2. Fills in S, posterior, weight and kept, in place.
+
+    Args:
+        groups: with the spans of their members (gem.score.read_members).
+        entropy: (N,) fp32, CPU, nats: of the members' tokens, one member after the other.
+        score: settings of Eq. 1; a quantile of entropy_clip is one of these groups' tokens.
+        rank: settings of the ranking and of the weights.
+    """
+    apply_eq1([member for group in groups for member in group.members], entropy, score)
+    weight_groups(groups, rank)
 
 
 def weight_groups(groups: Sequence[Group], arguments: RankArguments) -> None:

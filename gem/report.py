@@ -13,6 +13,7 @@ import base64
 import html
 import math
 import platform
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -66,13 +67,25 @@ def results_table(runs: Sequence[Run]) -> Table:
     methods = by_method(runs)
     keys = [key for key in HEADLINE if any(key in run.metrics for run in runs)]
     rows = [[name, str(len(seeds)), *(_cell(seeds, key) for key in keys)] for name, seeds in methods.items()]
-    return Table(["method", "seeds", *(HEADLINE[key] for key in keys)], rows)
+    header = ["method", "seeds", *(HEADLINE[key] for key in keys)]
+    if any(run.rails for run in runs):
+        header.append("guard rails hit")
+        rows = [[*row, _hit(seeds)] for row, seeds in zip(rows, methods.values(), strict=True)]
+    return Table(header, rows)
+
+
+def _hit(seeds: Sequence[Run]) -> str:
+    """Name the guard rails that fired in at least one of the runs, with their number if there are several runs."""
+    fired = [verdict["rail"] for run in seeds for verdict in run.rails if verdict["verdict"] == "fired"]
+    counts = {rail: f" ({fired.count(rail)} of {len(seeds)})" if len(seeds) > 1 else "" for rail in fired}
+    return ", ".join(map("".join, counts.items())) or ("none" if any(run.rails for run in seeds) else "—")
 
 
 def _other_numbers(runs: Sequence[Run]) -> Table:
-    """Return the metrics outside the headline; a row each, as there may be many, and a column per method."""
+    """Return the metrics outside the tables of results and rails; a row each, as there may be many, and a column per method."""
     methods = by_method(runs)
-    keys = sorted({key for run in runs for key in run.metrics} - HEADLINE.keys())
+    shown = {*HEADLINE, *(f"rail_{verdict['rail']}" for run in runs for verdict in run.rails)}
+    keys = sorted({key for run in runs for key in run.metrics} - shown)
     return Table(["metric", *methods], [[key, *(_cell(seeds, key) for seeds in methods.values())] for key in keys])
 
 
@@ -123,6 +136,10 @@ def _page(runs: Sequence[Run], title: str, notes: Sequence[str]) -> str:
     items = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     body = [f"<h1>{html.escape(title)}</h1>", f"<ul>{items}</ul>" if items else ""]
     body += ["<h2>Results</h2>", _html_table(results_table(runs), "numbers"), f"<p>{HOW_TO_READ}</p>"]
+    body += ["<h2>Guard rails</h2>"] if any(run.rails for run in runs) else []
+    for name, seeds in by_method(runs).items():
+        titles = [f"{name}, seed {run.seed}" if len(seeds) > 1 else name for run in seeds]
+        body += [_html_rails(run, title) for run, title in zip(seeds, titles, strict=True) if run.rails]
     body += [_html_figure(name, png, panels[name]) for name, png in plot_curves(runs).items()]
     body += ["<h2>Completions</h2>"] if any(run.completions for run in runs) else []
     body += [_html_completions(name, seeds) for name, seeds in by_method(runs).items()]
@@ -135,6 +152,15 @@ def _html_table(table: Table, kind: str) -> str:
     rows = ("".join(f"<td><div>{html.escape(cell)}</div></td>" for cell in row) for row in table.rows)
     body = "\n".join(f"<tr>{row}</tr>" for row in rows)
     return f'<section><table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></section>'
+
+
+def _html_rails(run: Run, title: str) -> str:
+    """Return the verdicts on a run behind one line that counts them; they are open where a rail has fired."""
+    counts = Counter(verdict["verdict"] for verdict in run.rails)
+    line = f"{title}: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
+    rows = [[v["rail"], f"{MARKS.get(v['verdict'], '–')} {v['verdict']}", v["said"]] for v in run.rails]
+    table = _html_table(Table(["rail", "verdict", "what it saw"], rows), "rails")
+    return f"<details{' open' if counts['fired'] else ''}><summary>{html.escape(line)}</summary>{table}</details>"
 
 
 def _html_figure(name: str, png: bytes, panels: Sequence[Panel]) -> str:
@@ -168,6 +194,7 @@ def _made_with() -> str:
     return " · ".join(parts)
 
 
+MARKS = {"passed": "✓", "fired": "✗"}
 HOW_TO_READ = (
     "± is the half-width of the 95 % t-interval of the mean over the seeds. In the curves, a line is the mean over the "
     "seeds for as long as all of them run, a band reaches from the lowest to the highest, and dotted grey is guessing."
@@ -199,6 +226,9 @@ th, td { padding: 8px 0 8px 14px; border-bottom: 1px solid var(--line); text-ali
 :is(th, td):first-child { padding-left: 0 }
 .numbers { font-variant-numeric: tabular-nums } .numbers td { white-space: nowrap }
 .numbers :is(th, td):not(:first-child) { text-align: right }
+details { border-bottom: 1px solid var(--line) } summary { padding: 8px 0; cursor: pointer }
+details section { padding: 0 0 16px 18px }
+.rails :is(th, td):nth-child(1) { width: 14% } .rails :is(th, td):nth-child(2) { width: 14%; white-space: nowrap }
 .texts { table-layout: fixed; min-width: 720px } .texts div { max-height: 14em; overflow: auto }
 .texts div { white-space: pre-wrap; overflow-wrap: anywhere }
 .texts th:nth-child(1) { width: 30% } .texts th:nth-child(3) { width: 14% } .texts th:nth-child(4) { width: 80px }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from gem.files import read_text
 from gem.run_files import (
     COMPLETIONS_FILE,
     METRICS_FILE,
+    RAILS_FILE,
     RUN_FILE,
     STATE_FILE,
     numbered_checkpoints,
@@ -28,13 +29,15 @@ class Run:
     metrics: dict[str, float]
     completions: list[dict[str, str]]  # prompt, completion, expected; perhaps correct, score
     seed: int = 0
+    rails: list[dict[str, str]] = field(default_factory=list)  # rail, verdict, said; none of a run of an older release
 
 
 def load_run(folder: Path) -> Run:
     """Read a training output folder.
 
     `trainer_state.json`, else that of the newest `checkpoint-N`, gives the history, `metrics.json` the final numbers,
-    `completions.jsonl` the examples, and `run.json` the name and the seed. Each may be absent.
+    `completions.jsonl` the examples, `rails.json` the verdicts of the guard rails, and `run.json` the name and the seed. Each
+    may be absent.
 
     Raises:
         ValueError: both of the first two are absent, or a file's content is not of the expected form.
@@ -52,7 +55,8 @@ def load_run(folder: Path) -> Run:
         raise ValueError(f'{folder / RUN_FILE}: expected "seed" to be an integer, got {seed!r}')
     completions = _completions(folder / COMPLETIONS_FILE)
     name = str(about.get("name", folder.resolve().name))
-    return Run(name, _history(state), _numbers(read_object(metrics)), completions, seed)
+    rails = _rails(folder / RAILS_FILE)
+    return Run(name, _history(state), _numbers(read_object(metrics)), completions, seed, rails)
 
 
 def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -74,6 +78,15 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def _rails(path: Path) -> list[dict[str, str]]:
+    """Return the verdicts in a rails.json, their texts alone."""
+    found, needed = read_object(path).get("rails", []), ("rail", "verdict", "said")
+    if not isinstance(found, list) or not all(isinstance(v, dict) and {*needed} <= v.keys() for v in found):
+        expected = f'"rails" to be a list of objects with {", ".join(needed)}'
+        raise ValueError(f"{path}: expected {expected}, got {str(found)[:60]}")
+    return [{name: str(verdict[name]) for name in needed} for verdict in found]
 
 
 def _history(path: Path) -> list[dict[str, float]]:

@@ -10,20 +10,23 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from gem.checkpoints import WEIGHTS, check_steps_left, find_checkpoint, manifest_flaw, steps_of, write_manifest
 from gem.files import check_writable, read_text, write_lines
 from gem.lock import check_free, locked
+from gem.rails import as_metrics, write_rails
 from gem.run_files import (
     BEST_FOLDER,
     COMPLETIONS_FILE,
     LOCK_FILE,
     MANIFEST_FILE,
     METRICS_FILE,
+    RAILS_FILE,
     RUN_FILE,
+    STATE_FILE,
     has_manifest,
     numbered_checkpoints,
     read_object,
@@ -83,7 +86,8 @@ class RunFolder:
 
         def compared() -> dict[str, str]:
             now = {"name": source, "hash": hashed()}
-            inputs = read_object(self.folder / RUN_FILE).get("inputs")  # none in runs of older versions
+            begun = {} if _left_verdicts_alone(self.folder) else read_object(self.folder / RUN_FILE)
+            inputs = begun.get("inputs")  # none in runs of older versions
             then = inputs.get(name) if isinstance(inputs, dict) else None
             if isinstance(then, dict) and then.get("hash") != now["hash"]:
                 raise ValueError(
@@ -98,7 +102,8 @@ class RunFolder:
         """Lock the folder for the block, and make it the folder of this run.
 
         An exception of the block leaves no half-written checkpoint, and gets an attribute `kept` that names the last whole one.
-        A run that fails before its first checkpoint gives the claim up, so it can be tried again with other settings.
+        A run that fails before its first checkpoint gives the claim up, so it can be tried again with other settings: also
+        if it has stopped itself and left its verdicts there.
 
         Raises:
             ValueError: another run has taken the folder meanwhile.
@@ -166,6 +171,9 @@ class RunFolder:
         if _progress(self.folder) != self._seen:
             raise ValueError(f"output_dir must be left to one run, got {self.folder}, where another one ran meanwhile")
         new = prepare_output(self.folder, self.command, self.settings, self.inputs)
+        if (self.folder / RAILS_FILE).exists():  # of an earlier start that stopped itself, or was not whole
+            for name in (STATE_FILE, RAILS_FILE):
+                (self.folder / name).unlink(missing_ok=True)
         if self.resume is None:  # it starts over: what an earlier start found best is not this run's
             shutil.rmtree(self.folder / BEST_FOLDER, ignore_errors=True)
         else:
@@ -194,7 +202,7 @@ def check_output(folder: Path, command: str, settings: Mapping[str, Any]) -> boo
         settings: all settings of the run. A folder with the same settings is resumed.
 
     Returns:
-        True if the folder holds this very run, begun earlier.
+        True if the folder holds this very run, begun earlier, and something to go on from.
 
     Raises:
         ValueError: the folder holds something else, or a run with other settings, or is not writable.
@@ -202,6 +210,8 @@ def check_output(folder: Path, command: str, settings: Mapping[str, Any]) -> boo
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir must be a folder, got {folder}, which is a file")
     check_writable(folder, "output_dir")
+    if _left_verdicts_alone(folder):
+        return False
     if (folder / RUN_FILE).is_file():
         mine, theirs = _settings(command, settings), read_object(folder / RUN_FILE).get("settings")
         if isinstance(theirs, dict):
@@ -248,8 +258,16 @@ def train_to_end(trainer: Any, evaluation: Any, resume: str | None) -> None:
 
     Raises:
         Terminated: a signal came; the step is finished and saved.
-        Diverged: a guard rail ended the run because its numbers are no good.
+        Diverged: a guard rail ended the run because its numbers are no good. Its verdict and the log are in the folder.
     """
+    try:
+        _train_to_end(trainer, evaluation, resume)
+    except Diverged as error:
+        _leave_verdicts(trainer, error)
+        raise
+
+
+def _train_to_end(trainer: Any, evaluation: Any, resume: str | None) -> None:
     if resume is not None:
         check_steps_left(trainer, resume)
         trainer.args.eval_on_start = False  # that evaluation is in the checkpoint's log
@@ -267,14 +285,17 @@ def train_to_end(trainer: Any, evaluation: Any, resume: str | None) -> None:
     if stop.signum and evaluation is not None:  # which may take long
         text = f"terminated after the last step: {folder} holds the model, the same command evaluates it"
         raise _terminated(stop.signum, text)
-    metrics = {"train_steps": float(step), **_restored(trainer)}
+    metrics, rails = {"train_steps": float(step), **_restored(trainer)}, trainer.verdicts()
+    known = trainer.final_metrics
     if evaluation is not None:
-        metrics |= {k.removeprefix("eval_"): v for k, v in trainer.evaluate().items()}
+        metrics |= {k.removeprefix("eval_"): v for k, v in (known or trainer.evaluate()).items()}
+    metrics |= as_metrics(rails)
     if not trainer.is_world_process_zero():
         return
-    if evaluation is not None:
+    if evaluation is not None and not known:
         trainer.save_state()  # now with the final evaluation in its log
     completions = evaluation.completions if evaluation is not None else None
+    write_rails(folder, rails)
     write_results(folder, metrics, completions)
     write_manifest(folder, world_size=trainer.args.world_size, files=_artefacts(folder))
     if trainer.stopped:
@@ -291,11 +312,24 @@ def _terminated(signum: int, text: str) -> Terminated:
 
 def _raise_diverged(trainer: Any) -> NoReturn:
     """Save the weights that a guard rail has restored, if there were any, and raise Diverged."""
-    diverged = Diverged(trainer.stopped)
+    diverged = Diverged(trainer.stopped, rail="")
     diverged.kept = _holds(trainer)  # type: ignore[attr-defined]
     if trainer.restored:
         _save(trainer)
     raise diverged
+
+
+def _leave_verdicts(trainer: Any, error: Diverged) -> None:
+    """Write the log and the verdicts of a run that stopped itself, which has no other results.
+
+    A full disk must not hide why it stopped.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    with suppress(OSError), _whole_or_none(folder):
+        trainer.save_state()
+        write_rails(folder, trainer.verdicts(error))
 
 
 def _holds(trainer: Any) -> str:
@@ -318,14 +352,20 @@ def _restored(trainer: Any) -> dict[str, float]:
 
 def _save(trainer: Any) -> None:
     """Save the model and the trainer's state; if that fails, remove the files that it has written in part."""
-    folder, first = Path(trainer.args.output_dir), trainer.is_world_process_zero()
-    before = _written(folder) if first else {}
-    try:
+    with _whole_or_none(Path(trainer.args.output_dir)) if trainer.is_world_process_zero() else nullcontext():
         trainer.save_model()
         trainer.save_state()
         trainer.accelerator.wait_for_everyone()  # a process that ends by an error now would have torchrun end the others
+
+
+@contextmanager
+def _whole_or_none(folder: Path) -> Iterator[None]:
+    """Remove the files of a folder that the block has written, if it fails."""
+    before = _written(folder)
+    try:
+        yield
     except BaseException:
-        for path, when in (_written(folder) if first else {}).items():
+        for path, when in _written(folder).items():
             if before.get(path) != when:
                 path.unlink(missing_ok=True)
         raise
@@ -368,6 +408,12 @@ def _kept(folder: Path, *, asked_for: bool) -> str:
     if whole.name == BEST_FOLDER:
         return f"{whole} holds the weights of the best evaluation"
     return f"{whole} is the last whole checkpoint" + (", the same command goes on from there" if asked_for else "")
+
+
+def _left_verdicts_alone(folder: Path) -> bool:
+    """Return True if a folder holds a run that stopped itself before its first checkpoint: there is nothing to go on from."""
+    names = {path.name for path in folder.glob("*")} - {LOCK_FILE}
+    return RAILS_FILE in names and names <= {RUN_FILE, RAILS_FILE, STATE_FILE}
 
 
 def _progress(folder: Path) -> set[str]:

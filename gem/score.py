@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gem.config import LAST_TOKENS, ScoreArguments
+from gem.config import LAST_TOKENS, SAMPLER_GAP, ScoreArguments
 from gem.data import Example, TokenPair, pack
 from gem.ends import Ends, model_ends
 from gem.finite import not_finite
@@ -22,6 +23,8 @@ from gem.positions import check_positions
 from gem.spans import find_spans
 from gem.stops import Diverged
 from gem_kernels import gem_score
+
+logger = logging.getLogger(__name__)
 
 
 def token_stats(
@@ -121,23 +124,66 @@ def score_groups(
     Raises:
         Diverged: a log-prob or an entropy is not finite; the message names the group.
     """
+    read_members(groups, tokenizer, model_ends(scorer, tokenizer) if ends is None else ends, arguments)
     members = [member for group in groups for member in group.members]
-    sequences = [group.sequence(member) for group in groups for member in group.members]
-    named: dict[str, Any] = {
-        "names": [f"the {member.role} answer of {group.name}" for group in groups for member in group.members],
-        "batch_tokens": arguments.score_tokens,
-    }
-    stats = token_stats(scorer, sequences, progress=progress, **named)
-    references = stats
-    if reference is not None:
-        references = token_stats(reference, sequences, **named)
+    stats = group_stats(scorer, groups, arguments.score_tokens, progress)
+    references = stats if reference is None else group_stats(reference, groups, arguments.score_tokens)
     for member, own, ref in zip(members, stats, references, strict=True):
         member.entropies, member.logprobs = own.entropy.tolist(), ref.logprob.tolist()
-    ends = model_ends(scorer, tokenizer) if ends is None else ends
+    apply_eq1(members, torch.cat([s.entropy for s in stats]), arguments)
+
+
+def group_stats(
+    model: nn.Module,
+    groups: Sequence[Group],
+    batch_tokens: int,
+    progress: str | None = None,
+    *,
+    wanted: Callable[[Member], bool] = lambda _: True,
+) -> list[HeadStats]:
+    """Return `token_stats` of the wanted members of groups, one after the other; Diverged names the member and its group."""
+    pairs = [(group, member) for group in groups for member in group.members if wanted(member)]
+    names = [f"the {member.role} answer of {group.name}" for group, member in pairs]
+    sequences = [group.sequence(member) for group, member in pairs]
+    return token_stats(model, sequences, batch_tokens=batch_tokens, progress=progress, names=names)
+
+
+def read_members(groups: Sequence[Group], tokenizer: Any, ends: Ends, arguments: ScoreArguments) -> None:
+    """Fill in what the tokens of every member alone determine: its text, truncated, flaw, and the spans of Eq. 1."""
     for group in groups:
         for member in group.members:
             _read(member, group.question or group.prompt, tokenizer, ends, arguments)
-    apply_eq1(members, torch.cat([s.entropy for s in stats]), arguments)
+
+
+def sampler_gap(members: Sequence[Member], logprob: Tensor) -> float:
+    """Return the mean over tokens of |log-prob under the sampler - log-prob under the policy|, nats; NaN if none is known.
+
+    It is rounding where the two run the same weights at the same precision. Another model, older weights or another prompt
+    are far above `SAMPLER_GAP`: the KL term and Eq. 2 then take samples of one model for those of another.
+
+    Args:
+        members: those with sampler_logprobs count.
+        logprob: (N,) log-probs of the members' tokens under the policy, one member after the other.
+    """
+    pieces = logprob.detach().cpu().split([len(member.ids) for member in members])
+    gaps = [
+        (torch.tensor(member.sampler_logprobs) - own).abs()
+        for member, own in zip(members, pieces, strict=True)
+        if member.sampler_logprobs
+    ]
+    return float(torch.cat(gaps).mean()) if gaps else math.nan
+
+
+def warn_of_gap(gap: float) -> bool:
+    """Log a warning if a sampler is too far from the policy, and return whether it is. NaN, which means unknown, is not."""
+    if gap > SAMPLER_GAP:
+        logger.warning(
+            "the sampler's log-probs are %.3g nats a token from those of the model here, above %g: does it run the same "
+            "weights, tokenizer and prompt?",
+            gap,
+            SAMPLER_GAP,
+        )
+    return gap > SAMPLER_GAP
 
 
 def _read(member: Member, question: str, tokenizer: Any, ends: Ends, arguments: ScoreArguments) -> None:

@@ -27,6 +27,7 @@ from gem.config import (
     RolloutArguments,
     ScoreArguments,
     check,
+    check_url,
 )
 from gem.files import read_text
 from gem.training_flags import IGNORED, check_trackers, refuse_ignored, training_defaults
@@ -52,7 +53,8 @@ def _names(*classes: Any, but: str = "") -> str:
 
 
 ALWAYS = None
-SAMPLING = "max_new_tokens temperature top_p stop"
+SERVER = "server server_model server_timeout"
+SAMPLING = f"max_new_tokens temperature top_p stop {SERVER}"
 SAMPLED_SCORE = "temperature top_p top_m branch_weight final_weight entropy_clip"
 OWN_REFERENCE = "the model is its own reference here"
 NO_LORA = "new adapters change nothing before they are trained"
@@ -64,8 +66,15 @@ UNUSED: tuple[Rule, ...] = (
     ("sft", _names(GuardArguments, but="stop_growth stop_idle"), ALWAYS, "sft evaluates nothing"),
     ("sft", "eval_strategy eval_on_start", ALWAYS, "sft evaluates nothing; `gem-kernels eval` does"),
     ("score", _names(GuardArguments, but="auroc_gate"), ALWAYS, "score trains nothing"),
-    ("score eval", "score_with", ALWAYS, OWN_REFERENCE),
+    ("score eval", "score_with ema_decay", ALWAYS, OWN_REFERENCE),
     ("score eval", "lora_rank", ALWAYS, NO_LORA),
+    (
+        "train",
+        SERVER,
+        ALWAYS,
+        "the server's weights do not follow the training: `gem-kernels score --server`, then train on its groups",
+    ),
+    ("score eval", "server_model server_timeout", lambda s: not s.server, "there is no server"),
     ("eval", "shard", ALWAYS, "eval writes no groups"),
     ("eval", "group_size", ALWAYS, "eval_samples says how many completions are sampled"),
     ("eval", "data", lambda s: s.eval_data, "eval_data is what is evaluated"),
@@ -92,6 +101,7 @@ UNUSED: tuple[Rule, ...] = (
     ),
     ("train", "group_size", lambda s: s.groups, "the candidates are in the groups file"),
     ("train", "score_with", lambda s: s.groups, "the scores are in the groups file"),
+    ("train", "ema_decay", lambda s: s.score_with != "ema", "it is for score_with=ema"),
     (
         "train",
         _names(DataArguments, but="data"),
@@ -258,6 +268,8 @@ def _check_values(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be a finite number, got {value!r}")
         if isinstance(value, str) and "\0" in value:
             raise ValueError(f"{name} must not hold a NUL character, got {value!r}")
+        if name == "server" and value is not None:
+            check_url(name, value)  # before a message repeats it
 
 
 def _check_training(settings: Mapping[str, Any], unset: Mapping[str, Any]) -> None:

@@ -7,7 +7,15 @@ class Diverged(RuntimeError):  # noqa: N818 - it names what happened to the run
     """The numbers of a run are no good any more: not finite, far from where they were, or nothing to learn from.
 
     The command ends with status 3. Running it again without a change ends the same way.
+
+    Args:
+        text: what happened, and at which step.
+        rail: the guard rail that was hit (gem.rails); "" if the log shows it.
     """
+
+    def __init__(self, text: str, rail: str = "finite") -> None:
+        super().__init__(text)
+        self.rail = rail
 
 
 class Terminated(BaseException):

@@ -1,8 +1,9 @@
 """GEMTrainer: transformers.Trainer over groups. It overrides public methods only, in the order in which a step calls them:
 
-    get_batch_samples   examples or groups -> (online: fresh candidates, scores, weights) -> packed micro-batches
+    get_batch_samples   examples or groups -> (online: fresh candidates) -> reference log-probs -> packed micro-batches
     training_step       Trainer's own; then the gradient must be finite
-      compute_loss      micro-batch -> the model's fused forward: linear_group_loss with `group_loss` as its loss_fn
+      compute_loss      micro-batch -> the model's fused forward: linear_group_loss, whose loss_fn turns the entropies of this
+                        forward into weights (online), and the weights into `group_loss`
     log, evaluate       the means of what the batches recorded; held-out metrics
     save_model          Trainer's own, for finite weights alone
 
@@ -27,14 +28,20 @@ from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerStat
 from gem.checkpoints import newest_checkpoint, write_manifest
 from gem.config import GuardArguments, LossArguments, check
 from gem.data import Example, pack
-from gem.finite import is_finite
-from gem.group import ROLES, Group
+from gem.ema import WeightAverage
+from gem.evaluate import pair_auroc
+from gem.finite import is_finite, not_finite
+from gem.generators import seeded
+from gem.group import ROLES, Group, Member
 from gem.guard import CollapseGuard, SoundWeights, check_gradients, check_weights
 from gem.head import completion_stats, fuse_lm_head, fused_head, router_usage, unwrapped
 from gem.head.router import adds_router_loss
-from gem.losses import group_loss
+from gem.losses import group_loss, reads_reference
+from gem.noise import active_noise
+from gem.pipeline import GroupMaker
 from gem.positions import check_positions
-from gem.rollout import seeded
+from gem.rails import Verdict, verdicts
+from gem.reference import Computed, FromFile
 from gem.run_files import BEST_FOLDER, MANIFEST_FILE, STATE_FILE
 from gem.saving import KeepWhole, load_weights
 from gem.score import longest_row
@@ -59,7 +66,8 @@ class GEMTrainer(Trainer):
             than its best, and `restored` names the folder whose weights the model has again.
         train_dataset: groups; with make_groups, examples.
         processing_class: the tokenizer.
-        make_groups: examples -> groups, called once per optimizer step with the examples of that step.
+        make_groups: examples -> groups, called once per optimizer step with the examples of that step. The groups of a
+            GroupMaker are weighed inside the training's own forward, unless GroupMaker.two_passes says why not.
         evaluation: model -> metrics, called by evaluate(); required if args has an eval strategy.
 
     Raises:
@@ -91,6 +99,10 @@ class GEMTrainer(Trainer):
         guessing = math.log(model.get_input_embeddings().weight.shape[0]) if loss.loss == "sft" else math.inf  # type: ignore[operator]
         self.guard = CollapseGuard(guard, online=make_groups is not None, guessing=guessing)
         keep_whole, args.save_total_limit = KeepWhole(args.save_total_limit, lambda: self.guard.doubtful), None
+        self.average: WeightAverage | None = None
+        if isinstance(make_groups, GroupMaker) and make_groups.score.score_with == "ema":
+            self.average = make_groups.average = WeightAverage(make_groups.score.ema_decay)
+        averages = [self.average] if self.average is not None else []
         super().__init__(
             model,
             args,
@@ -98,7 +110,7 @@ class GEMTrainer(Trainer):
             train_dataset=train_dataset,  # type: ignore[arg-type]
             eval_dataset=[] if evaluation is not None else None,  # type: ignore[arg-type]
             processing_class=processing_class,
-            callbacks=[SoundWeights(guard), keep_whole, self.guard, KeepSpecialTokens(model), *callbacks],
+            callbacks=[SoundWeights(guard), *averages, keep_whole, self.guard, KeepSpecialTokens(model), *callbacks],
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.n_gpu > 1:
             other = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else "DataParallel"
@@ -109,6 +121,9 @@ class GEMTrainer(Trainer):
             self.pop_callback(ProgressCallback)
             self.add_callback(Progress())
         self.loss, self.make_groups, self.evaluation = loss, make_groups, evaluation
+        self._evaluated: dict[int, dict[str, float]] = {}  # metrics of the last evaluation in training, by its step
+        plain = isinstance(make_groups, GroupMaker) and type(make_groups).__call__ is GroupMaker.__call__
+        self.maker = cast(GroupMaker, make_groups) if plain else None
         self._batches: list[dict[str, Any]] = []  # of this step
         self._usage: tuple[Tensor | None, ...] = ()  # of its experts, once it is known
         fuse_lm_head(model, cache_bytes=loss.cache_mib << 20)
@@ -119,11 +134,33 @@ class GEMTrainer(Trainer):
                 "by its share of the tokens",
                 type(unwrapped(model)).__name__,
             )
+        # What makes the training's forward another than that of the policy.
+        neftune = f"neftune_noise_alpha={args.neftune_noise_alpha:g}" if args.neftune_noise_alpha else ""
+        self._noise = neftune or active_noise(model)
+        self.one_pass = self.maker is not None and not self._two_passes(self.maker)
+        if self.maker is not None and isinstance(self.maker.reference, Computed):
+            self.maker.reference.recurring = self._rounds() > 1
         # compute_loss divides by the items of the whole step: Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
         self.layout = "packed" if flash else "right"
         self._health: dict[str, list[float]] = {}
+
+    def _two_passes(self, maker: GroupMaker) -> str:
+        """Return why the groups need a scoring pass of their own; "" if they do not."""
+        why = maker.two_passes(cast(nn.Module, self.model)) or self._noise
+        if not why and self.args.label_smoothing_factor:
+            why = f"label_smoothing_factor={self.args.label_smoothing_factor:g}, whose loss is no group's"
+        if why:
+            logger.info("scores take a forward of their own at every step: %s", why)
+        return why
+
+    def _rounds(self) -> float:
+        """Return how often the training goes through its data."""
+        if self.args.max_steps <= 0:
+            return float(self.args.num_train_epochs)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return float(self.args.max_steps * step / len(cast(Sequence[Any], self.train_dataset)))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -132,17 +169,11 @@ class GEMTrainer(Trainer):
         micro_batches: list[list[Any]] = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if self.make_groups is not None:
             # One call for the whole step: generation runs in larger batches than training.
-            examples = [example for batch in micro_batches for example in batch]
-            prompts = [example.prompt_ids for example in examples]
-            try:
-                with seeded(self.args.seed, self.state.global_step, self.args.process_index, prompts):
-                    fresh = iter(self.make_groups(examples))
-            except Diverged as error:
-                raise Diverged(f"{self._at} {error}") from None
+            fresh = iter(self._fresh_groups([example for batch in micro_batches for example in batch]))
             micro_batches = [[next(fresh) for _ in batch] for batch in micro_batches]
         groups = [group for batch in micro_batches for group in batch]
-        for name, values in group_health(groups).items():
-            self._record(name, torch.tensor(values).nanmean())
+        if self.maker is None:
+            FromFile().fill(groups, self._reads_reference)
         batches = [self._batch(batch) for batch in micro_batches]
         tokens = [int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in batches]
         counts = torch.tensor([self._items(groups), sum(tokens)], device=device)
@@ -151,6 +182,30 @@ class GEMTrainer(Trainer):
             batch["router"] = {"router_share": n / all_tokens}
         self._batches, self._usage = batches, ()
         return batches, items
+
+    def _fresh_groups(self, examples: list[Example]) -> list[Group]:
+        """Return a group for each example of the step: drawn, with weights unless the training forward gives them."""
+        prompts = [example.prompt_ids for example in examples]
+        make = cast(Callable[[list[Example]], list[Group]], self.make_groups if self.maker is None else self.maker.draw)
+        try:
+            with seeded(self.args.seed, self.state.global_step, self.args.process_index, prompts):
+                groups: list[Group] = make(examples)
+            if self.maker is not None and not self.one_pass:
+                self.maker.weigh(groups)
+                if self.maker.score.score_with == "policy":
+                    self._record("sampler_gap", torch.tensor(self.maker.gap))
+            if self.maker is not None:
+                self.maker.refer(groups, self._reads_reference)
+        except Diverged as error:
+            raise Diverged(f"{self._at} {error}") from None
+        return groups
+
+    def _reads_reference(self, member: Member) -> bool:
+        return reads_reference(self.loss, member.role, self._is_fresh(member))
+
+    def _is_fresh(self, member: Member) -> bool:
+        """Return True for a member sampled in this step: on-policy. A groups file is off-policy from the first update on."""
+        return self.make_groups is not None and member.sampled
 
     def _items(self, groups: Sequence[Group]) -> int:
         """Return what the loss is a mean over: the number of groups, for sft that of the chosen completions' tokens."""
@@ -181,27 +236,22 @@ class GEMTrainer(Trainer):
         return cast(Tensor, self.accelerator.reduce(usage))
 
     def _batch(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """Pack the groups, and add each sequence's weight and role and each token's reference log-prob."""
+        """Pack the groups, and take them along."""
         tokenizer: Any = self.processing_class
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        members = [member for group in groups for member in group.members]
-        return {
-            **pack([[g.sequence(m) for m in g.members] for g in groups], layout=self.layout, pad_id=pad_id),  # type: ignore[arg-type]
-            "weight": torch.tensor([member.weight for member in members]),
-            "role": torch.tensor([ROLES[member.role] for member in members]),
-            "ref_logprob": torch.tensor([x for member in members for x in member.logprobs]),
-            # On-policy: sampled in this step. A groups file is off-policy from the first update on.
-            "fresh": torch.tensor([self.make_groups is not None and m.sampled for m in members]),
-            "members_per_group": [len(group.members) for group in groups],
-            "names": [group.name for group in groups],
-        }
+        sequences = [[group.sequence(member) for member in group.members] for group in groups]
+        return {**pack(sequences, layout=self.layout, pad_id=pad_id), "groups": list(groups)}  # type: ignore[arg-type]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Return the loss of Trainer's own forward and backward; raise Diverged if the step's gradient is not finite."""
-        names = inputs["names"]
+        names = _names(inputs)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            groups = [group for batch in self._batches for group in batch["groups"]]
+            for name, values in group_health(groups).items():
+                self._record(name, torch.tensor(values).nanmean())
         # With fp16, infinite gradients are a matter of the scaler, which skips their step.
         if self.accelerator.sync_gradients and self.accelerator.scaler is None:
             norm = check_gradients(model, f"{self._at} the gradient, after {_first(names)}, has")
@@ -216,11 +266,9 @@ class GEMTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the micro-batch's share of the step's loss, and with return_outputs its token statistics."""
+        groups: list[Group] = inputs["groups"]
         tokens = inputs["cu_groups"].tolist()
-        weights, roles, fresh = (
-            inputs[name].split(inputs["members_per_group"]) for name in ("weight", "role", "fresh")
-        )
-        items = num_items_in_batch if num_items_in_batch is not None else len(weights)
+        items = num_items_in_batch if num_items_in_batch is not None else len(groups)
         share = self.accelerator.num_processes  # undoes DistributedDataParallel's mean over processes
         if not self._usage:  # not in get_batch_samples: a resumed run restores the random numbers only after it
             self._usage = (self._router_usage(),)
@@ -228,23 +276,64 @@ class GEMTrainer(Trainer):
         if self.loss.loss == "sft" and self.args.label_smoothing_factor:
             smooth = {"label_smoothing": self.args.label_smoothing_factor, "num_items_in_batch": items / share}
             result, stats = completion_stats(model, _of_chosen(inputs), **smooth, **router)
-            self._check_loss(result, inputs["names"])
+            self._check_loss(result, _names(inputs))
             return (result, {"stats": stats}) if return_outputs else result
 
-        def loss_fn(stats: TokenStats, group: int) -> Tensor:
-            at = slice(tokens[group], tokens[group + 1])
-            ref = inputs["ref_logprob"][at] if len(inputs["ref_logprob"]) else None
-            members = (weights[group], roles[group], fresh[group])
-            terms = group_loss(stats.logprob, ref, inputs["sequence"][at], *members, self.loss)
-            values = {name: self._record(name, value.detach()) for name, value in terms.items()}
-            if not all(map(math.isfinite, values.values())):
-                raise Diverged(f"{self._at} {_cause(stats.logprob, ref, values)} in {inputs['names'][group]}")
-            loss: Tensor = terms["loss"] * share / items
+        def loss_fn(stats: TokenStats, i: int) -> Tensor:
+            if self.maker is not None:
+                self._weigh_and_compare(self.maker, groups[i], stats)
+            sequence = inputs["sequence"][tokens[i] : tokens[i + 1]]
+            loss: Tensor = self._group_loss(groups[i], stats, sequence) * share / items
             return loss
 
         result, stats = completion_stats(model, inputs, loss_fn=loss_fn, cu_groups=inputs["cu_groups"], **router)
-        self._check_loss(result, inputs["names"])  # with the router loss, which is no group's
+        self._check_loss(result, _names(inputs))  # with the router loss, which is no group's
         return (result, {"stats": stats}) if return_outputs else result
+
+    def _weigh_and_compare(self, maker: GroupMaker, group: Group, stats: TokenStats) -> None:
+        """Weigh a group with the entropies of the training's forward, if it has no weights yet; compare sampler and policy."""
+        if found := not_finite((name, getattr(stats, name)) for name in ("logprob", "entropy")):
+            raise Diverged(f"{self._at} the model gives {found} for {group.name}")
+        if self.one_pass or (maker.score.score_with != "policy" and not self._noise):
+            self._record("sampler_gap", torch.tensor(maker.compare(group.members, stats.logprob)))
+        if self.one_pass:
+            maker.weigh([group], stats)
+
+    def _group_loss(self, group: Group, stats: TokenStats, sequence: Tensor) -> Tensor:
+        """Return the loss of one weighted group, and record its parts.
+
+        Args:
+            group: its members, in the order of the tokens.
+            stats: of its tokens (n,), under the policy.
+            sequence: (n,) int64, index of each token's member.
+
+        Raises:
+            Diverged: one of the parts is not finite.
+        """
+        members, device = group.members, stats.logprob.device
+        weight = torch.tensor([member.weight for member in members], device=device)
+        role = torch.tensor([ROLES[member.role] for member in members], device=device)
+        fresh = torch.tensor([self._is_fresh(member) for member in members], device=device)
+        ref = self._reference_of(group, stats)
+        read = torch.tensor([self._reads_reference(member) for member in members], device=device)[sequence]
+        terms = group_loss(stats.logprob, ref, sequence, weight, role, fresh, self.loss)
+        values = {name: self._record(name, value.detach()) for name, value in terms.items()}
+        if not all(map(math.isfinite, values.values())):
+            cause = _cause(stats.logprob, ref[read] if ref is not None and bool(read.any()) else None, values)
+            raise Diverged(f"{self._at} {cause} in {group.name}")
+        loss: Tensor = terms["loss"]
+        return loss
+
+    def _reference_of(self, group: Group, stats: TokenStats) -> Tensor | None:
+        """Return the group's reference log-probs (n,), NaN for members whose are not known; None if there are none."""
+        if self.maker is not None and self.maker.reference is None:
+            return stats.logprob.detach() if any(map(self._reads_reference, group.members)) else None
+        known = [len(member.logprobs) == len(member.ids) for member in group.members]
+        if not any(known):
+            return None
+        unknown = [[math.nan] * len(member.ids) for member in group.members]
+        values = [m.logprobs if k else nan for m, k, nan in zip(group.members, known, unknown, strict=True)]
+        return torch.tensor([x for member in values for x in member], device=stats.logprob.device)
 
     def _check_loss(self, loss: Tensor, names: Sequence[str]) -> None:
         if not is_finite(loss):
@@ -260,6 +349,8 @@ class GEMTrainer(Trainer):
             torch.manual_seed(self.args.seed)
             metrics = {f"{metric_key_prefix}_{k}": v for k, v in self.evaluation(cast(nn.Module, self.model)).items()}
         self.log(dict(metrics))
+        if self.is_in_train:
+            self._evaluated = {self.state.global_step: metrics}
         if self.is_in_train and self.args.save_strategy != "no" and self.guard.is_best(self.state):
             self._save_best()
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -287,10 +378,27 @@ class GEMTrainer(Trainer):
             resume_from_checkpoint = newest_checkpoint(Path(str(self.args.output_dir))) or True
         if isinstance(resume_from_checkpoint, str):
             load_weights(self.model, Path(resume_from_checkpoint))
+        if self.average is not None:
+            begun = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+            self.average.restart(cast(nn.Module, self.model), begun)
+        self._evaluated = {}
         result = super().train(resume_from_checkpoint, *arguments, **keywords)
         if self.restored:
             load_weights(self.model, Path(self.restored))
         return result
+
+    @property
+    def final_metrics(self) -> dict[str, float] | None:
+        """What evaluate() would return again after train(), without an entry in the log; None if it is not known."""
+        ends_restored = self.args.load_best_model_at_end and self.state.best_model_checkpoint
+        return None if ends_restored else self._evaluated.get(self.state.global_step)
+
+    def verdicts(self, error: Diverged | None = None) -> list[Verdict]:
+        """Return what each guard rail has found so far. `error` is what train() raised, if it did."""
+        pairs = pair_auroc(cast(Any, self.train_dataset)) if self.make_groups is None else math.nan
+        guard, online = self.guard.guard, self.guard.online
+        log: Any = self.state.log_history
+        return verdicts(log, guard, online=online, guessing=self.guard.guessing, pairs=pairs, error=error)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as Trainer does; raise Diverged if a weight is not finite, before anything is written."""
@@ -348,6 +456,10 @@ def _cause(logprob: Tensor, ref_logprob: Tensor | None, terms: dict[str, float])
     return f"{name} is {terms[name]:g}"
 
 
+def _names(inputs: dict[str, Any]) -> list[str]:
+    return [group.name for group in inputs["groups"]]
+
+
 def _first(names: Sequence[str]) -> str:
     """Name a micro-batch by its first group."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
@@ -355,7 +467,9 @@ def _first(names: Sequence[str]) -> str:
 
 def _of_chosen(inputs: dict[str, Any]) -> dict[str, Any]:
     """Return the batch with the labels of all but the chosen completions masked."""
-    chosen = (inputs["role"] == ROLES["chosen"]).repeat_interleave(inputs["cu_seqlens"].diff())
+    lengths = inputs["cu_seqlens"].diff()
+    is_chosen = [member.role == "chosen" for group in inputs["groups"] for member in group.members]
+    chosen = torch.tensor(is_chosen, device=lengths.device).repeat_interleave(lengths)
     labels = inputs["shift_labels"].clone()
     kept = labels != IGNORE_INDEX
     labels[kept] = labels[kept].masked_fill(~chosen, IGNORE_INDEX)

@@ -285,7 +285,8 @@ def test_every_phase_of_a_tiny_model(files: Path, capsys: pytest.CaptureFixture[
         status, _, err = run(capsys, command, "--config", f"{command}.yaml")
         assert status == 0, err
     assert run(capsys, "report", "sft", "gem", "--output", "page.html")[0] == 0
-    assert json.loads(Path("sft/metrics.json").read_text()) == {"train_steps": 3.0}
+    rails = {"rail_leap": 1.0, "rail_idle": 1.0, "rail_finite": 1.0}
+    assert json.loads(Path("sft/metrics.json").read_text()) == {"train_steps": 3.0, **rails}
     groups = load_groups(Path("groups.jsonl"))
     assert len(groups) == 8 and all(len(g.members) == 5 for g in groups)
     trained, evaluated = (json.loads(Path(name).read_text()) for name in ("gem/metrics.json", "eval.json"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from typing import Any
@@ -15,8 +16,9 @@ from gem.config import EvalArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
 from gem.demo import build_tokenizer
 from gem.evaluate import Evaluation, auroc, normalise, pair_auroc, preference_accuracy
+from gem.generators import Completion, Generator
 from gem.groups import Group, Member
-from gem.rollout import Sampler
+from gem.score import token_stats
 
 EOS = 2
 
@@ -148,11 +150,11 @@ def examples(n: int = 12) -> list[Example]:
 
 
 def evaluation(
-    model: Any, rows: list[Example] | None = None, sampler: Sampler | None = None, **changes: Any
+    model: Any, rows: list[Example] | None = None, generator: Generator | None = None, **changes: Any
 ) -> Evaluation:
     rollout = RolloutArguments(max_new_tokens=6)
     rows = examples() if rows is None else rows
-    return Evaluation(model, build_tokenizer(), rows, rollout, ScoreArguments(), EvalArguments(**changes), sampler)
+    return Evaluation(model, build_tokenizer(), rows, rollout, ScoreArguments(), EvalArguments(**changes), generator)
 
 
 SHARES = {"preference_sum", "preference_token", "preference_reference", "preference_length", "accuracy_greedy",
@@ -206,20 +208,21 @@ def test_preferences_by_hand() -> None:
     assert 0 < found["preference_reference"] < 1  # not at a limit, where the test would be weak
 
 
-def speaking(*texts: str) -> Sampler:
-    """Return a sampler that gives these completions in turn; "..." at the end of a text: cut off."""
+def speaking(*texts: str) -> Generator:
+    """Return a generator that gives these completions to the prompts in turn; "..." at the end of a text: cut off."""
 
-    def sample(prompts: Any, *, greedy: bool = False, progress: str | None = None) -> list[list[int]]:
+    def generate(prompts: Any, n: int = 1, **_: Any) -> list[list[Completion]]:
         said = [texts[i % len(texts)] for i in range(len(prompts))]
-        return [ids_of(t[:-3]) if t.endswith("...") else [*ids_of(t), EOS] for t in said]
+        ids = [ids_of(t[:-3]) if t.endswith("...") else [*ids_of(t), EOS] for t in said]
+        return [[Completion(answer, "stop")] * n for answer in ids]
 
-    return sample
+    return generate
 
 
 def test_accuracy_compares_final_answers() -> None:
-    sampler = speaking("#### 1", "0 #### 1", "#### 1...", "#### 10", "1=", " #### 1 ", "####")
+    generator = speaking("#### 1", "0 #### 1", "#### 1...", "#### 10", "1=", " #### 1 ", "####")
     model = tiny_model()
-    run = evaluation(model, [examples(1)[0]] * 7, sampler)
+    run = evaluation(model, [examples(1)[0]] * 7, generator)
     found = run(model)
     assert [c["correct"] for c in run.completions] == ["true", "true", "false", "false", "true", "true", "false"]
     assert found["accuracy_greedy"] == found["accuracy_sampled"] == pytest.approx(4 / 7)
@@ -235,13 +238,13 @@ def test_a_chosen_answer_that_says_nothing_is_matched_by_nothing() -> None:
 
 
 def test_what_cannot_be_had_is_absent() -> None:
-    sampler = speaking("#### 1")
+    generator = speaking("#### 1")
     model = tiny_model()
     alone = [Example(e.prompt, e.prompt_ids, e.chosen_ids) for e in examples(1)]
-    found = evaluation(model, alone, sampler)(model)
+    found = evaluation(model, alone, generator)(model)
     assert found.keys() == {"accuracy_greedy", "accuracy_sampled", "truncated", "length", "final_entropy",
                             "branch_entropy"}  # fmt: skip
-    assert evaluation(model, alone, sampler, eval_samples=0)(model) == {"accuracy_greedy": 1.0}
+    assert evaluation(model, alone, generator, eval_samples=0)(model) == {"accuracy_greedy": 1.0}
 
 
 def several_turns(e: Example) -> Example:
@@ -252,10 +255,10 @@ def several_turns(e: Example) -> Example:
 
 
 def test_a_preference_of_several_turns_has_no_task_accuracy() -> None:
-    sampler = speaking("#### 3")
+    generator = speaking("#### 3")
     model, rows = tiny_model(), examples(6)
     mixed = [several_turns(e) if i % 2 else e for i, e in enumerate(rows)]
-    run = evaluation(model, mixed, sampler)
+    run = evaluation(model, mixed, generator)
     found = run(model)
     assert [c["prompt"] for c in run.completions] == ["0+1=", "2+1=", "4+1="]
     assert found["accuracy_greedy"] == pytest.approx(1 / 3)
@@ -274,15 +277,15 @@ def test_a_preference_of_several_turns_has_no_task_accuracy() -> None:
 def test_candidates_are_of_the_prompt_that_is_sampled_from() -> None:
     asked = []
 
-    def sample(prompts: Any, **_: Any) -> list[list[int]]:
-        asked.append(prompts)
-        return [[*ids_of("#### 1"), EOS]] * len(prompts)
+    def generate(prompts: Any, n: int = 1, **_: Any) -> list[list[Completion]]:
+        asked.append((prompts, n))
+        return [[Completion([*ids_of("#### 1"), EOS], "stop")] * n] * len(prompts)
 
     e = examples(1)[0]
     steps = [*e.prompt_ids, 5, 6]
     rows = [e, Example(e.prompt, e.prompt_ids, e.chosen_ids, sampling_prompt_ids=steps)]
-    evaluation(model := tiny_model(), rows, sample)(model)
-    assert asked == [[e.prompt_ids, steps]] * 2
+    evaluation(model := tiny_model(), rows, generate, eval_samples=3)(model)
+    assert asked == [([e.prompt_ids, steps], 1), ([e.prompt_ids, steps], 3)]
 
 
 def test_limits() -> None:
@@ -292,3 +295,48 @@ def test_limits() -> None:
     many = evaluation(model, examples(25), eval_samples=0)
     many(model)
     assert len(many.completions) == 20
+
+
+# --- what is known is not computed again ------------------------------------------------------------------------------
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the sequences that go through the model for the pairs, from now on."""
+    seen: list[int] = []
+
+    def stats(model: Any, sequences: Any, **more: Any) -> Any:
+        seen.append(len(sequences))
+        return token_stats(model, sequences, **more)
+
+    monkeypatch.setattr("gem.evaluate.token_stats", stats)
+    return seen
+
+
+def test_the_pairs_of_the_start_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the first call on other weights; and the numbers are those of a pass."""
+    model = tiny_model()
+    run = evaluation(model, eval_samples=0)
+    seen = counting(monkeypatch)
+    known = run(model)
+    assert run(copy.deepcopy(model)) == known and seen == []
+    run._start = None
+    assert run(model) == known and seen == [24]
+    assert known["preference_reference"] == 0.5
+
+    run = evaluation(model, eval_samples=0)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-3
+    seen.clear()
+    assert run(model)["preference_sum"] == evaluation(model, eval_samples=0)(model)["preference_sum"]
+    assert seen == [24, 24]  # of this model, and of the reference of the second evaluation
+    hashed: list[Any] = []
+    monkeypatch.setattr("gem.evaluate.model_hash", hashed.append)
+    run(model)
+    assert not hashed  # training does not come back to the start
+
+
+def test_without_pairs_nothing_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gem.evaluate.model_hash", None)
+    model = tiny_model()
+    alone = [Example(e.prompt, e.prompt_ids, e.chosen_ids) for e in examples(2)]
+    assert "accuracy_greedy" in evaluation(model, alone)(model)

@@ -343,3 +343,18 @@ ONE, TWO = torch.zeros(1), torch.zeros(2)
 def test_bad_input(call: Callable[[], Tensor], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_known_kl_is_shown_whatever_its_weight() -> None:
+    """Of a groups file the reference log-probs are there; what is not known has no part."""
+    role, sequence, logprob = torch.tensor([0, 1]), torch.tensor([0, 0, 1]), torch.tensor([-1.0, -2.0, -3.0])
+    weight, fresh = torch.tensor([0.5, -0.5]), torch.tensor([True, False])
+    arguments = LossArguments(kl_weight=0.0, taper=False)
+
+    def parts(ref: list[float] | None) -> dict[str, torch.Tensor]:
+        return group_loss(logprob, None if ref is None else torch.tensor(ref), sequence, weight, role, fresh, arguments)
+
+    x = torch.tensor([0.5, 0.25])
+    assert parts([-0.5, -1.75, -3.0])["kl"] == pytest.approx(float((x.exp() - 1 - x).sum()))
+    for unknown in ([math.nan, math.nan, -3.0], None):
+        assert "kl" not in parts(unknown) and torch.isfinite(parts(unknown)["loss"])

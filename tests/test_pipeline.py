@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gem.config import PRESETS, RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
 from gem.demo import build_tokenizer
+from gem.generators import Completion
 from gem.groups import Group, Member, Role
 from gem.pipeline import GroupMaker, pair_group, weight_groups
 
@@ -251,17 +252,19 @@ def test_reference_and_policy_each_do_their_part() -> None:
 
 
 def test_candidates_of_another_backend() -> None:
-    """Any callable of the Sampler protocol draws the candidates; only examples without their own are sampled."""
+    """Any callable of the Generator protocol draws the candidates; only examples without their own are sampled."""
     asked: list[Any] = []
 
-    def sample(prompts: Any, *, greedy: bool = False, progress: str | None = None) -> list[list[int]]:
-        asked.append((prompts, greedy, progress))
-        return [[9, 7 + i, EOS] for i in range(len(prompts))]
+    def sample(
+        prompts: Any, n: int = 1, *, greedy: bool = False, progress: str | None = None
+    ) -> list[list[Completion]]:
+        asked.append((prompts, n, greedy, progress))
+        return [[Completion([9, 7 + n * i + j, EOS], "stop") for j in range(n)] for i in range(len(prompts))]
 
     rollout = RolloutArguments(group_size=2, max_new_tokens=6)
-    maker = GroupMaker(model(), build_tokenizer(), rollout, ScoreArguments(), RankArguments(), sampler=sample)
+    maker = GroupMaker(model(), build_tokenizer(), rollout, ScoreArguments(), RankArguments(), generator=sample)
     found = maker(examples(), progress=True)
-    assert asked == [([[1, 8], [1, 8], [1], [1]], False, "candidates")]
+    assert asked == [([[1, 8], [1]], 2, False, "candidates")]
     drawn = [[m.ids for m in g.members if m.sampled] for g in found]
     assert drawn == [[[9, 7, EOS], [9, 8, EOS]], [], [[9, 9, EOS], [9, 10, EOS]]]
     assert all(math.isfinite(m.score) and m.logprobs for m in found[0].members[:2])

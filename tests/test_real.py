@@ -6,6 +6,7 @@ and a chat template. Its numbers are compared with fp64 under a bound that is de
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -18,15 +19,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from planted_faults import refusal
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, LlamaModel
 
 from gem import cli
 from gem.config import COT_PROMPT, ModelArguments, RolloutArguments
 from gem.data import encode_records
+from gem.generators import generate
 from gem.groups import load_groups
 from gem.head import fuse_lm_head, unfuse
 from gem.models import load_model, load_tokenizer, source_ends
-from gem.rollout import generate
 from gem.sources import pretrained
 
 pytestmark = pytest.mark.real
@@ -410,3 +411,44 @@ def test_full_training(gguf: str, checkpoint: Path, folder: Path) -> None:
     assert before.keys() == after.keys()
     assert sum(not torch.equal(before[name], after[name]) for name in before) > 0.9 * len(before)
     assert AutoTokenizer.from_pretrained("sft").chat_template == AutoTokenizer.from_pretrained(checkpoint).chat_template
+
+
+def test_online_lora_is_one_model_and_one_pass(
+    checkpoint: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps of two prompts: no copy of the model, no scoring forward, no second look at a human pair."""
+    forwards: list[tuple[str, int]] = []
+    generating, own_generate, own_forward = [False], LlamaForCausalLM.generate, LlamaModel.forward
+    own_copy = copy.deepcopy
+
+    def generate_watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        generating[0] = True
+        try:
+            return own_generate(self, *args, **kwargs)
+        finally:
+            generating[0] = False
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not generating[0] and not kwargs.get("use_cache"):
+            adapted = not self.layers[0].self_attn.q_proj.disable_adapters
+            kind = "training" if torch.is_grad_enabled() else "policy" if adapted else "reference"
+            forwards.append((kind, len(kwargs["input_ids"])))
+        return own_forward(self, *args, **kwargs)
+
+    def deepcopy(value: Any, *more: Any) -> Any:
+        assert not isinstance(value, nn.Module)
+        return own_copy(value, *more)
+
+    monkeypatch.setattr(copy, "deepcopy", deepcopy)
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate_watched)
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    words = "train --data pairs.jsonl --limit 2 --output_dir online --lora_rank 4 --group_size 2 --max_new_tokens 12"
+    more = "--max_steps 2 --per_device_train_batch_size 2 --learning_rate 1e-4 --save_strategy no --use_cpu --disable_tqdm true"
+    assert cli.main([*words.split(), "--model", str(checkpoint), *more.split()]) == 0, capsys.readouterr().err
+    steps = forwards[-6:]  # before them, checks of the head and of the adapters
+    assert [kind for kind, _ in steps] == ["reference", "reference", "reference", "training", "reference", "training"]
+    assert [rows for _, rows in steps] == [2, 2, 4, 8, 4, 8]  # each pair alone, then the candidates, then all
+    history = json.loads(Path("online/trainer_state.json").read_text())["log_history"]
+    kl = [entry["kl"] for entry in history if "kl" in entry]
+    gaps = [entry["sampler_gap"] for entry in history if "loss" in entry]
+    assert kl[0] == pytest.approx(0, abs=1e-4) and len(gaps) == 2 and max(gaps) < 1e-3

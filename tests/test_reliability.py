@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gem.config import GuardArguments
+from gem.config import SAMPLER_GAP, GuardArguments
+from gem.rails import verdicts
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
@@ -38,3 +39,10 @@ def test_the_suite_runs_by_its_own_target_and_in_ci() -> None:
 
 def test_the_page_names_every_setting_of_the_guard() -> None:
     assert all(f"`{name}`" in PROSE for name in vars(GuardArguments()))
+
+
+def test_the_page_has_a_row_for_each_rail() -> None:
+    rails = {verdict.rail for verdict in verdicts([], GuardArguments())}
+    rows = re.findall(r"^\| `(\w+)` \| .+ \| .+ \| .+ \|$", PROSE, flags=re.M)
+    assert set(rows) == rails and len(rows) == len(rails)
+    assert f"further than {SAMPLER_GAP:g} nats a token" in PROSE and "`ema_decay" in PROSE

@@ -236,7 +236,7 @@ def test_curves_draw_only_what_was_logged(runs: list[Run]) -> None:
 
 def test_every_key_has_one_panel_with_a_unit_and_a_sentence() -> None:
     panels = [panel for figure in FIGURES.values() for panel in figure]
-    assert len({panel.key for panel in panels}) == len({panel.title for panel in panels}) == len(panels) == 27
+    assert len({panel.key for panel in panels}) == len({panel.title for panel in panels}) == len(panels) == 30
     assert all(panel.unit and panel.look_for.endswith(".") for panel in panels)
 
 
@@ -326,6 +326,31 @@ def test_page_of_a_bare_run_has_no_empty_sections(tmp_path: Path, no_curves: Non
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert re.findall("<h2>(.*)</h2>", page) == ["Results"]
     assert "<ul>" not in page
+
+
+def test_verdicts_of_each_run_are_open_where_a_rail_fired(tmp_path: Path, no_curves: None) -> None:
+    well = [{"rail": "idle", "verdict": "passed", "said": "no step"}, {"rail": "leap", "verdict": "off", "said": "a=0"}]
+    ill = [
+        {"rail": "idle", "verdict": "fired", "said": "<20 steps"},
+        {"rail": "leap", "verdict": "not watched", "said": ""},
+    ]
+    seen = {"rail_idle": 1.0, "train_steps": 4.0}
+    runs = [
+        Run("a", [], seen, [], 0, well),
+        Run("a", [], seen, [], 1, ill),
+        Run("b", [], {}, [], 0, well),
+        Run("old", [], {}, []),
+    ]
+    table = results_table(runs)
+    assert table.header[-1] == "guard rails hit" and [row[-1] for row in table.rows] == ["idle (1 of 2)", "none", "—"]
+    write_report(tmp_path / "report.html", runs, title="t")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.index("<h2>Results") < page.index("<h2>Guard rails") < page.index("<h2>All other numbers")
+    assert re.findall("<details(.*?)><summary>(.*?)</summary>", page) == [
+        ("", "a, seed 0: 1 passed, 1 off"), (" open", "a, seed 1: 1 fired, 1 not watched"), ("", "b: 1 passed, 1 off"),
+    ]  # fmt: skip
+    assert "✗ fired" in page and "✓ passed" in page and "&lt;20 steps" in page and "rail_idle" not in page
+    assert "train_steps" in page
 
 
 def test_half_a_surrogate_pair_can_be_written(tmp_path: Path, no_curves: None) -> None:

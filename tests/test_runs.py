@@ -7,7 +7,10 @@ import os
 import shutil
 import signal
 import socket
+from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +25,7 @@ from transformers import TrainerCallback
 
 from gem.checkpoints import manifest_flaw, write_manifest
 from gem.lock import locked
+from gem.rails import Verdict
 from gem.results import load_run
 from gem.runs import RunFolder, check_output, prepare_output, train_to_end
 from gem.signals import Stop
@@ -402,6 +406,11 @@ class Stopped:
     def save_state(self) -> None:
         (self.folder / "trainer_state.json").write_text("{}")
 
+    def verdicts(self, error: Diverged | None = None) -> list[Verdict]:
+        return [Verdict("collapse", "fired", "accuracy fell"), Verdict("idle", "off", "stop_idle=0")]
+
+    final_metrics = None
+
 
 @pytest.mark.parametrize("best", ["checkpoint-5", "checkpoint-best", ""])
 @pytest.mark.parametrize("diverged", [False, True])
@@ -424,8 +433,51 @@ def test_a_run_that_a_guard_ends(
     else:
         train_to_end(trainer, None, None)
         metrics = json.loads((tmp_path / "metrics.json").read_text())
-        assert metrics == {"train_steps": 7.0, "stopped_step": 7.0, **({"restored_step": 5.0} if best else {})}
+        steps = {"train_steps": 7.0, "stopped_step": 7.0, **({"restored_step": 5.0} if best else {})}
+        assert metrics == {**steps, "rail_collapse": 0.0}
         assert capsys.readouterr().out.startswith(Stopped.stopped) and manifest_flaw(tmp_path) == ""
+    assert [v["verdict"] for v in json.loads((tmp_path / "rails.json").read_text())["rails"]] == ["fired", "off"]
+
+
+# --- the final evaluation ---------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_is_not_repeated_at_its_step(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts of generations and of passes over the pairs; the numbers and the completions are those of a run that repeats."""
+    from gem import evaluate
+    from gem.trainer import GEMTrainer
+
+    counts: Counter[str] = Counter()
+
+    def counted(name: str, own: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        counts[name] += 1
+        return own(*args, **more)
+
+    for name in ("draw_completions", "token_stats"):
+        monkeypatch.setattr(evaluate, name, partial(counted, name, getattr(evaluate, name)))
+
+    def trained(folder: str, *flags: str) -> tuple[dict[str, int], dict[str, float], str]:
+        counts.clear()
+        status, _, err = run(capsys, "train", "--config", "train.yaml", "--output_dir", folder, *flags)
+        assert status == 0, err
+        metrics = json.loads(Path(folder, "metrics.json").read_text())
+        assert load_run(Path(folder)).history[-1]["eval_preference_sum"] == metrics["preference_sum"]
+        return dict(counts), metrics, Path(folder, "completions.jsonl").read_text()
+
+    assert run(capsys, *SFT)[0] == 0 and run(capsys, "score", "--config", "score.yaml")[0] == 0
+    start = ("--eval_on_start", "true")
+    # Two draws an evaluation, greedy and sampled: at the steps 0, 1 and 2. The pairs of step 0 are those of the reference.
+    found, metrics, completions = trained("once", *start)
+    assert found == {"draw_completions": 6, "token_stats": 3}
+    with monkeypatch.context() as patched:
+        patched.setattr(GEMTrainer, "final_metrics", None)
+        repeated = trained("again", *start)
+    assert repeated == ({"draw_completions": 8, "token_stats": 4}, metrics, completions)
+    counts.clear()
+    assert run(capsys, "eval", "--config", "eval.yaml", "--model", "once")[0] == 0
+    assert counts == {"draw_completions": 2, "token_stats": 1}
 
 
 # --- what goes into a run -----------------------------------------------------------------------------------------------

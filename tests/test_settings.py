@@ -42,6 +42,8 @@ IN_VAIN: list[tuple[str, str, str]] = [
     ("score --stop_growth 9", "stop_growth", "trains nothing"),
     ("score --stop_idle 9", "stop_idle", "trains nothing"),
     ("score --score_with reference", "score_with", "its own reference"),
+    ("score --score_with ema", "score_with", "its own reference"),
+    ("score --ema_decay 0.9", "ema_decay", "its own reference"),
     ("score --lora_rank 4", "lora_rank", "before they are trained"),
     ("score --group_size 0 --temperature 0.7", "temperature", "samples nothing"),
     ("score --group_size 0 --max_new_tokens 9", "max_new_tokens", "samples nothing"),
@@ -49,6 +51,7 @@ IN_VAIN: list[tuple[str, str, str]] = [
     ("score --filter_groups false --min_spread 0.1", "min_spread", "filter_groups is off"),
     ("eval --group_size 3", "group_size", "eval_samples"),
     ("eval --score_with reference", "score_with", "its own reference"),
+    ("eval --score_with ema", "score_with", "its own reference"),
     ("eval --lora_rank 4", "lora_rank", "before they are trained"),
     ("eval --data a.jsonl --eval_data b.jsonl", "data", "eval_data is what"),
     ("eval --eval_samples 0 --temperature 0.5", "temperature", "eval_samples=0"),
@@ -74,6 +77,9 @@ IN_VAIN: list[tuple[str, str, str]] = [
     (f"train {ONLINE} --loss sft --weight_norm std", "weight_norm", "weights are for sega"),
     (f"train {OFFLINE} --group_size 3", "group_size", "in the groups file"),
     (f"train {OFFLINE} --score_with reference", "score_with", "in the groups file"),
+    (f"train {OFFLINE} --score_with ema", "score_with", "in the groups file"),
+    (f"train {ONLINE} --ema_decay 0.9", "ema_decay", "it is for score_with=ema"),
+    (f"train {ONLINE} --score_with reference --ema_decay 0.9", "ema_decay", "it is for score_with=ema"),
     (f"train {OFFLINE} --max_length 99", "max_length", "read as it is"),
     (f"train {OFFLINE} --limit 9", "limit", "read as it is"),
     (f"train {OFFLINE} --temperature 0.5", "temperature", "no eval_data"),
@@ -87,6 +93,10 @@ IN_VAIN: list[tuple[str, str, str]] = [
     (f"train {ONLINE} {EVALUATED} --stop_patience 0 --stop_margin 0.2", "stop_margin", "never stops"),
     (f"train {ONLINE} {EVALUATED} --auroc_gate 0.7", "auroc_gate", "eval_on_start"),
     (f"train {ONLINE} --logging_strategy no --stop_idle 3", "stop_idle", "the guard reads the log"),
+    (f"train {ONLINE} --server http://host:8000", "server", "weights do not follow the training"),
+    ("score --server_timeout 9", "server_timeout", "there is no server"),
+    ("eval --server_model m", "server_model", "there is no server"),
+    ("score --group_size 0 --server http://host:8000", "server", "samples nothing"),
 ]
 # Settings of the rules above, with their condition not met.
 NOT_IN_VAIN = [
@@ -102,10 +112,13 @@ NOT_IN_VAIN = [
     f"train {OFFLINE} {EVALUATED} --max_length 99 --limit 9 --temperature 0.5 --top_m 3 --eval_limit 3",
     f"train {OFFLINE} {EVALUATED} --stop_patience 1 --stop_margin 0.2",
     f"train {ONLINE} --tau 1 --group_size 3 --score_with reference --temperature 0.5 --limit 9",
+    f"train {ONLINE} --score_with ema --ema_decay 0.9",
     f"train {ONLINE} --loss pro --tau 1 --stop_idle 3 --stop_growth 9",
     f"train {OFFLINE} --stop_growth 0",
     "sft --stop_growth 9 --stop_idle 3",
     f"train {ONLINE} {EVALUATED} --eval_on_start --auroc_gate 0.7",
+    "score --server http://host:8000 --server_model m --server_timeout 9 --top_p 0.9",
+    "eval --server http://host:8000 --server_model m --server_timeout 9 --eval_samples 0",
     f"train {OFFLINE} --beta 0.1 --tau 0.5 --group_size 5",  # the values that hold by default
 ]
 
@@ -241,7 +254,7 @@ def test_hidden_flags_are_those_of_no_use(capsys: pytest.CaptureFixture[str]) ->
         shown = capsys.readouterr().out
         assert not any(f"--{name}" in shown for name in never_used(command))
         assert "--debug" in shown
-    assert never_used("train") == set()
+    assert never_used("train") == {"server", "server_model", "server_timeout"}
 
 
 # --- that the settings of score act -----------------------------------------------------------------------------------------

@@ -26,11 +26,11 @@ from gem.checkpoints import newest_checkpoint
 from gem.config import GuardArguments, LossArguments, RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
 from gem.demo import build_tokenizer
+from gem.generators import seeded
 from gem.groups import Group, Member
 from gem.guard import SoundWeights
 from gem.head import ensure_fused
 from gem.pipeline import GroupMaker, pair_group
-from gem.rollout import seeded
 from gem.score import token_stats
 from gem.stops import Diverged
 from gem.trainer import GEMTrainer
@@ -233,7 +233,7 @@ def test_online_groups_are_fresh_and_on_policy(tmp_path: Path) -> None:
     logged = trainer.state.log_history[0]
     for name in ("kl", "weight_positive", "weight_negative", "score", "final_entropy", "branch_entropy", "length"):
         assert name in logged, name
-    for name in ("truncated", "span_fallback", "distinct", "kept", "logprob_chosen", "logprob_rejected"):
+    for name in ("truncated", "span_fallback", "distinct", "kept", "logprob_chosen", "logprob_rejected", "no_gradient"):
         assert name in logged, name
 
 

@@ -11,12 +11,32 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from test_trainer import groups_of, make_trainer, tiny_model
+from test_trainer import EOS, examples, groups_of, make_trainer, tiny_model
 
-from gem.config import LossArguments
+from gem.config import LossArguments, RankArguments, RolloutArguments, ScoreArguments
+from gem.data import Example
+from gem.demo import build_tokenizer
+from gem.pipeline import GroupMaker
 
-KINDS = {"sega": LossArguments(), "sft": LossArguments(loss="sft"), "dpo": LossArguments(loss="dpo")}
+KINDS = {
+    "sega": LossArguments(),
+    "sft": LossArguments(loss="sft"),
+    "dpo": LossArguments(loss="dpo"),
+    "online": LossArguments(),
+    "ema": LossArguments(),
+}
 STEPS, GROUPS = 2, 4  # groups of a step
+
+
+def records() -> list[Example]:
+    """Return records with candidates of unequal lengths, one of them cut off, and one without a human pair."""
+    rows = []
+    for i, example in enumerate(examples(STEPS * GROUPS)):
+        candidates = [[5, 6 + i % 8, EOS], [7, 5] * (1 + i % 3) + [EOS], [9, 10], [3, 8 + i % 7, EOS]]
+        pair = {} if i == 1 else {"rejected_ids": example.rejected_ids}
+        chosen = [] if i == 1 else example.chosen_ids
+        rows.append(Example("", example.prompt_ids, chosen, candidate_ids=candidates, **pair))
+    return rows
 
 
 def steps(folder: Path, processes: int) -> dict[str, Any]:
@@ -27,6 +47,12 @@ def steps(folder: Path, processes: int) -> dict[str, Any]:
         data = groups_of(copy.deepcopy(model), STEPS * GROUPS)
         data[3].members[1].ids.extend([7, 7])  # the processes have unequally many tokens
         data[3].members[1].logprobs.extend([-1.0, -1.0])
+        more: dict[str, Any] = {"data": data}
+        if name in ("online", "ema"):  # records bring their candidates, as what is sampled differs by process
+            reference = copy.deepcopy(model)
+            score = ScoreArguments(score_with="ema", ema_decay=0.5) if name == "ema" else ScoreArguments()
+            maker = GroupMaker(model, build_tokenizer(), RolloutArguments(), score, RankArguments(), reference)
+            more = {"data": records(), "make_groups": maker}
         args = {
             "max_steps": STEPS,
             "per_device_train_batch_size": GROUPS // 2 // processes,
@@ -34,7 +60,8 @@ def steps(folder: Path, processes: int) -> dict[str, Any]:
             "optim": "sgd",  # Adam would make steps of roundings where a gradient is 0
             "learning_rate": 0.1,
         }
-        trainer = make_trainer(folder / name, loss, model=model, data=data, args=args)
+        trainer = make_trainer(folder / name, loss, model=model, args=args, **more)
+        assert trainer.one_pass == (name == "online")
         assert trainer.args.world_size == processes
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from gem.config import GuardArguments, LossArguments
 from gem.demo import build_tokenizer
-from gem.settings import parse
+from gem.settings import never_used, parse
 from gem.stops import Diverged
 from gem.trainer import GEMTrainer
 from gem.training_flags import IGNORED, ONLY_WITH, PACKAGES, check_trackers, refuse_ignored
@@ -36,8 +36,9 @@ OURS = {
     "groups", "eval_data", "eval_limit", "eval_samples", "cache_mib",  # test_cli.py, test_evaluate.py, test_group_loss.py
     "loss", "length_norm", "beta", "kl_weight", "taper", "sft_weight",  # here
     "auroc_gate", "stop_patience", "stop_margin", "stop_growth", "stop_idle",  # test_guard.py
-    "group_size", "max_new_tokens", "temperature", "top_p", "rollout_batch_size", "stop",  # test_settings.py, test_rollout.py
+    "group_size", "max_new_tokens", "temperature", "top_p", "rollout_batch_size", "stop",  # test_settings.py, _generators.py
     "top_m", "branch_weight", "final_weight", "entropy_clip", "markers", "score_with", "score_tokens",  # test_settings.py
+    "ema_decay",  # test_ema.py
     "tau", "prior_sd", "human_weight", "reward", "weight_norm", "min_spread", "filter_groups",  # test_settings.py
 }  # fmt: skip
 CONDITIONAL = {name for names, _, _ in ONLY_WITH for name in names.split()}
@@ -208,7 +209,8 @@ def parsed(*flags: str) -> dict[str, Any]:
 
 
 def test_every_flag_is_in_a_list() -> None:
-    assert {f.name for cls in COMMANDS["train"] for f in fields(cls)} == OURS - {"config", "preset"}
+    settings = {f.name for cls in COMMANDS["train"] for f in fields(cls)}
+    assert settings - never_used("train") == OURS - {"config", "preset"}
     acting = CHANGES_THE_LOSSES.keys() | SHOWS.keys() | ELSEWHERE
     assert INSTALLED - acting - IGNORED.keys() - CONDITIONAL == set()
     assert not acting & (IGNORED.keys() - {"resume_from_checkpoint"})
@@ -471,7 +473,7 @@ def test_a_batch_that_does_not_fit_gets_smaller(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(gc, "collect", lambda *_: 0)  # it takes a second and has no other effect here
 
     def compute_loss(self: GEMTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        sizes.append(len(inputs["members_per_group"]))
+        sizes.append(len(inputs["groups"]))
         if sizes[-1] > 7:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return own(self, model, inputs, *args, **kwargs)

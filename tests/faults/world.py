@@ -85,6 +85,9 @@ MODES = {
     "score": Mode(("score", "--config", "score.yaml"), "scored/groups.jsonl"),
     "train --groups": Mode(("train", "--config", "groups.yaml"), "runs/groups"),
     "train online": Mode(("train", "--config", "online.yaml"), "runs/online"),
+    "train online, score_with ema": Mode(
+        ("train", "--config", "online.yaml", "--output_dir", "runs/ema", "--score_with", "ema"), "runs/ema"
+    ),
     "train online, two ranks": Mode(("train", "--config", "online.yaml"), "runs/online", ranks=2),
 }
 
