@@ -173,8 +173,8 @@ def test_refusals_of_the_reward() -> None:
     ):
         reward(prompts=["1+1="], completions=["2"], completion_ids=[[9, 2]])
     with pytest.raises(ValueError, match="expected an entropy for each of 2 completion tokens, got 1"):
-        reward(completion_ids=[[9, 2]], entropies=[[0.5]], truncated=[False])
-    assert reward(completion_ids=[[3, 2], [9, 2]], entropies=[[0.5, 0.1], [0.25, 0.1]], truncated=[False, False]) == [
-        None,
-        -0.25,
-    ]
+        reward(prompts=["1+1="], completion_ids=[[9, 2]], entropies=[[0.5]], truncated=[False])
+    given = {"completion_ids": [[3, 2], [9, 2]], "entropies": [[0.5, 0.1], [0.25, 0.1]], "truncated": [False, False]}
+    assert reward(prompts=["1+1=", "1+1="], **given) == [None, -0.25]
+    repeats = {"completion_ids": [[8, 5, 8, 6, 2]], "entropies": [[0.5] * 5], "truncated": [False]}
+    assert reward(prompts=["1+1="], **repeats) == [None]
