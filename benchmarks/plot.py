@@ -32,7 +32,7 @@ PICTURES = {  # the last part of the file's name -> its alternative text in docs
     "tokens": "time and memory of the SEGA step against tokens",
     "error": "error of bf16 log-probabilities and entropies against time",
 }
-OTHERS = ("gpu-", "planted_faults", "real_step", "trl_heads")  # results of scripts that write their own tables
+OTHERS = ("gpu-", "online_step", "planted_faults", "real_step", "trl_heads")  # their scripts write the tables
 COLORS = {OURS: "#c1272d", EAGER: "#555555", "torch.compile": "#999999", TRL: "#0072b2", "Liger scaled CE": "#009e73"}
 COLORS |= {"F.linear_cross_entropy": "#8e44ad", ENTROPY_FIRST: "#e69f00"}
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
+from types import MappingProxyType
 
 from benchmarks.results import ROOT, describe_machine, said
 from tools.files import Json, read_json, write_json
@@ -26,20 +27,36 @@ _ENVIRONMENT = {
 }
 
 
-def measure(module: str, kind: str, cases: Mapping[str, str], heads: Sequence[str], rounds: int, shape: Json) -> Json:
+_OF_TREE = (  # the packages of a tree, and the benchmarks of this one
+    "import runpy, sys; tree, root, module, *rest = sys.argv[1:]; sys.path.insert(0, tree); import gem, gem_kernels; "
+    "sys.path[0] = root; sys.argv[1:] = rest; runpy.run_module(module, run_name='__main__')"
+)
+
+
+def measure(
+    module: str,
+    kind: str,
+    cases: Mapping[str, str],
+    heads: Sequence[str],
+    rounds: int,
+    shape: Json,
+    trees: Mapping[str, Path] = MappingProxyType({}),
+) -> Json:
     """Run `python -m module --run <argument> <head>`, whose last line is JSON, for all cases and heads; print each row.
 
     Args:
         kind: the key of a case in its row.
         cases: name -> argument.
         shape: a part of the document.
+        trees: head -> the checkout whose gem and gem_kernels it runs; this one if it is not named.
     """
     rows: list[Json] = []
     load = os.getloadavg()
     for number in range(rounds):
         for name, argument in cases.items():
             for head in heads if number % 2 == 0 else heads[::-1]:
-                command = [sys.executable, "-m", module, "--run", argument, head]
+                code = ["-c", _OF_TREE, str(trees[head]), str(ROOT), module] if head in trees else ["-m", module]
+                command = [sys.executable, *code, "--run", argument, head]
                 environment = {**os.environ, **_ENVIRONMENT}
                 done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
                 if done.returncode:

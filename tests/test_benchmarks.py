@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import contest, measure, plot, real_step, record, results, trl_heads
+from benchmarks import contest, measure, online_step, plot, real_step, record, results, trl_heads
 from benchmarks.gold import make_gold
 from benchmarks.results import OURS
 from benchmarks.shapes import TINY, Shape, make_inputs, ragged
+from gem import demo
 
 ROOT = Path(__file__).parent.parent
 
@@ -199,6 +202,40 @@ def test_an_error_of_ours_is_not_hidden_in_a_row() -> None:
     )
     with pytest.raises(RuntimeError, match="out of luck"):
         contest.compete(contest.Task("t", broken, exact, 1), TINY, [OURS], timed=False)
+
+
+@pytest.mark.parametrize("count", [False, True], ids=["clock", "counter"])
+def test_the_stages_of_an_online_step_add_up(count: bool, tmp_path: Path) -> None:
+    tokenizer = demo.build_tokenizer()
+    demo.write_data(tmp_path / "data", 0)
+    for part in (tokenizer, demo.build_model(tokenizer)):
+        part.save_pretrained(tmp_path / online_step.DEMO)
+    trainer = online_step.gem_trainer(online_step.DEMO, tmp_path, 2)
+    drawn: list[Any] = []
+    draw = trainer.make_groups.draw
+    trainer.make_groups.draw = lambda *args, **more: drawn.append(draw(*args, **more)) or drawn[-1]
+    own = type(trainer.model).__call__
+    counter = online_step.flop_counter() if count else None
+    with counter or contextlib.nullcontext(), online_step.watching(trainer, counter) as stages:
+        start = time.perf_counter()
+        trainer.train()
+        took = time.perf_counter() - start
+    assert sum(stages.seconds.values()) == pytest.approx(took, abs=0.05) and set(stages.seconds) <= set(
+        online_step.STAGES
+    )
+    assert all(stages.seconds[stage] > 0 for stage in ("generation", "reference", "training", "optimizer", "rest"))
+    assert type(trainer.model).__call__ is own and "training_step" not in vars(trainer)
+    groups = [group for of_step in drawn for group in of_step]
+    trained = sum(len(group.prompt_ids) + len(member.ids) for group in groups for member in group.members)
+    assert trained <= stages.tokens["training"] and stages.tokens["reference"] and stages.tokens["generation"]
+    assert not stages.tokens["rest"] and not stages.tokens["optimizer"]
+    if counter is not None:
+        assert sum(stages.flop.values()) == counter.get_total_flops() and not stages.flop["rest"]
+        body = 2 * sum(p.numel() for n, p in trainer.model.named_parameters() if ".layers." in n and p.ndim == 2)
+        for stage, times in (("generation", 1), ("reference", 1), ("training", 3)):
+            assert 1 <= stages.flop[stage] / (times * body * stages.tokens[stage]) < 1.2, (
+                stage
+            )  # head and attention are small
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
