@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gem.checkpoints import newest_checkpoint, write_manifest
 from gem.config import GuardArguments, LossArguments, check
@@ -36,6 +35,7 @@ from gem.group import ROLES, Group, Member
 from gem.guard import CollapseGuard, SoundWeights, check_gradients, check_weights
 from gem.head import completion_stats, fuse_lm_head, fused_head, router_usage, unwrapped
 from gem.head.router import adds_router_loss
+from gem.health import Health, Progress, group_health
 from gem.losses import group_loss, reads_reference
 from gem.noise import active_noise
 from gem.pipeline import GroupMaker
@@ -49,6 +49,8 @@ from gem.special_tokens import KeepSpecialTokens
 from gem.stops import Diverged
 from gem.training_flags import refuse_ignored
 from gem_kernels import IGNORE_INDEX, TokenStats
+
+__all__ = ["GEMTrainer", "Progress", "group_health"]
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +146,7 @@ class GEMTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
         self.layout = "packed" if flash else "right"
-        self._health: dict[str, list[float]] = {}
+        self._health = Health()
 
     def _two_passes(self, maker: GroupMaker) -> str:
         """Return why the groups need a scoring pass of their own; "" if they do not."""
@@ -193,7 +195,7 @@ class GEMTrainer(Trainer):
             if self.maker is not None and not self.one_pass:
                 self.maker.weigh(groups)
                 if self.maker.score.score_with == "policy":
-                    self._record("sampler_gap", torch.tensor(self.maker.gap))
+                    self._health.record("sampler_gap", self.maker.gap)
             if self.maker is not None:
                 self.maker.refer(groups, self._reads_reference)
         except Diverged as error:
@@ -249,13 +251,11 @@ class GEMTrainer(Trainer):
         names = _names(inputs)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            groups = [group for batch in self._batches for group in batch["groups"]]
-            for name, values in group_health(groups).items():
-                self._record(name, torch.tensor(values).nanmean())
+            self._health.record_groups([group for batch in self._batches for group in batch["groups"]])
         # With fp16, infinite gradients are a matter of the scaler, which skips their step.
         if self.accelerator.sync_gradients and self.accelerator.scaler is None:
             norm = check_gradients(model, f"{self._at} the gradient, after {_first(names)}, has")
-            self._record("no_gradient", torch.tensor(float(norm == 0)))
+            self._health.record("no_gradient", float(norm == 0))
         return loss
 
     def compute_loss(
@@ -295,7 +295,7 @@ class GEMTrainer(Trainer):
         if found := not_finite((name, getattr(stats, name)) for name in ("logprob", "entropy")):
             raise Diverged(f"{self._at} the model gives {found} for {group.name}")
         if self.one_pass or (maker.score.score_with != "policy" and not self._noise):
-            self._record("sampler_gap", torch.tensor(maker.compare(group.members, stats.logprob)))
+            self._health.record("sampler_gap", maker.compare(group.members, stats.logprob))
         if self.one_pass:
             maker.weigh([group], stats)
 
@@ -317,7 +317,7 @@ class GEMTrainer(Trainer):
         ref = self._reference_of(group, stats)
         read = torch.tensor([self._reads_reference(member) for member in members], device=device)[sequence]
         terms = group_loss(stats.logprob, ref, sequence, weight, role, fresh, self.loss)
-        values = {name: self._record(name, value.detach()) for name, value in terms.items()}
+        values = {name: self._health.record(name, value.detach()) for name, value in terms.items()}
         if not all(map(math.isfinite, values.values())):
             cause = _cause(stats.logprob, ref[read] if ref is not None and bool(read.any()) else None, values)
             raise Diverged(f"{self._at} {cause} in {group.name}")
@@ -426,25 +426,8 @@ class GEMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and add to a training loss the means of what the batches recorded since the last one."""
         if "loss" in logs:
-            logs = {**self._means(), **logs}
+            logs = {**self._health.means(), **logs}
         super().log(logs, start_time)
-
-    def _means(self) -> dict[str, float]:
-        """Return the mean over all processes of each value recorded since the last log; one without a value is absent."""
-        finite = {name: [x for x in values if math.isfinite(x)] for name, values in self._health.items()}
-        self._health.clear()
-        found: list[dict[str, tuple[float, int]]] = gather_object(
-            [{name: (math.fsum(values), len(values)) for name, values in finite.items()}]
-        )
-        names = dict.fromkeys(name for part in found for name in part)
-        sums = {name: [part[name] for part in found if name in part] for name in names}
-        counts = {name: sum(n for _, n in parts) for name, parts in sums.items()}
-        return {name: sum(total for total, _ in sums[name]) / n for name, n in counts.items() if n}
-
-    def _record(self, name: str, value: Tensor) -> float:
-        """Keep a value for the mean that the next log shows, and return it."""
-        self._health.setdefault(name, []).append(float(value))
-        return self._health[name][-1]
 
 
 def _cause(logprob: Tensor, ref_logprob: Tensor | None, terms: dict[str, float]) -> str:
@@ -474,35 +457,3 @@ def _of_chosen(inputs: dict[str, Any]) -> dict[str, Any]:
     kept = labels != IGNORE_INDEX
     labels[kept] = labels[kept].masked_fill(~chosen, IGNORE_INDEX)
     return {**inputs, "shift_labels": labels}
-
-
-def group_health(groups: Sequence[Group]) -> dict[str, list[float]]:
-    """Return the values behind the report's curves for the candidates of a batch; {} if there are none (sft, dpo)."""
-    candidates = [member for group in groups for member in group.members if member.role == "candidate"]
-    if not candidates:
-        return {}
-    return {
-        "score": [m.score for m in candidates],
-        "final_entropy": [m.final_entropy for m in candidates],
-        "branch_entropy": [m.branch_entropy for m in candidates],
-        "length": [float(len(m.ids)) for m in candidates],
-        "truncated": [float(m.truncated) for m in candidates],
-        "flawed": [float(bool(m.flaw)) for m in candidates],
-        "span_fallback": [float(m.span_rule != "marker") for m in candidates],
-        "distinct": [
-            float(len({tuple(m.ids[slice(*m.answer_span)]) for m in group.members if m.role == "candidate"}))
-            for group in groups
-        ],
-        "kept": [float(group.kept) for group in groups],
-    }
-
-
-class Progress(ProgressCallback):
-    """Trainer's progress bar with a few numbers behind it, instead of a printed dictionary per step."""
-
-    SHOWN = ("loss", "score", "eval_accuracy_sampled", "eval_preference_sum")
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
-        if self.training_bar is not None and logs:
-            self.shown = {**getattr(self, "shown", {}), **{k: f"{logs[k]:.3g}" for k in self.SHOWN if k in logs}}
-            self.training_bar.set_postfix(self.shown)

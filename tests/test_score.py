@@ -16,8 +16,8 @@ from gem.ends import Ends
 from gem.generators import generate
 from gem.groups import Group, Member
 from gem.head import ensure_fused, fuse_lm_head
+from gem.health import group_health
 from gem.score import flaw_of, score_groups, token_stats
-from gem.trainer import group_health
 
 EOS = 2
 CONFIG = LlamaConfig(

@@ -78,7 +78,7 @@ GEM: list[set[str]] = [
         "head.trial",
         "head.batch",
     },
-    {"encoding", "records", "groups_writer", "head.transform", "head.product", "head.router"},
+    {"encoding", "records", "groups_writer", "health", "head.transform", "head.product", "head.router"},
     {"head.extra"},
     {"head.call"},
     {"head.check"},

@@ -1,0 +1,75 @@
+"""What the log of a training shows of its groups, as means over steps and processes; and its progress bar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import ProgressCallback, TrainerState
+
+from gem.group import Group
+
+
+class Health:
+    """Values recorded in the course of steps, by name."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[float]] = {}
+
+    def record(self, name: str, value: Tensor | float) -> float:
+        """Keep a value for the mean that the next log shows, and return it."""
+        self._values.setdefault(name, []).append(float(value))
+        return self._values[name][-1]
+
+    def record_groups(self, groups: Sequence[Group]) -> None:
+        """Record the means of `group_health` over the groups of a step."""
+        for name, values in group_health(groups).items():
+            self.record(name, torch.tensor(values).nanmean())
+
+    def means(self) -> dict[str, float]:
+        """Return the mean over all processes of each value recorded since the last call; one without a value is absent."""
+        finite = {name: [x for x in values if math.isfinite(x)] for name, values in self._values.items()}
+        self._values.clear()
+        found: list[dict[str, tuple[float, int]]] = gather_object(
+            [{name: (math.fsum(values), len(values)) for name, values in finite.items()}]
+        )
+        names = dict.fromkeys(name for part in found for name in part)
+        sums = {name: [part[name] for part in found if name in part] for name in names}
+        counts = {name: sum(n for _, n in parts) for name, parts in sums.items()}
+        return {name: sum(total for total, _ in sums[name]) / n for name, n in counts.items() if n}
+
+
+def group_health(groups: Sequence[Group]) -> dict[str, list[float]]:
+    """Return the values behind the report's curves for the candidates of a batch; {} if there are none (sft, dpo)."""
+    candidates = [member for group in groups for member in group.members if member.role == "candidate"]
+    if not candidates:
+        return {}
+    return {
+        "score": [m.score for m in candidates],
+        "final_entropy": [m.final_entropy for m in candidates],
+        "branch_entropy": [m.branch_entropy for m in candidates],
+        "length": [float(len(m.ids)) for m in candidates],
+        "truncated": [float(m.truncated) for m in candidates],
+        "flawed": [float(bool(m.flaw)) for m in candidates],
+        "span_fallback": [float(m.span_rule != "marker") for m in candidates],
+        "distinct": [
+            float(len({tuple(m.ids[slice(*m.answer_span)]) for m in group.members if m.role == "candidate"}))
+            for group in groups
+        ],
+        "kept": [float(group.kept) for group in groups],
+    }
+
+
+class Progress(ProgressCallback):
+    """Trainer's progress bar with a few numbers behind it, instead of a printed dictionary per step."""
+
+    SHOWN = ("loss", "score", "eval_accuracy_sampled", "eval_preference_sum")
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any) -> None:
+        if self.training_bar is not None and logs:
+            self.shown = {**getattr(self, "shown", {}), **{k: f"{logs[k]:.3g}" for k in self.SHOWN if k in logs}}
+            self.training_bar.set_postfix(self.shown)
