@@ -43,7 +43,11 @@ __all__ = ["SUMMARIES", "main", "parse"]
 DEBUG_VALUES = ("underflow_overflow", "tpu_metrics_debug")
 # Settings that leave groups as they are, and inputs, whose hashes the header holds.
 NOT_IN_HEADER = {"output", "device", "shard", "auroc_gate", "model", "tokenizer", "data"}
-NOT_IN_HEADER |= {"server", "server_model", "server_timeout"}  # where the same model answers
+NOT_IN_HEADER |= {
+    "server",
+    "server_model",
+    "server_timeout",
+}  # the header says whether a server samples, and which model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     for chatty in ("httpx", "datasets", "transformers"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings of a broken answer are tracebacks
     commands = {
         "sft": _sft, "score": _score, "merge": _merge, "train": _train, "eval": _eval, "report": _report, "doctor": _doctor,
         "demo": _demo,
@@ -184,6 +189,8 @@ def _score(argv: Sequence[str]) -> None:
     check_file(path, "output")
     shard = "{}/{}".format(*parse_shard(output.shard))
     compared = {name: value for name, value in settings.items() if name not in NOT_IN_HEADER | never_used("score")}
+    if rollout.server_model is not None:  # another one may be another model
+        compared["server_model"] = rollout.server_model
     header: dict[str, Any] = {"shard": shard, "settings": compared}
     check_same(path, header)
     tokenizer = load_tokenizer(model_args)
@@ -346,7 +353,9 @@ def _eval(argv: Sequence[str]) -> None:
     examples = read_examples(data, tokenizer, need=("chosen",), rollout=rollout, ends=ends, **evaluated)
     torch.manual_seed(output.seed)
     model = load_model(model_args, tokenizer, device)
-    generator = _generator(rollout, model, tokenizer, ends, [example.sampled_from for example in examples])
+    asked = examples[: eval_args.eval_limit] if eval_args.eval_limit else examples
+    prompts = [example.sampled_from for example in asked if not example.chosen_given]
+    generator = _generator(rollout, model, tokenizer, ends, prompts)
     evaluation = Evaluation(model, tokenizer, examples, rollout, score, eval_args, generator=generator)
     torch.manual_seed(output.seed)  # new adapters have drawn some
     metrics = evaluation(model)

@@ -70,7 +70,9 @@ class RolloutArguments:
     top_p: float = setting(
         1.0, "top-p of the sampler; below 1 the log-probs are not those of the sampling distribution"
     )
-    rollout_batch_size: int = setting(64, "candidates generated at once; with a server, asked for at once")
+    rollout_batch_size: int = setting(
+        64, "candidates generated, or asked of a server, at once; `score` writes its file so often"
+    )
     stop: list[str] = setting([], "texts that also end a candidate, beside the end of sequence")
     cot_prompt: str | None = setting(
         None,
@@ -81,11 +83,10 @@ class RolloutArguments:
     cot_pairs: bool = setting(False, "put cot_prompt into the human pair's prompt too")
     server: str | None = setting(
         None,
-        "URL of a `vllm serve` that samples from the same model, with its key in VLLM_API_KEY or OPENAI_API_KEY; default: "
-        "transformers, here",
+        "URL of a `vllm serve` that samples from the same model, with its key in VLLM_API_KEY; without it transformers samples",
     )
-    server_model: str | None = setting(None, "name of the model at the server; default: the only one that it serves")
-    server_timeout: float = setting(600.0, "seconds to wait for an answer of the server")
+    server_model: str | None = setting(None, "name of the model at the server, if it serves several")
+    server_timeout: float = setting(600.0, "seconds that the server may be silent before a request is sent again")
 
 
 @dataclass
@@ -214,7 +215,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "temperature": (1e-6, float("inf")),
     "top_p": (1e-6, 1),
     "rollout_batch_size": (1, float("inf")),
-    "server_timeout": (1e-3, float("inf")),
+    "server_timeout": (1e-3, 1e6),
     "top_m": (1e-9, float("inf")),
     "entropy_clip": (1e-9, 1),
     "ema_decay": (0, 1),
@@ -261,8 +262,8 @@ def check(arguments: Any) -> None:
 
 def check_url(name: str, value: str) -> None:
     """Raise ValueError for what is no http(s)://host:port, or holds what may be a secret, which the message leaves out."""
-    if any(sign in value for sign in "@?#"):
-        raise ValueError(f"{name} must be a URL without user, password and query; a key goes into VLLM_API_KEY")
+    if any(sign in "@?#" or sign.isspace() for sign in value):
+        raise ValueError(f"{name} must be a URL without user, password, query and blanks; a key goes into VLLM_API_KEY")
     try:
         parts = urlsplit(value)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import random
 import shutil
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ from gem.config import (
     ScoreArguments,
 )
 from gem.data import Example, encode_records, load_records
-from gem.evaluate import Evaluation
+from gem.evaluate import Evaluation, pair_auroc
 from gem.files import write_lines
 from gem.groups import save_groups
 from gem.pipeline import GroupMaker, pair_group
@@ -230,9 +231,9 @@ def run_method(
     if online:
         save_groups(folder / "last_groups.jsonl", maker(pairs[:PROMPTS]))
     evaluation.samples = FINAL_SAMPLES
-    rails = verdicts(
-        cast(Any, trainer.state.log_history), GuardArguments(), online=online
-    )  # what a run by the command shows
+    ordered = math.nan if online else pair_auroc(cast(Any, trainer.train_dataset))
+    log: Any = trainer.state.log_history  # judged by the guard that a run by the command has
+    rails = verdicts(log, GuardArguments(), online=online, guessing=trainer.guard.guessing, pairs=ordered)
     return finish(name, folder, seed, model, evaluation, rails)
 
 

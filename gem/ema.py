@@ -41,7 +41,7 @@ class WeightAverage(TrainerCallback):
         self._averages = {name: average.to(weights[name].device) for name, average in begun.items()}
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        weights = _trained(kwargs["model"])
+        weights = dict(kwargs["model"].named_parameters())  # some may be frozen by now
         for name, average in self._averages.items():
             average.lerp_(weights[name].detach().to(average.dtype), 1 - self.decay)
 
@@ -85,7 +85,7 @@ class WeightAverage(TrainerCallback):
         Args:
             model: the model that is trained.
         """
-        weights = _trained(model) if self._averages else {}
+        weights = {name: p for name, p in model.named_parameters() if name in self._averages}
         own = {name: p.data for name, p in weights.items()}
         try:
             for name, p in weights.items():

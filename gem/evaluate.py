@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gem.config import EvalArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
 from gem.ends import Ends, model_ends
-from gem.fingerprint import model_hash
+from gem.fingerprint import state_hash
 from gem.generators import Generator, TransformersGenerator, check_room, draw_completions
 from gem.group import Group, Member
 from gem.head import ensure_fused
@@ -80,7 +80,7 @@ class Evaluation:
         if generator is None:  # found out now, not after the training
             check_room(model, [e.sampled_from for e in self.answered], rollout)
         self.reference = self._pair_logprobs(model)
-        self._start = model_hash(model) if self.pairs else None  # until a call meets other weights
+        self._start = state_hash(model) if self.pairs else None  # until a call meets other weights
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return the metrics of the model, those with a finite value."""
@@ -103,7 +103,7 @@ class Evaluation:
         if not self.pairs:
             return {}
         # The first evaluation is often that of the reference itself: before the first step, or by `gem-kernels eval`.
-        if self._start is not None and self._start != model_hash(model):
+        if self._start is not None and self._start != state_hash(model):
             self._start = None
         logprob = self.reference if self._start is not None else self._pair_logprobs(model)
         length = torch.tensor([[len(e.chosen_ids), len(e.rejected_ids)] for e in self.pairs])

@@ -73,6 +73,22 @@ def model_hash(model: nn.Module) -> str:
     return _text_hash([*(f"{what} {int(total)}" for what, total in sums.items()), *texts])
 
 
+def state_hash(model: nn.Module) -> str:
+    """Hash what a forward in evaluation mode depends on: model_hash, all buffers, and which adapters are on."""
+    buffers = [
+        f"{name} {int(_checksum(buffer.detach().contiguous()))}"
+        for name, buffer in model.named_buffers()
+        if buffer.numel()
+    ]
+    switches = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+    tuned = [
+        f"{name} {[getattr(module, switch, None) for switch in switches]}"
+        for name, module in model.named_modules()
+        if hasattr(module, "_active_adapter")
+    ]
+    return _text_hash([model_hash(model), *buffers, *tuned])
+
+
 def _content(config: Any) -> dict[str, Any]:
     """Return what a config says of the model, without where it lies and which release wrote it."""
     return {

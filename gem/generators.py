@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -243,6 +244,8 @@ class _Sampler:
                     f"the model gives probabilities that are not finite for one of {len(prompts)} prompts, the first of "
                     f"which is {said[:60]!r}"
                 ) from None
+            if any(math.isnan(x) for row in rows for x in row.logprobs or ()):  # the likeliest of NaN is some token
+                raise Diverged(f"the model gives log-probs that are not finite for one of {len(prompts)} prompts")
             for i, completions in enumerate(found):
                 completions += rows[i * copies : (i + 1) * copies]
         return found
@@ -253,6 +256,11 @@ class _Sampler:
         Recurrent layers keep a state, and multimodal models the positions of their last batch.
         """
         config = self.base.config
+        if (
+            getattr(self.model, "active_peft_config", None) is not None
+            and self.model.active_peft_config.is_prompt_learning
+        ):
+            return None
         if self.base._is_stateful or config.is_encoder_decoder or config.get_text_config() is not config:
             return None
         prompts = {name: rows[:, :-1] for name, rows in inputs.items()}

@@ -19,11 +19,18 @@ class Health:
 
     def __init__(self) -> None:
         self._values: dict[str, list[float]] = {}
+        self._largest: dict[str, float] = {}
 
     def record(self, name: str, value: Tensor | float) -> float:
         """Keep a value for the mean that the next log shows, and return it."""
         self._values.setdefault(name, []).append(float(value))
         return self._values[name][-1]
+
+    def record_gap(self, gap: float) -> None:
+        """Record how far the sampler is from the policy: the log shows the mean and the largest. NaN is passed over."""
+        self.record("sampler_gap", gap)
+        if not math.isnan(gap):
+            self._largest["sampler_gap_max"] = max(gap, self._largest.get("sampler_gap_max", 0.0))
 
     def record_groups(self, groups: Sequence[Group]) -> None:
         """Record the means of `group_health` over the groups of a step."""
@@ -31,16 +38,25 @@ class Health:
             self.record(name, torch.tensor(values).nanmean())
 
     def means(self) -> dict[str, float]:
-        """Return the mean over all processes of each value recorded since the last call; one without a value is absent."""
+        """Return the mean over all processes of each value recorded since the last call, and the largest gap.
+
+        A value that no process has recorded is absent.
+        """
         finite = {name: [x for x in values if math.isfinite(x)] for name, values in self._values.items()}
-        self._values.clear()
-        found: list[dict[str, tuple[float, int]]] = gather_object(
-            [{name: (math.fsum(values), len(values)) for name, values in finite.items()}]
+        summed = {name: (math.fsum(values), len(values)) for name, values in finite.items()}
+        gathered: list[tuple[dict[str, tuple[float, int]], dict[str, float]]] = gather_object(
+            [(summed, dict(self._largest))]
         )
+        self._values.clear()
+        self._largest.clear()
+        found = [part for part, _ in gathered]
+        gaps = [part["sampler_gap_max"] for _, part in gathered if part]
+        largest = {"sampler_gap_max": max(gaps)} if gaps else {}
         names = dict.fromkeys(name for part in found for name in part)
         sums = {name: [part[name] for part in found if name in part] for name in names}
         counts = {name: sum(n for _, n in parts) for name, parts in sums.items()}
-        return {name: sum(total for total, _ in sums[name]) / n for name, n in counts.items() if n}
+        means = {name: sum(total for total, _ in sums[name]) / n for name, n in counts.items() if n}
+        return {**means, **largest}
 
 
 def group_health(groups: Sequence[Group]) -> dict[str, list[float]]:

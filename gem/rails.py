@@ -164,8 +164,8 @@ def _gate(history: Sequence[Entry], guard: GuardArguments, pairs: float) -> Verd
     found = [entry["eval_auroc"] for entry in start if "eval_auroc" in entry][:1]
     found += [] if math.isnan(pairs) else [pairs]
     if not found:
-        why = "the evaluation before step 1 has no AUROC of S" if start else "nothing was evaluated before step 1"
-        return Verdict(rail, NOT_WATCHED, f"{why} (eval_on_start, eval_samples)")
+        why = "the evaluation before step 1 has no AUROC of S: no answers were sampled, or all were right, or all wrong"
+        return Verdict(rail, NOT_WATCHED, why if start else "nothing was evaluated before step 1 (eval_on_start)")
     worst = min(found)
     if worst < limit:
         return Verdict(rail, FIRED, f"before the first step: {gate_message(worst, guard)}", worst, limit)
@@ -204,7 +204,10 @@ def _explosion(steps: Sequence[Entry], guard: GuardArguments, guessing: float) -
     growths = [(x, name) for name, least in (("grad_norm", 0.0), ("loss", 1.0)) for x in _growths(steps, name, least)]
     worst, name = max(growths, default=(0.0, ""))
     if exploded := explosion(steps, guard, guessing):
-        return Verdict(rail, FIRED, f"step {int(steps[-1]['step'])}: {exploded}", worst, limit)
+        by_growth = worst > limit  # else the loss is above twice that of guessing, which the words say
+        return Verdict(
+            rail, FIRED, f"step {int(steps[-1]['step'])}: {exploded}", *((worst, limit) if by_growth else ())
+        )
     if not growths:
         return Verdict(rail, NOT_WATCHED, f"{len(steps)} logged steps are too few: it needs {FIRST} and {STREAK} more")
     said = f"{name} at most {worst:.3g} times its level at the start for {STREAK} logged steps; limit {limit:g}"
@@ -263,12 +266,14 @@ def _finite(error: Diverged | None) -> Verdict:
 
 def _sampler_gap(steps: Sequence[Entry], online: bool) -> Verdict:
     rail = "sampler_gap"
-    found = [(entry[rail], int(entry["step"])) for entry in steps if rail in entry]
+    largest = ((entry.get("sampler_gap_max", entry.get(rail, math.nan)), int(entry["step"])) for entry in steps)
+    found = [(gap, step) for gap, step in largest if not math.isnan(gap)]
     if not found:
-        why = "the generator gives no log-probs" if online else "nothing was sampled in training"
+        why = "no log-probs of a sampler and the policy were there to compare" if steps else "no step was logged"
+        why = why if online else "nothing was sampled in training"
         return Verdict(rail, NOT_WATCHED, why)
     worst, step = max(found)
-    said = f"sampler and policy were at most {worst:.3g} nats a token apart, in step {step}; limit {SAMPLER_GAP:g}"
+    said = f"of a group, sampler and policy were at most {worst:.3g} nats a token apart, in step {step}; limit {SAMPLER_GAP:g}"
     return Verdict(rail, FIRED if worst > SAMPLER_GAP else PASSED, said, worst, SAMPLER_GAP)
 
 

@@ -30,7 +30,7 @@ PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second try; doubled each 
 LONGEST_WAIT = 600.0  # seconds that a server may ask us to wait
 CONNECT = 10.0  # seconds within which a connection must stand
 IN_FLIGHT = 256  # requests at once, at most
-KEYS = ("VLLM_API_KEY", "OPENAI_API_KEY")
+KEY = "VLLM_API_KEY"
 NEEDS = "a `vllm serve` of version 0.10.2 or later"  # the first with return_token_ids
 PATH = "/v1/completions"
 BROKEN = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError)
@@ -39,17 +39,17 @@ Json = Mapping[str, Any]
 
 
 class _TryAgain(Exception):  # noqa: N818 - it is no error yet
-    """A failure that may pass. `wait`: seconds that the server asks for; None: it does not say."""
+    """A failure that may pass. `wait`: seconds that the server asks for; None: it does not say. `kind` is logged once."""
 
-    def __init__(self, what: str, wait: float | None = None) -> None:
+    def __init__(self, what: str, wait: float | None = None, kind: str = "") -> None:
         super().__init__(what)
-        self.wait = wait
+        self.wait, self.kind = wait, kind or what
 
 
 class Server:
     """The address of a server: JSON in, JSON out. What may pass is tried again, after a pause that doubles.
 
-    The key is in the environment, VLLM_API_KEY or OPENAI_API_KEY, and in no message.
+    The key is in the environment, VLLM_API_KEY, and in no message.
 
     Args:
         url: http(s)://host:port, with or without /v1.
@@ -59,11 +59,10 @@ class Server:
     def __init__(self, url: str, timeout: float = 600.0) -> None:
         check_url("server", url)
         self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
-        name = next((name for name in KEYS if os.environ.get(name, "").strip()), "")
-        self._key = os.environ.get(name, "").strip()
+        self._key = os.environ.get(KEY, "").strip()
         if any(not "!" <= letter <= "~" for letter in self._key):
-            raise ValueError(f"{name} must be visible ASCII characters, got others among its {len(self._key)}")
-        self._told: set[str] = set()  # failures that were logged
+            raise ValueError(f"{KEY} must be visible ASCII characters, got others among its {len(self._key)}")
+        self._told: set[str] = set()  # kinds of failures that were logged
 
     def ask(
         self,
@@ -91,13 +90,13 @@ class Server:
             try:
                 return self._once(session, path, body)
             except _TryAgain as failure:
-                what, wait = str(failure), failure.wait
+                what, wait, kind = str(failure), failure.wait, failure.kind
             if tries < TRIES:
                 pause = min(PAUSE * 2 ** (tries - 1), LONGEST_PAUSE) * _JITTER.uniform(0.5, 1.0)
                 pause = max(pause, min(wait or 0.0, LONGEST_WAIT))
-                if what not in self._told:
-                    self._told.add(what)
-                    logger.warning("server %s%s: %s; trying again in %.1f s", self.url, path, what, pause)
+                if kind not in self._told:
+                    self._told.add(kind)
+                    logger.warning("server %s%s: %s; trying %d times, for minutes", self.url, path, what, TRIES)
                 if stopped.wait(pause):
                     break
         raise ValueError(f"server {self.url}{path}: {what} (tried {tries} times)")
@@ -109,25 +108,30 @@ class Server:
         try:
             answer = session.request(method, url, json=body, timeout=waits, auth=self._signed(), allow_redirects=False)
         except requests.exceptions.SSLError as error:  # a certificate does not become right by waiting
-            raise ValueError(f"server {url}: {self._clean(_cause(error))}") from None
+            raise ValueError(f"server {url}: {self.clean(_cause(error))}") from None
+        except requests.exceptions.ProxyError as error:
+            raise _TryAgain(
+                f"the proxy of this environment (HTTP_PROXY, NO_PROXY): {self.clean(_cause(error))}"
+            ) from None
         except requests.Timeout as error:
             late = isinstance(error, requests.ConnectTimeout)
             raise _TryAgain(
                 f"no {'connection' if late else 'answer'} within {waits[0] if late else waits[1]:g} s"
             ) from None
         except BROKEN as error:
-            raise _TryAgain(self._clean(_cause(error))) from None
+            raise _TryAgain(self.clean(_cause(error))) from None
         except requests.RequestException as error:
-            raise ValueError(f"server {url}: {self._clean(str(error))}") from None
+            raise ValueError(f"server {url}: {self.clean(str(error))}") from None
         status = answer.status_code
         if status in (408, 429) or status >= 500:
-            raise _TryAgain(f"status {status}: {self._words(answer)}", _retry_after(answer))
+            raise _TryAgain(f"status {status}: {self._words(answer)}", _retry_after(answer), f"status {status}")
         if status != 200:
-            raise ValueError(f"server {url}: status {status}: {self._words(answer)} (tried once)")
+            elsewhere = f" (to {self.clean(answer.headers['Location'])})" if "Location" in answer.headers else ""
+            raise ValueError(f"server {url}: status {status}: {self._words(answer)}{elsewhere} (tried once)")
         try:
             return answer.json()
-        except ValueError:
-            raise _TryAgain(f"status 200 without JSON: {self._words(answer)}") from None
+        except (ValueError, RecursionError):
+            raise _TryAgain(f"status 200 without JSON: {self._words(answer)}", kind="no JSON") from None
 
     def _signed(self) -> Callable[[Any], Any] | None:
         """Return what signs a request. As a header of the session, an entry in ~/.netrc would replace it."""
@@ -144,13 +148,14 @@ class Server:
         """Return what a server says: of vLLM {"error": {"message"}}, of FastAPI {"detail"}, else the text's beginning."""
         try:
             said = answer.json()
-        except ValueError:
+        except (ValueError, RecursionError):
             said = answer.text
         for name in ("error", "message", "detail"):
             said = said[name] if isinstance(said, dict) and said.get(name) else said
-        return self._clean(said if isinstance(said, str) else json.dumps(said)) or answer.reason or "no words"
+        return self.clean(said if isinstance(said, str) else json.dumps(said)) or answer.reason or "no words"
 
-    def _clean(self, text: str) -> str:
+    def clean(self, text: str) -> str:
+        """Return the beginning of a text from outside, in one line and without the key."""
         text = " ".join(text.split())
         return (text.replace(self._key, "***") if self._key else text)[:300]
 
@@ -200,12 +205,12 @@ class ServedModel:
         cards = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(cards, list) or not all(isinstance(card, dict) and "id" in card for card in cards):
             raise ValueError(
-                f"server {server.url}/v1/models: must list models, got {str(answer)[:100]!r}; gem needs {NEEDS}"
+                f"server {server.url}/v1/models: must list models, got {server.clean(str(answer))[:100]!r}; gem needs {NEEDS}"
             )
         names = [str(card["id"]) for card in cards]
         name = arguments.server_model or (names[0] if len(names) == 1 else None)
         if name not in names:
-            served = ", ".join(names) or "none"
+            served = server.clean(", ".join(names)) or "none"
             raise ValueError(f"server_model must be a model that {server.url} serves ({served}), got {name!r}")
         length = cards[names.index(name)].get("max_model_len")
         return cls(server, name, length if isinstance(length, int) else 0)
@@ -326,7 +331,7 @@ class ServerGenerator:
         choices = answer.get("choices") if isinstance(answer, dict) else None
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
             raise self._wrong(f"must answer with choices, got {str(answer)[:100]!r}; gem needs {NEEDS}")
-        by_index = {choice.get("index"): choice for choice in choices}
+        by_index = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
         if len(choices) != body["n"] or by_index.keys() != set(range(body["n"])):
             raise self._wrong(f"must answer with {body['n']} choices, got those of index {list(by_index)}")
         return [self._completion(by_index[i]) for i in range(body["n"])]
@@ -344,7 +349,11 @@ class ServerGenerator:
         values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
         if values is None:
             return Completion(ids, finish)
-        if len(values) != len(ids) or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+        if (
+            not isinstance(values, list)
+            or len(values) != len(ids)
+            or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+        ):
             raise self._wrong(f"must answer with a log-prob for each of {len(ids)} tokens, got {str(values)[:80]}")
         return Completion(ids, finish, [float(value) for value in values])
 
@@ -353,10 +362,14 @@ class ServerGenerator:
         said, reason = choice.get("finish_reason"), choice.get("stop_reason")
         if said not in ("stop", "length"):
             raise self._wrong(f"must finish with stop or length, got finish_reason {said!r}")
+        if len(ids) > self.arguments.max_new_tokens:
+            raise self._wrong(
+                f"must answer with at most max_new_tokens={self.arguments.max_new_tokens} tokens, got {len(ids)}"
+            )
         if finish == "stop" or reason in self.ends.texts:
             return
         if said == "stop":
-            at = reason if isinstance(reason, int) else ids[-1]
+            at = reason if isinstance(reason, int) and 0 <= reason < self.vocabulary else ids[-1]
             token = self.tokenizer.convert_ids_to_tokens(at)
             raise self._wrong(
                 f"ended a completion at token {at} ({token}), which is no end here: give --stop {token!r}, or --eos_token"
@@ -368,4 +381,4 @@ class ServerGenerator:
             )
 
     def _wrong(self, what: str) -> ValueError:
-        return ValueError(f"server {self.served.server.url}{PATH}: {what}")
+        return ValueError(f"server {self.served.server.url}{PATH}: {self.served.server.clean(what)}")

@@ -103,6 +103,10 @@ class GEMTrainer(Trainer):
         keep_whole, args.save_total_limit = KeepWhole(args.save_total_limit, lambda: self.guard.doubtful), None
         self.average: WeightAverage | None = None
         if isinstance(make_groups, GroupMaker) and make_groups.score.score_with == "ema":
+            if make_groups.model is not model:
+                raise ValueError(
+                    "make_groups must sample from the model that is trained with score_with=ema, got another one"
+                )
             self.average = make_groups.average = WeightAverage(make_groups.score.ema_decay)
         averages = [self.average] if self.average is not None else []
         super().__init__(
@@ -195,7 +199,7 @@ class GEMTrainer(Trainer):
             if self.maker is not None and not self.one_pass:
                 self.maker.weigh(groups)
                 if self.maker.score.score_with == "policy":
-                    self._health.record("sampler_gap", self.maker.gap)
+                    self._health.record_gap(self.maker.gap)
             if self.maker is not None:
                 self.maker.refer(groups, self._reads_reference)
         except Diverged as error:
@@ -295,7 +299,7 @@ class GEMTrainer(Trainer):
         if found := not_finite((name, getattr(stats, name)) for name in ("logprob", "entropy")):
             raise Diverged(f"{self._at} the model gives {found} for {group.name}")
         if self.one_pass or (maker.score.score_with != "policy" and not self._noise):
-            self._health.record("sampler_gap", maker.compare(group.members, stats.logprob))
+            self._health.record_gap(maker.compare(group.members, stats.logprob))
         if self.one_pass:
             maker.weigh([group], stats)
 

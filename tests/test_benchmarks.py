@@ -220,7 +220,7 @@ def test_the_stages_of_an_online_step_add_up(count: bool, tmp_path: Path) -> Non
         start = time.perf_counter()
         trainer.train()
         took = time.perf_counter() - start
-    assert sum(stages.seconds.values()) == pytest.approx(took, abs=0.05) and set(stages.seconds) <= set(
+    assert sum(stages.seconds.values()) == pytest.approx(took, abs=0.5) and set(stages.seconds) <= set(
         online_step.STAGES
     )
     assert all(stages.seconds[stage] > 0 for stage in ("generation", "reference", "training", "optimizer", "rest"))

@@ -223,3 +223,12 @@ def test_a_checkpoint_without_its_average(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=expected):
         online(tmp_path, score).train(str(path.parent))
+
+
+def test_another_model_cannot_be_averaged(tmp_path: Path) -> None:
+    rollout, score = RolloutArguments(group_size=2, max_new_tokens=4), ScoreArguments(score_with="ema")
+    maker = GroupMaker(tiny_model(), build_tokenizer(), rollout, score, RankArguments())
+    with pytest.raises(ValueError, match="make_groups must sample from the model that is trained with score_with=ema"):
+        make_trainer(tmp_path, LossArguments(), data=examples(4), make_groups=maker)
+    with pytest.raises(ValueError, match="score_with=ema needs a GroupMaker that GEMTrainer got as make_groups"):
+        maker(examples(1))

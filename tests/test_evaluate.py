@@ -330,13 +330,30 @@ def test_the_pairs_of_the_start_are_known(monkeypatch: pytest.MonkeyPatch) -> No
     assert run(model)["preference_sum"] == evaluation(model, eval_samples=0)(model)["preference_sum"]
     assert seen == [24, 24]  # of this model, and of the reference of the second evaluation
     hashed: list[Any] = []
-    monkeypatch.setattr("gem.evaluate.model_hash", hashed.append)
+    monkeypatch.setattr("gem.evaluate.state_hash", hashed.append)
     run(model)
     assert not hashed  # training does not come back to the start
 
 
+def test_the_pairs_of_the_start_are_those_of_its_adapters_and_buffers() -> None:
+    """The weights are the same, and what the model computes is not."""
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))  # type: ignore[arg-type]
+    run, alone = evaluation(model, eval_samples=0), evaluation(model.eval(), eval_samples=0)
+    alone._start = None
+    with model.disable_adapter():
+        assert run(model) == alone(model) and run._start is None
+
+    plain = tiny_model()
+    run, alone = evaluation(plain, eval_samples=0), evaluation(plain, eval_samples=0)
+    alone._start = None
+    plain.model.rotary_emb.inv_freq.mul_(3)
+    assert run(plain) == alone(plain) and run._start is None
+
+
 def test_without_pairs_nothing_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gem.evaluate.model_hash", None)
+    monkeypatch.setattr("gem.evaluate.state_hash", None)
     model = tiny_model()
     alone = [Example(e.prompt, e.prompt_ids, e.chosen_ids) for e in examples(2)]
     assert "accuracy_greedy" in evaluation(model, alone)(model)

@@ -131,7 +131,11 @@ def test_the_gap_of_the_sampler() -> None:
     found = named(logged(loss=[1.0], sampler_gap=[0.11]))["sampler_gap"]
     assert (found.verdict, found.worst, found.limit) == ("fired", 0.11, 0.1)
     assert named([])["sampler_gap"].said == "nothing was sampled in training"
-    assert named([], online=True)["sampler_gap"].said == "the generator gives no log-probs"
+    assert named([], online=True)["sampler_gap"].said == "no step was logged"
+    said = "no log-probs of a sampler and the policy were there to compare"
+    assert named(logged(loss=[1.0]), online=True)["sampler_gap"].said == said
+    found = named(logged(loss=[1.0], sampler_gap=[0.06], sampler_gap_max=[0.5]))["sampler_gap"]
+    assert (found.verdict, found.worst) == ("fired", 0.5)  # what was warned of, not the mean of eight steps
 
 
 # --- the verdict is what the guard does -------------------------------------------------------------------------------

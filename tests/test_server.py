@@ -158,7 +158,7 @@ def late(handler: Handler, body: Any) -> None:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     """A server that runs, and no pauses between tries."""
-    for name in module.KEYS:
+    for name in (module.KEY, "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(module, "PAUSE", 0.001)
     with Fake() as running:
@@ -346,7 +346,11 @@ def test_what_may_pass_is_tried_again(fake: Fake, reply: Reply, caplog: pytest.L
     assert [[c.ids for c in group] for group in found] == [said(body) for body in fake.bodies[2:]]
     assert fake.bodies[0] == fake.bodies[1] == fake.bodies[2]  # with the same seed
     told = [record.getMessage() for record in caplog.records if record.name == "gem.server"]
-    assert len(told) == 1 and f"server {fake.url}/v1/completions: " in told[0] and "; trying again in " in told[0]
+    assert (
+        len(told) == 1
+        and f"server {fake.url}/v1/completions: " in told[0]
+        and "; trying 8 times, for minutes" in told[0]
+    )
 
 
 def test_a_late_answer_is_tried_again(fake: Fake) -> None:
@@ -473,7 +477,7 @@ def test_an_address_with_a_secret_is_not_repeated(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     message = refused(capsys, command, "--model", "m", "--data", "d.jsonl", "--server", url)
-    assert "server must be a URL without user, password and query; a key goes into VLLM_API_KEY" in message
+    assert "server must be a URL without user, password, query and blanks; a key goes into VLLM_API_KEY" in message
     assert "secret" not in message
 
 
@@ -510,15 +514,15 @@ def test_rows_longer_than_the_server_takes(fake: Fake) -> None:
 @pytest.mark.parametrize(
     ("keys", "sent"),
     [
-        ({"OPENAI_API_KEY": "sk-open"}, "Bearer sk-open"),
+        ({"OPENAI_API_KEY": "sk-open"}, None),
         ({"OPENAI_API_KEY": "sk-open", "VLLM_API_KEY": " sk-own\n"}, "Bearer sk-own"),
-        ({"OPENAI_API_KEY": "sk-open", "VLLM_API_KEY": ""}, "Bearer sk-open"),
+        ({"VLLM_API_KEY": ""}, None),
     ],
 )
 def test_a_key_goes_with_every_request_and_into_no_message(
     fake: Fake,
     keys: dict[str, str],
-    sent: str,
+    sent: str | None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
@@ -528,13 +532,18 @@ def test_a_key_goes_with_every_request_and_into_no_message(
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login me password other\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    key = sent.split()[1]
+    key = (sent or "Bearer sk-open").split()[1]
     fake.replies = [always(500, {"detail": f"no {key}"}), always(401, {"error": f"wrong key {key}"})]
     ask = generator(fake)
-    with pytest.raises(ValueError, match=r"status 401: wrong key \*\*\* \(tried once\)"):
+    shown = r"\*\*\*" if sent else key  # a key that is not used is no secret of ours
+    with pytest.raises(ValueError, match=rf"status 401: wrong key {shown} \(tried once\)"):
         ask([[5]], 2)
-    assert [headers.get("Authorization") for _, headers, _ in fake.seen] == [sent] * 3
-    assert key not in caplog.text + repr(ask) and "no ***" in caplog.text
+    keys_sent = [h.get("Authorization", "") for _, h, _ in fake.seen if h.get("Authorization", "").startswith("Bearer")]
+    assert keys_sent == ([sent] * 3 if sent else []) and len(fake.seen) == 3
+    assert sent is None or (key not in caplog.text + repr(ask) and "no ***" in caplog.text)
+    fake.replies = [always(200, {"error": {"message": f"expired {key}"}})]
+    with pytest.raises(ValueError, match=f"must answer with choices, got .*expired {shown}"):
+        ask([[5]], 2)
 
 
 def test_a_key_that_no_header_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -609,6 +618,11 @@ def test_score_goes_on_exactly_where_the_server_failed(
     assert Path("cut.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     header = Path("whole.jsonl").read_text().splitlines()[0]
     assert "server" not in header
+    fake.models.append({"id": "adapter"})
+    other = refused(capsys, *score, "cut.jsonl", "--server_model", "adapter")
+    assert (
+        "output must be new or a file of the same run" in other and "server_model: None there, 'adapter' now" in other
+    )
     fake.shutdown()  # a finished file needs no server
     assert run(capsys, *score, "cut.jsonl")[1].startswith("cut.jsonl holds this run, finished:")
 
@@ -620,5 +634,13 @@ def test_eval_asks_the_server(files: Path, fake: Fake, capsys: pytest.CaptureFix
     assert status == 0, err
     assert {"accuracy_greedy", "accuracy_sampled", "length"} <= json.loads(out).keys()
     assert sorted((body["n"], body["temperature"]) for body in fake.bodies) == [(1, 0.0)] * 8 + [(2, 1.0)] * 8
+    fake.models[0]["max_model_len"] = 8
+    longest = json.loads(Path("pairs.jsonl").read_text().splitlines()[0])
+    Path("long.jsonl").write_text(json.dumps(longest) + "\n" + json.dumps({**longest, "prompt": "3" * 40}) + "\n")
+    few = [*command[:-3], "long.jsonl", *command[-2:], "--max_new_tokens", "5", "--server", fake.url]
+    fake.models[0]["max_model_len"] = 30
+    status, _, err = run(capsys, *few, "--eval_limit", "1")
+    assert status == 0, err  # the second record is not sampled from
+    assert "must fit into the 30 tokens of" in refused(capsys, *few)
     fake.models[0]["max_model_len"] = 8
     assert "must fit into the 8 tokens of" in refused(capsys, *command, "--max_new_tokens", "5", "--server", fake.url)

@@ -197,6 +197,37 @@ def test_a_scaled_reward_has_another_gradient(folder: str, tmp_path: Path, monke
         assert max(errors(folder, *sega_run(folder, tmp_path, **changes)[1:])) > 100, changes
 
 
+def kl_gradient(policy: Any, reference: Any, groups: list[Group], beta: float) -> dict[str, Tensor]:
+    """Return the gradient of beta times gem's KL term: the sum of k3 over the tokens, a mean over the completions."""
+    named = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    total, members = torch.zeros(()).double(), [(group, member) for group in groups for member in group.members]
+    for group, member in members:
+        ids, start = torch.tensor([[*group.prompt_ids, *member.ids]]), len(group.prompt_ids) - 1
+        own, ref = (
+            model(input_ids=ids).logits[0, start:-1].log_softmax(-1).gather(-1, torch.tensor(member.ids)[:, None])[:, 0]
+            for model in (policy, reference)
+        )
+        x = ref.detach() - own
+        total = total + (x.exp() - 1 - x).sum()
+    gradients = torch.autograd.grad(beta * total / len(members), list(named.values()))
+    return dict(zip(named, gradients, strict=True))
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_beta_is_the_kl_weight(corrected: bool, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second step, where the policy has left its reference. TRL's corrected KL has another gradient."""
+    if corrected:
+        monkeypatch.setattr("gem.integrations.trl._check_sega", lambda trainer: None)
+    _, reward, gradients = sega_run(folder, tmp_path, beta=0.5, use_bias_correction_kl=corrected, learning_rate=1e-2)
+    reference, policy = (fresh(folder, weights) for weights in gradients.models)
+    (given, weights), got = reward.calls[1], gradients.gradients[1]
+    due, _ = eq2(policy, groups_of(given), weights)
+    kl = kl_gradient(policy, reference, groups_of(given), 0.5)
+    error = sum(float((got[n].double() - due[n] - kl[n]).square().sum()) for n in due) ** 0.5
+    size = sum(float(kl[n].square().sum()) for n in kl) ** 0.5
+    assert size > 1e-3 and (error > 0.02 * size if corrected else error < 1e-4 * size)
+
+
 def test_other_rewards_and_an_evaluation_beside_it(folder: str, tmp_path: Path) -> None:
     reward = Recorder(build_tokenizer(), SCORE, RANK)
     trainer, *_ = sega_run(
@@ -205,6 +236,7 @@ def test_other_rewards_and_an_evaluation_beside_it(folder: str, tmp_path: Path) 
         reward_funcs=[reward, fives],
         reward_weights=[float(K), 0.5],
         beta=0.05,
+        use_bias_correction_kl=False,
         num_generations_eval=2,
     )
     assert "eval_rewards/sega/mean" in trainer.evaluate()
@@ -222,6 +254,9 @@ def test_refusals_of_the_trainer(folder: str, tmp_path: Path, caplog: pytest.Log
         ({"loss_type": "dapo"}, "loss_type must be 'luspo' with SEGAReward, .*, got 'dapo'"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "must be 'sum_then_normalize' with SEGAReward"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile must be 1.0 with SEGAReward, .*, got 0.2"),
+        ({"entropy_coef": 0.1}, "entropy_coef must be 0.0 with SEGAReward, .*, got 0.1"),
+        ({"beta": 0.05}, "use_bias_correction_kl must be False with SEGAReward and beta > 0, .*, got True"),
+        ({"num_generations": 2}, "num_generations must be at least 3 with SEGAReward: .*, got 2"),
     ):
         with pytest.raises(ValueError, match=said):
             use_gem_head(build(**{**SEGA, "reward_weights": None, **changes}))

@@ -39,6 +39,8 @@ _SEGA_SETTINGS: dict[str, Any] = {
     "scale_rewards": "none",
     "multi_objective_aggregation": "sum_then_normalize",
     "top_entropy_quantile": 1.0,
+    "entropy_coef": 0.0,
+    "use_adaptive_entropy": False,
 }
 
 
@@ -99,6 +101,17 @@ def _check_sega(trainer: Any) -> None:
             raise ValueError(
                 f"{name} must be {needed!r} with SEGAReward, whose gradient is else not Eq. 2's, got {value!r}"
             )
+    if args.beta and args.use_bias_correction_kl:
+        raise ValueError(
+            "use_bias_correction_kl must be False with SEGAReward and beta > 0, whose KL term is else not GEM's, got True"
+        )
+    rewards = [reward for reward in trainer.reward_funcs if isinstance(reward, SEGAReward)]
+    k: int = cast(Any, trainer).num_generations
+    if k < 3 and any(reward.rank.filter_groups for reward in rewards):
+        raise ValueError(
+            "num_generations must be at least 3 with SEGAReward: one comparison is less than its own uncertainty, so "
+            f"filter_groups drops every group, got {k}"
+        )
     if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations):
         logger.warning(
             "num_iterations=%d, steps_per_generation=%d and gradient_accumulation_steps=%d: of several optimizer steps on the "
@@ -313,7 +326,7 @@ class SEGAReward(_EntropyReward):
     """Reward function of GRPOTrainer: the weight w of Eq. 2, so that a step of GRPO is a step of GEM without the human pair.
 
         args = GRPOConfig(loss_type="luspo", importance_sampling_level="sequence", scale_rewards="none",
-                          num_generations=k, reward_weights=[k], beta=0.05, temperature=1.0, ...)
+                          num_generations=k, reward_weights=[k], beta=0.05, use_bias_correction_kl=False, ...)
         trainer = GRPOTrainer(model, SEGAReward(tokenizer), args, rollout_func=gem_rollout, ...)
         use_gem_head(trainer).train()
 
