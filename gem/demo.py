@@ -12,14 +12,13 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import random
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments, set_seed
@@ -33,11 +32,11 @@ from gem.config import (
     ScoreArguments,
 )
 from gem.data import Example, encode_records, load_records
-from gem.evaluate import Evaluation, pair_auroc
+from gem.evaluate import Evaluation
 from gem.files import write_lines
 from gem.groups import save_groups
 from gem.pipeline import GroupMaker, pair_group
-from gem.rails import Verdict, as_metrics, verdicts, write_rails
+from gem.rails import Verdict, as_metrics, write_rails
 from gem.report import plain, results_table, write_report
 from gem.results import Run, load_run
 from gem.runs import write_about, write_results
@@ -231,10 +230,7 @@ def run_method(
     if online:
         save_groups(folder / "last_groups.jsonl", maker(pairs[:PROMPTS]))
     evaluation.samples = FINAL_SAMPLES
-    ordered = math.nan if online else pair_auroc(cast(Any, trainer.train_dataset))
-    log: Any = trainer.state.log_history  # judged by the guard that a run by the command has
-    rails = verdicts(log, GuardArguments(), online=online, guessing=trainer.guard.guessing, pairs=ordered)
-    return finish(name, folder, seed, model, evaluation, rails)
+    return finish(name, folder, seed, model, evaluation, trainer.verdicts())
 
 
 def finish(

@@ -290,3 +290,10 @@ def test_the_tables_of_real_models_are_what_their_results_say(name: str, rows_of
     rows = rows_of(json.loads(newest.read_text(encoding="utf-8")))
     assert len(rows) >= 6
     assert "\n".join(rows) in (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_an_online_step_are_what_its_results_say() -> None:
+    *_, newest = sorted(results.FOLDER.glob("online_step-*.json"))
+    rows = online_step.table(json.loads(newest.read_text(encoding="utf-8")))
+    assert len(rows) >= 16
+    assert "\n".join(rows) in (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
