@@ -22,7 +22,7 @@ STEP = "transformers:Trainer.training_step"
 OPTIMIZER = "torch.optim:AdamW.step"
 EVALUATION = "gem.evaluate:Evaluation.__call__"
 SAVE = "transformers:Trainer._save_checkpoint"
-GROUPS = "gem.pipeline:GroupMaker.__call__"
+GROUPS = "gem.pipeline:GroupMaker.draw"
 LOAD = "gem.models:load_model"
 
 
