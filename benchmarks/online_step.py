@@ -450,7 +450,7 @@ def table(document: Json) -> list[str]:
         for arm in arms:
             mine = [r for r in runs if (r["case"], r["head"]) == (case, arm)]
             timed, (counted,) = [r for r in mine if "seconds" in r], [r for r in mine if "flop" in r]
-            steps, name = counted["steps"], f"| {case if arm == arms[0] else ''} | {arm} |"
+            steps, name = timed[0]["steps"], f"| {case if arm == arms[0] else ''} | {arm} |"
             spent = {s: statistics.median(r["seconds"].get(s, 0.0) for r in timed) / steps for s in STAGES}
             rate = steps / statistics.median(sum(r["seconds"].values()) for r in timed)
             peak = statistics.median(r["peak_mib"] for r in timed)
@@ -458,9 +458,8 @@ def table(document: Json) -> list[str]:
             each = " | ".join(f"{value:.3f}" for value in spent.values())
             seconds.append(f"{name} {each} | {rate:.3g} | {peak:,.0f} | {gap} |")
             flop, tokens = (
-                [counted[what].get(stage, 0) / steps / unit for stage in STAGES[:4]]
-                + [sum(counted[what].values()) / steps / unit]
-                for what, unit in (("flop", 1e9), ("tokens", 1))
+                [counted[what].get(stage, 0) / unit for stage in STAGES[:4]] + [sum(counted[what].values()) / unit]
+                for what, unit in (("flop", 1e9 * counted["steps"]), ("tokens", counted["steps"]))
             )
             counts.append(
                 f"{name} {' | '.join(f'{x:,.1f}' for x in flop)} | {' | '.join(f'{x:,.0f}' for x in tokens)} |"
