@@ -43,11 +43,7 @@ __all__ = ["SUMMARIES", "main", "parse"]
 DEBUG_VALUES = ("underflow_overflow", "tpu_metrics_debug")
 # Settings that leave groups as they are, and inputs, whose hashes the header holds.
 NOT_IN_HEADER = {"output", "device", "shard", "auroc_gate", "model", "tokenizer", "data"}
-NOT_IN_HEADER |= {
-    "server",
-    "server_model",
-    "server_timeout",
-}  # the header says whether a server samples, and which model
+NOT_IN_HEADER |= {"server", "server_timeout", "server_model"}  # the header holds a server_model that is named
 
 
 def main(argv: Sequence[str] | None = None) -> int:

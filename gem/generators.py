@@ -111,7 +111,7 @@ def draw_completions(
 
 
 def _cut(completion: Completion, ends: Ends, tokenizer: Any) -> Completion:
-    """Return a checked completion without what stands behind its first end."""
+    """Return a checked completion without what stands behind its first end, and how it ended."""
     ids, _, logprobs = completion
     if not isinstance(ids, list) or not ids or not all(isinstance(token, int) for token in ids):
         raise ValueError(f"generator must return non-empty lists of token ids, got {str(ids)[:80]!r}")
@@ -285,13 +285,9 @@ class _Sampler:
                 [StopTexts(self.ends, self.tokenizer, width)] if self.ends.texts else []
             ),
         )[:, width:]
-        completions = []
-        for ids, values in zip(out.tolist(), logprobs.of(out).tolist(), strict=True):
-            # The batch runs until its last row ends; the tokens of the other rows behind their end are padding.
-            ids = self.ends.cut(ids, self.tokenizer)
-            finish: Finish = "stop" if self.ends.has_ended(ids, self.tokenizer) else "length"
-            completions.append(Completion(ids, finish, values[: len(ids)]))
-        return completions
+        # The batch runs until its last row ends; the tokens of the other rows behind their end are padding.
+        rows = zip(out.tolist(), logprobs.of(out).tolist(), strict=True)
+        return [_cut(Completion(ids, "length", values), self.ends, self.tokenizer) for ids, values in rows]
 
 
 @contextmanager

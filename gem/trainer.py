@@ -319,10 +319,10 @@ class GEMTrainer(Trainer):
         role = torch.tensor([ROLES[member.role] for member in members], device=device)
         fresh = torch.tensor([self._is_fresh(member) for member in members], device=device)
         ref = self._reference_of(group, stats)
-        read = torch.tensor([self._reads_reference(member) for member in members], device=device)[sequence]
         terms = group_loss(stats.logprob, ref, sequence, weight, role, fresh, self.loss)
         values = {name: self._health.record(name, value.detach()) for name, value in terms.items()}
         if not all(map(math.isfinite, values.values())):
+            read = torch.tensor([self._reads_reference(member) for member in members], device=device)[sequence]
             cause = _cause(stats.logprob, ref[read] if ref is not None and bool(read.any()) else None, values)
             raise Diverged(f"{self._at} {cause} in {group.name}")
         loss: Tensor = terms["loss"]
