@@ -18,11 +18,13 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -43,6 +45,9 @@ atexit.register(shutil.rmtree, _LOGS, ignore_errors=True)
 _NUMBERS = count()
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOADED)
+# A status can be read once. multiprocessing polls all its processes whenever it starts one, so of two threads that read the
+# same status at the same time one would find nothing, and call it 255.
+_STATUS = threading.Lock()
 T = TypeVar("T")
 
 
@@ -125,27 +130,33 @@ class Running:
         self._out, self._err = logs.with_suffix(".out"), logs.with_suffix(".err")
         self._began = time.monotonic()
         self.process = _CONTEXT.Process(target=_run, args=(argv, str(folder), str(self._out), str(self._err), spec))
-        self.process.start()
+        with _STATUS:
+            self.process.start()
 
     def err(self) -> str:
         """Return stderr so far."""
         return self._err.read_text(encoding="utf-8", errors="replace") if self._err.exists() else ""
 
+    @property
+    def status(self) -> int | None:
+        """The exit status, minus the signal that ended the command; None while it runs."""
+        with _STATUS:
+            return self.process.exitcode
+
     def signal(self, signum: int) -> None:
         """Send a signal, unless the command has ended."""
-        if self.process.pid is not None and self.process.exitcode is None:
+        if self.process.pid is not None and self.status is None:
             os.kill(self.process.pid, signum)
 
     def end(self, limit: float = LIMIT) -> Result:
         """Wait for the end, and fail after `limit` seconds."""
-        self.process.join(limit)
-        hangs = self.process.exitcode is None
-        if hangs:
+        ended = wait([self.process.sentinel], limit)
+        if not ended:
             self.process.kill()
-            self.process.join()
-        assert not hangs, f"still running after {limit} s:\n{self.err()[-3000:]}"
+            wait([self.process.sentinel])
+        assert ended, f"still running after {limit} s:\n{self.err()[-3000:]}"
         out = self._out.read_text(encoding="utf-8", errors="replace")
-        return Result(int(self.process.exitcode or 0), out, self.err(), time.monotonic() - self._began)
+        return Result(int(self.status or 0), out, self.err(), time.monotonic() - self._began)
 
 
 def command(

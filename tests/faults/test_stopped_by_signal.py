@@ -46,7 +46,7 @@ CASES = [
 def until(path: Path, running: Running | subprocess.Popen[bytes]) -> None:
     """Wait until a command has made a file."""
     while not path.exists():
-        ended = running.poll() if isinstance(running, subprocess.Popen) else running.process.exitcode
+        ended = running.poll() if isinstance(running, subprocess.Popen) else running.status
         assert ended is None, f"it ended with {ended} before it made {path.name}"
         time.sleep(0.01)
 
@@ -96,7 +96,7 @@ def test_a_second_signal(signum: int, folder: Path, row: Callable[[str, str], No
     until(folder / "reached", running)
     running.signal(signum)
     time.sleep(0.5)
-    assert running.process.exitcode is None
+    assert running.status is None
     began = time.monotonic()
     running.signal(signum)
     result = running.end(10).quiet()
