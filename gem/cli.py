@@ -338,7 +338,7 @@ def _eval(argv: Sequence[str]) -> None:
     import torch
 
     from gem.data import read_examples
-    from gem.evaluate import Evaluation
+    from gem.evaluate import Evaluation, answered, held_out
     from gem.models import load_model, load_tokenizer, pick_device
 
     if output.output:
@@ -349,8 +349,7 @@ def _eval(argv: Sequence[str]) -> None:
     examples = read_examples(data, tokenizer, need=("chosen",), rollout=rollout, ends=ends, **evaluated)
     torch.manual_seed(output.seed)
     model = load_model(model_args, tokenizer, device)
-    asked = examples[: eval_args.eval_limit] if eval_args.eval_limit else examples
-    prompts = [example.sampled_from for example in asked if not example.chosen_given]
+    prompts = [example.sampled_from for example in answered(held_out(examples, eval_args))]
     generator = _generator(rollout, model, tokenizer, ends, prompts)
     evaluation = Evaluation(model, tokenizer, examples, rollout, score, eval_args, generator=generator)
     torch.manual_seed(output.seed)  # new adapters have drawn some

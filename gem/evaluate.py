@@ -64,10 +64,9 @@ class Evaluation:
     ) -> None:
         self.tokenizer, self.rollout, self.score, self.generator = tokenizer, rollout, score, generator
         self.samples = arguments.eval_samples
-        self.examples = list(examples[: arguments.eval_limit] if arguments.eval_limit else examples)
+        self.examples = held_out(examples, arguments)
         self.pairs = [e for e in self.examples if e.rejected_ids]
-        # A completion answers the first turn alone, so an example of several turns has no answer to compare with.
-        self.answered = [e for e in self.examples if not e.chosen_given]
+        self.answered = answered(self.examples)
         if len(self.answered) < len(self.examples):
             several = len(self.examples) - len(self.answered)
             logger.warning(
@@ -175,6 +174,16 @@ class Evaluation:
 
     def _is_right(self, ids: Sequence[int], expected: str, ends: Ends) -> bool:
         return ends.has_ended(ids, self.tokenizer) and bool(expected) and self._answer(ids, ends) == expected
+
+
+def held_out(examples: Sequence[Example], arguments: EvalArguments) -> list[Example]:
+    """Return the examples of an evaluation: the first eval_limit of them, or all."""
+    return list(examples[: arguments.eval_limit] if arguments.eval_limit else examples)
+
+
+def answered(examples: Sequence[Example]) -> list[Example]:
+    """Return the examples that are answered: a completion is one turn, and compares with no record of several."""
+    return [e for e in examples if not e.chosen_given]
 
 
 def preference_accuracy(reward: Tensor) -> float:
