@@ -10,7 +10,8 @@ and gem_kernels run the same steps with the same seeds.
     SmolLM2    5 steps: 2 prompts, 4 candidates of up to 64 tokens; full fine-tuning, and LoRA of rank 8
 
 GEM trains on the human pair of a prompt beside its candidates, GRPO on the candidates alone; all have a reference. Every run
-is its own process, the arms take turns, and the tables show medians. FLOP are counted in a run of their own: that takes time.
+is its own process, the arms take turns, and the tables show medians. FLOP and tokens are counted in a run of their own, of 2 steps
+of SmolLM2: that takes time.
 
 The stages are told apart from outside, so that every tree and trainer is measured alike:
 
@@ -49,11 +50,11 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 
-ROUNDS = 3
 STAGES = ("generation", "scoring", "reference", "training", "optimizer", "rest")
 NOW, BEFORE, TRL_OURS, TRL_OWN = "gem-kernels", "gem-kernels before", "TRL, gem's head", "TRL"
 DEMO, FULL, LORA = "demo", "SmolLM2", "SmolLM2, LoRA"
 STEPS = {DEMO: 80, FULL: 5, LORA: 5}
+COUNTED = {DEMO: 80, FULL: 2, LORA: 2}
 PROMPTS, K, NEW_TOKENS, RANK, BETA = 2, 4, 64, 8, 0.05
 RATES = {FULL: 1e-5, LORA: 1e-4}
 
@@ -402,7 +403,7 @@ def run(argument: str, arm: str) -> Json:
 
 
 def measure(arguments: argparse.Namespace) -> Json:
-    """Run all cases and arms: once with a counter, then ROUNDS times on the clock."""
+    """Run all cases and arms: once with a counter, then several times on the clock."""
     against: Path | None = arguments.against and arguments.against.resolve()
     trees = {arm: str(ROOT) for arm in (NOW, TRL_OURS, TRL_OWN)} | ({BEFORE: str(against)} if against else {})
     ours = [NOW, BEFORE] if against else [NOW]
@@ -410,14 +411,13 @@ def measure(arguments: argparse.Namespace) -> Json:
         folder = (arguments.folder or Path(made)).resolve()
         prepare(folder, arguments.model)
         documents = []
-        for count in (True, False):
+        for count, steps, rounds in ((True, COUNTED, 1), (False, STEPS, arguments.rounds)):
             for cases, arms in (([DEMO], ours), ([FULL, LORA] if arguments.model else [], [*ours, TRL_OURS, TRL_OWN])):
                 shared = {"folder": str(folder), "trees": trees, "count": count}
                 runs = {
-                    case: json.dumps({"case": case, "steps": 2 if arguments.trial else STEPS[case], **shared})
+                    case: json.dumps({"case": case, "steps": 2 if arguments.trial else steps[case], **shared})
                     for case in cases
                 }
-                rounds = 1 if count or arguments.trial else ROUNDS
                 other = {BEFORE: against} if against else {}
                 documents.append(turns.measure("benchmarks.online_step", "case", runs, arms, rounds, {}, trees=other))
     first, *_, last = documents
@@ -426,7 +426,7 @@ def measure(arguments: argparse.Namespace) -> Json:
         **first,
         "against": said("git", "-C", str(against), "rev-parse", "HEAD") if against else None,
         "load": {"before": first["load"]["before"], "after": last["load"]["after"]},
-        "shape": {**shape, "rounds": 1 if arguments.trial else ROUNDS},
+        "shape": {**shape, "rounds": arguments.rounds},
         "runs": [row for document in documents for row in document["runs"]],
     }
 
@@ -481,5 +481,6 @@ if __name__ == "__main__":
     parser.add_argument("model", nargs="?", help="SmolLM2-135M-Instruct: a folder or a GGUF file")
     parser.add_argument("--against", type=Path, help="another checkout")
     parser.add_argument("--folder", type=Path, help="keep the demo's warm start and the model here for the next call")
-    parser.add_argument("--trial", action="store_true", help="one round of two steps")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of every arm")
+    parser.add_argument("--trial", action="store_true", help="two steps a run")
     turns.main(parser, run, measure, table)
