@@ -10,8 +10,8 @@ and gem_kernels run the same steps with the same seeds.
     SmolLM2    5 steps: 2 prompts, 4 candidates of up to 64 tokens; full fine-tuning, and LoRA of rank 8
 
 GEM trains on the human pair of a prompt beside its candidates, GRPO on the candidates alone; all have a reference. Every run
-is its own process, the arms take turns, and the tables show medians. FLOP and tokens are counted in a run of their own, of 2 steps
-of SmolLM2: that takes time.
+is its own process, the arms take turns, and the tables show medians. FLOP and tokens are counted in a run of their own, of
+2 steps of SmolLM2: that takes time.
 
 The stages are told apart from outside, so that every tree and trainer is measured alike:
 
