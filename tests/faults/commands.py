@@ -150,13 +150,14 @@ class Running:
 
     def end(self, limit: float = LIMIT) -> Result:
         """Wait for the end, and fail after `limit` seconds."""
-        ended = wait([self.process.sentinel], limit)
-        if not ended:
+        wait([self.process.sentinel], limit)
+        status = self.status
+        if status is None:
             self.process.kill()
             wait([self.process.sentinel])
-        assert ended, f"still running after {limit} s:\n{self.err()[-3000:]}"
+        assert status is not None, f"still running after {limit} s:\n{self.err()[-3000:]}"
         out = self._out.read_text(encoding="utf-8", errors="replace")
-        return Result(int(self.status or 0), out, self.err(), time.monotonic() - self._began)
+        return Result(status, out, self.err(), time.monotonic() - self._began)
 
 
 def command(
