@@ -59,6 +59,21 @@ class DataArguments:
 
 
 @dataclass
+class UnlabeledArguments:
+    unlabeled: str | None = setting(
+        None,
+        "prompts without human answers, a file, folder or hub dataset as data: groups of their own, ranked by the comparators "
+        "alone; human answers in it are not read, and limit is not for it",
+    )
+    unlabeled_split: str | None = setting(
+        None, "split of unlabeled; default: --split if unlabeled is --data, else train"
+    )
+    unlabeled_share: float = setting(
+        0.9, "most of the training's groups that have no human pair: pairs that are too few repeat; 1: each comes once"
+    )
+
+
+@dataclass
 class RolloutArguments:
     group_size: int = setting(
         5, "k: candidates sampled per prompt; a record with `candidates` uses its own; 0: the human pair alone"
@@ -112,7 +127,7 @@ class ScoreArguments:
 
 @dataclass
 class RankArguments:
-    """Bradley-Terry posterior: abilities theta from p_ij = sigmoid((S_i - S_j) / tau) and the human pair."""
+    """Bradley-Terry posterior: abilities theta from comparators, as p_ij = sigmoid((S_i - S_j) / tau), and the human pair."""
 
     tau: float = setting(0.5, "tau: nats of score difference that count as one unit of log-odds")
     prior_sd: float = setting(1.0, "s: standard deviation of the prior on theta")
@@ -121,6 +136,19 @@ class RankArguments:
     weight_norm: str = setting("mass", "mass: w = A / max(1, sum|A|/2) | none: w = A | std: A / std(A)")
     min_spread: float = setting(1e-4, "groups whose scores differ by less than this (nats) are dropped")
     filter_groups: bool = setting(True, "drop groups that agree, trim low outliers, remove duplicates")
+    comparators: list[str] = setting(
+        ["entropy"],
+        "what compares the members: entropy: by S | agreement: by how many candidates give the same answer; with a weight, "
+        "such as agreement:0.5, the number of comparisons that each pair of members counts as, 1 by default",
+    )
+    calibrate: bool = setting(
+        True,
+        "multiply S by 2q - 1, q the share of the first 256 human pairs, and one more, that it orders rightly at the start: "
+        "S that contradicts the pairs counts the other way",
+    )
+    agreement_filter: bool = setting(
+        False, "keep a group without a human pair only if some of its candidates, but not all, give the same answer"
+    )
 
 
 @dataclass
@@ -189,6 +217,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "reward": "identity",
         "weight_norm": "none",
         "filter_groups": False,
+        "calibrate": False,
         "kl_weight": 0.0,
         "sft_weight": 0.0,
         "taper": False,
@@ -207,9 +236,11 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss": ("sega", "listwise_dpo", "dpo", "ipo", "pro", "sft"),
     "length_norm": ("none", "tokens"),
 }
+COMPARATORS = ("entropy", "agreement")
 RANGES: dict[str, tuple[float, float]] = {
     "max_length": (2, float("inf")),
     "limit": (0, float("inf")),
+    "unlabeled_share": (0.01, 1),
     "group_size": (0, float("inf")),
     "max_new_tokens": (1, float("inf")),
     "temperature": (1e-6, float("inf")),
@@ -250,6 +281,8 @@ def check(arguments: Any) -> None:
             raise ValueError(f"{name} must be a list of texts, none of them empty, got {value!r}")
         if name == "stop" and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
             raise ValueError(f"{name} must be a list of texts, none of them empty, got {value!r}")
+        if name == "comparators":
+            comparator_weights(arguments)
         if name == "server" and value is not None:
             check_url(name, value)
         if name == "stop_growth" and 0 < value < 2:
@@ -258,6 +291,34 @@ def check(arguments: Any) -> None:
             low, high = RANGES[name]
             if not low <= value <= high:
                 raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
+
+
+def comparator_weights(arguments: RankArguments) -> dict[str, float]:
+    """Return the weight of each comparator, in the order of the setting.
+
+    Raises:
+        ValueError: the list is empty, an item is not a comparator of ours with a weight that is finite and > 0, a comparator
+            comes twice, or agreement is to act on a reward that reads S alone.
+    """
+    given, weights = arguments.comparators, dict[str, float]()
+    for item in given if isinstance(given, list) else []:
+        name, colon, weight = item.partition(":") if isinstance(item, str) else ("", "", "")
+        try:
+            weights[name] = float(weight) if colon else 1.0
+        except ValueError:
+            weights[name] = 0.0
+        if name not in COMPARATORS or not 0 < weights[name] < float("inf"):
+            raise ValueError(
+                f"comparators must be of {', '.join(COMPARATORS)}, each alone or with a weight > 0, such as agreement:0.5, "
+                f"got {item!r}"
+            )
+    if not weights or len(weights) < len(given):
+        raise ValueError(f"comparators must be a list of one or more, each once, got {given!r}")
+    if "agreement" in weights and arguments.reward != "bt":
+        raise ValueError(
+            f"reward must be bt with the comparator agreement, as the others read S, got {arguments.reward!r}"
+        )
+    return weights
 
 
 def check_url(name: str, value: str) -> None:

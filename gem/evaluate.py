@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-import re
+from collections import Counter
 from collections.abc import Sequence
-from decimal import Decimal
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gem.answers import final_answer
 from gem.config import EvalArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
 from gem.ends import Ends, model_ends
@@ -20,11 +20,10 @@ from gem.generators import Generator, TransformersGenerator, check_room, draw_co
 from gem.group import Group, Member
 from gem.head import ensure_fused
 from gem.score import score_groups, token_stats
-from gem.spans import find_spans
 
 logger = logging.getLogger(__name__)
 
-NUMBER = re.compile(r"-?(?:\d[\d,]*(?:\.\d+)?|(?<!\w)\.\d+)")
+MAJORITY_SAMPLES = 3  # the least that can outvote one another
 
 
 class Evaluation:
@@ -36,6 +35,8 @@ class Evaluation:
             direction.
         accuracy_greedy, accuracy_sampled: completions with the final answer of the chosen completion, over the examples
             whose chosen completion is one turn.
+        accuracy_majority: questions whose most frequent answer among the samples that ended with one is right, a tie of n
+            answers counting 1/n; with 3 samples or more.
         auroc: how well S separates right from wrong sampled completions.
         truncated: sampled completions that were cut off. Means over them: final_entropy, branch_entropy (nats), length
             (tokens).
@@ -155,10 +156,14 @@ class Evaluation:
         expected = [answer for answer in self.expected for _ in range(self.samples)]
         score_groups(groups, self.tokenizer, model, None, self.score, ends=ends)
         sampled = [group.members[0] for group in groups]
-        correct = [self._is_right(m.ids, answer, ends) for m, answer in zip(sampled, expected, strict=True)]
+        given = ["" if m.truncated else m.answer for m in sampled]
+        correct = [bool(answer) and own == answer for own, answer in zip(given, expected, strict=True)]
+        votes = [given[at : at + self.samples] for at in range(0, len(given), self.samples)]
+        voted = [majority(own, answer) for own, answer in zip(votes, self.expected, strict=True)]
         scored = [i for i, m in enumerate(sampled) if math.isfinite(m.score)]
         return {
             "accuracy_sampled": sum(correct) / len(correct),
+            "accuracy_majority": _mean(voted) if self.samples >= MAJORITY_SAMPLES else math.nan,
             "auroc": auroc([sampled[i].score for i in scored], [correct[i] for i in scored]),
             "truncated": sum(m.truncated for m in sampled) / len(sampled),
             "length": sum(len(m.ids) for m in sampled) / len(sampled),
@@ -168,9 +173,7 @@ class Evaluation:
 
     def _answer(self, ids: Sequence[int], ends: Ends) -> str:
         """Return the final answer of a completion, normalised."""
-        content = ends.content(ids, self.tokenizer)
-        span = find_spans(content, self.tokenizer, markers=self.score.markers, last_tokens=max(1, len(content))).answer
-        return normalise(self.tokenizer.decode(content[slice(*span)], skip_special_tokens=True))
+        return final_answer(ids, self.tokenizer, ends, self.score.markers)
 
     def _is_right(self, ids: Sequence[int], expected: str, ends: Ends) -> bool:
         return ends.has_ended(ids, self.tokenizer) and bool(expected) and self._answer(ids, ends) == expected
@@ -208,6 +211,14 @@ def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
     return float((rank[y].sum() - n * (n + 1) / 2) / (n * (len(y) - n)))
 
 
+def majority(answers: Sequence[str], expected: str) -> float:
+    """Return 1 if the expected answer is the most frequent one, 1/n if n answers tie for that, else 0; "" is no answer."""
+    counts = Counter(answer for answer in answers if answer)
+    most = max(counts.values(), default=0)
+    leading = [answer for answer, count in counts.items() if count == most]
+    return 1 / len(leading) if expected in leading else 0.0
+
+
 def pair_auroc(groups: Sequence[Group]) -> float:
     """Return the share of human pairs that S orders correctly, a tie counting half; NaN if no pair has two scores."""
     pairs = []
@@ -217,16 +228,6 @@ def pair_auroc(groups: Sequence[Group]) -> float:
             pairs.append([group.members[chosen].score, group.members[rejected].score])
     scores = torch.tensor(pairs).view(-1, 2)
     return preference_accuracy(scores[scores.isfinite().all(1)])
-
-
-def normalise(answer: str) -> str:
-    """Return the form in which answers are compared: the last number without separators and trailing zeros, else the words."""
-    numbers = NUMBER.findall(answer)
-    if numbers:
-        number = f"{Decimal(numbers[-1].replace(',', '')):f}"  # exact: as floats, two long numbers may be equal
-        number = number.rstrip("0").rstrip(".") if "." in number else number
-        return "0" if number == "-0" else number
-    return " ".join(answer.lower().split()).strip(" .")
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -37,6 +37,7 @@ class Member:
     flaw: str = ""  # why a candidate is not scored: "empty", "repeats the prompt"
     given: Given = field(default_factory=list)
     sampler_logprobs: list[float] = field(default_factory=list, compare=False)  # under what sampled it; not in the file
+    answer: str = field(default="", compare=False)  # as gem.answers reads it from the tokens; not in the file
 
 
 @dataclass
@@ -60,10 +61,23 @@ class Group:
         return prompt, member.ids, member.given
 
     @property
+    def votes(self) -> list[str]:
+        """The answer of every candidate that ended, has no flaw and gives one; "" for the other members, which do not vote."""
+        return [
+            member.answer if member.role == "candidate" and not member.truncated and not member.flaw else ""
+            for member in self.members
+        ]
+
+    @property
     def name(self) -> str:
         """Where the group comes from and how its prompt begins, for messages."""
         words = " ".join((self.question or self.prompt).split())
         return f"{self.where or 'a group'} ({words[:60]!r})"
+
+    @property
+    def has_pair(self) -> bool:
+        """True if the group has a human chosen and a human rejected answer."""
+        return self.role("chosen") is not None and self.role("rejected") is not None
 
     def role(self, role: Role) -> int | None:
         """Return the index of the first member of a role, None if there is none."""

@@ -193,7 +193,7 @@ def write_group(group: Group) -> bytes:
     row = asdict(group)
     del row["where"]
     for member in row["members"]:
-        del member["sampler_logprobs"]
+        del member["sampler_logprobs"], member["answer"]
     return json.dumps(_without_nan(row), ensure_ascii=False).encode() + b"\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,20 +12,33 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from gem.config import RankArguments, RolloutArguments, ScoreArguments
+from gem.config import RankArguments, RolloutArguments, ScoreArguments, comparator_weights
 from gem.data import Example
 from gem.ends import model_ends
 from gem.generators import Completion, Generator, TransformersGenerator, draw_completions
 from gem.group import Group, Member
 from gem.head import HeadStats, ensure_fused
-from gem.rank import Posterior, bradley_terry_posterior, first_of_duplicates, keep_groups, keep_members
+from gem.rank import (
+    Posterior,
+    agrees_in_part,
+    bradley_terry_posterior,
+    first_of_duplicates,
+    keep_groups,
+    keep_members,
+    log_votes,
+    trust_in_scores,
+    votes_differ,
+)
 from gem.reference import Frozen, Reference
-from gem.score import apply_eq1, group_stats, read_members, sampler_gap, warn_of_gap
+from gem.score import apply_eq1, group_stats, read_members, sampler_gap, score_groups, warn_of_gap
 from gem.sega import advantages, rewards, sega_weights
 from gem_kernels import TokenStats
 
 if TYPE_CHECKING:
     from gem.ema import WeightAverage
+
+logger = logging.getLogger(__name__)
+CALIBRATION_PAIRS = 256  # human pairs that say how far S is trusted: more would move it by less than 0.1
 
 
 def pair_group(example: Example) -> Group:
@@ -67,6 +81,8 @@ class GroupMaker:
         generator: where candidates come from, which has its own settings: of `rollout` only group_size and stop count then.
             None: transformers' generate on `model`.
         average: the scorer of `score_with: ema`; GEMTrainer sets it.
+        pairs: examples with a human pair, whose first CALIBRATION_PAIRS say how far to trust S: `trust`, a factor of S in the
+            ranking, from the model as it is now (gem.rank.trust_in_scores). Without them it is 1.
     """
 
     model: nn.Module
@@ -77,12 +93,24 @@ class GroupMaker:
     reference: Reference | nn.Module | None = None
     generator: Generator | None = None
     average: WeightAverage | None = None
+    pairs: Sequence[Example] = ()
 
     def __post_init__(self) -> None:
         self.gap, self._warned = math.nan, False  # of the last scoring pass
         ensure_fused(self.model)
         if isinstance(self.reference, nn.Module):
             self.reference = Frozen(self.reference, batch_tokens=self.score.score_tokens)
+        self.trust = self._trust([pair_group(e) for e in self.pairs if e.has_pair][:CALIBRATION_PAIRS])
+
+    def _trust(self, groups: Sequence[Group]) -> float:
+        """Return how far the human pairs bear out S under the model; 1 without pairs."""
+        if not groups:
+            return 1.0
+        score_groups(groups, self.tokenizer, self.model, None, self.score)
+        gaps = [chosen.score - rejected.score for chosen, rejected in (group.members for group in groups)]
+        trust = trust_in_scores(gaps)
+        logger.info("trust in S: %.2f, by how it orders %d human pairs", trust, len(groups))
+        return trust
 
     def __call__(self, examples: Sequence[Example], progress: bool = False) -> list[Group]:
         groups = self.draw(examples, progress)
@@ -123,7 +151,7 @@ class GroupMaker:
             progress: show a bar.
         """
         entropy = self._scored(groups, progress) if stats is None else stats.entropy.detach().cpu()
-        weigh(groups, entropy, self.score, self.rank)
+        weigh(groups, entropy, self.score, self.rank, self.trust)
 
     def refer(self, groups: Sequence[Group], wanted: Callable[[Member], bool] = lambda _: True) -> None:
         """Fill in the log-probs under the reference, if there is one, of the members that are wanted and have none."""
@@ -187,7 +215,9 @@ def _sampled(completion: Completion) -> Member:
     return Member("candidate", completion.ids, sampled=True, sampler_logprobs=completion.logprobs or [])
 
 
-def weigh(groups: Sequence[Group], entropy: Tensor, score: ScoreArguments, rank: RankArguments) -> None:
+def weigh(
+    groups: Sequence[Group], entropy: Tensor, score: ScoreArguments, rank: RankArguments, trust: float = 1.0
+) -> None:
     """Turn entropies into weights: Eq. 1, the ranking, Eq. 2. Fills in S, posterior, weight and kept, in place.
 
     Args:
@@ -195,16 +225,30 @@ def weigh(groups: Sequence[Group], entropy: Tensor, score: ScoreArguments, rank:
         entropy: (N,) fp32, CPU, nats: of the members' tokens, one member after the other.
         score: settings of Eq. 1; a quantile of entropy_clip is one of these groups' tokens.
         rank: settings of the ranking and of the weights.
+        trust: factor of S in the ranking (gem.rank.trust_in_scores).
     """
     apply_eq1([member for group in groups for member in group.members], entropy, score)
-    weight_groups(groups, rank)
+    weight_groups(groups, rank, trust)
 
 
-def weight_groups(groups: Sequence[Group], arguments: RankArguments) -> None:
-    """Rank the members of every group by their scores and the human pair, and set weight and kept, in place."""
+def weight_groups(groups: Sequence[Group], arguments: RankArguments, trust: float = 1.0) -> None:
+    """Rank the members of every group by the comparators and the human pair, and set weight and kept, in place.
+
+    Args:
+        groups: with S and, for agreement, the answers of their members (gem.score).
+        arguments: settings of the ranking and of the weights.
+        trust: factor of S.
+
+    Raises:
+        ValueError: the comparators are not what gem.config.comparator_weights expects.
+    """
+    comparators = comparator_weights(arguments)
     with_human = arguments.human_weight > 0
-    scores, mask = _scores(groups, arguments, with_human)
-    if arguments.filter_groups:
+    scores, votes = _scores(groups)
+    scores = trust * scores
+    compared = torch.stack([{"entropy": scores, "agreement": votes}[name] for name in comparators])  # (C, B, K)
+    mask = compared.isfinite().any(0) & _counted(groups, arguments, with_human)
+    if arguments.filter_groups and "entropy" in comparators:
         mask = keep_members(scores, mask)
     if with_human and arguments.reward == "bt":
         # The human preference is an observation of its own: it ranks the pair even where an answer has no score.
@@ -213,9 +257,10 @@ def weight_groups(groups: Sequence[Group], arguments: RankArguments) -> None:
                 if human is not None:
                     mask[g, human] = True
     posterior = bradley_terry_posterior(
-        scores,
-        tau=arguments.tau,
+        compared,
+        tau=[{"entropy": arguments.tau, "agreement": 1.0}[name] for name in comparators],
         prior_sd=arguments.prior_sd,
+        weights=list(comparators.values()),
         human_weight=arguments.human_weight,
         chosen=_role_index(groups, "chosen") if with_human else None,
         rejected=_role_index(groups, "rejected") if with_human else None,
@@ -226,18 +271,33 @@ def weight_groups(groups: Sequence[Group], arguments: RankArguments) -> None:
     weight = sega_weights(advantages(reward, mask), mask, norm=arguments.weight_norm)  # type: ignore[arg-type]
     kept = mask.sum(1) >= 2
     if arguments.filter_groups:
-        kept &= keep_groups(scores, posterior, mask, min_spread=arguments.min_spread)
+        min_spread = arguments.min_spread if "entropy" in comparators else 0.0
+        told_apart = keep_groups(scores, posterior, mask, min_spread=min_spread)
+        if "agreement" in comparators:  # a count is no noise: one vote more is told apart, however little it weighs
+            told_apart |= votes_differ(votes, mask)
+        kept &= told_apart
+    if arguments.agreement_filter:
+        kept &= torch.tensor([(with_human and group.has_pair) or agrees_in_part(group.votes) for group in groups])
     _write(groups, posterior, weight * kept[:, None], kept)
 
 
-def _scores(groups: Sequence[Group], arguments: RankArguments, with_human: bool) -> tuple[Tensor, Tensor]:
-    """Return S and the mask of the members that take part, each (B, K), K the size of the largest group.
+def _scores(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """Return the scores of the comparators entropy (S) and agreement (log votes), each (B, K), K the size of the largest group.
 
-    A member takes part if it has a score, is no duplicate (with filter_groups), and is not human where the pair is left out.
+    A vote counts even if its candidate leaves the ranking as a copy or an outlier.
     """
     width = max(len(group.members) for group in groups)
-    scores = torch.full((len(groups), width), torch.nan, dtype=torch.float64)
-    mask = torch.zeros(len(groups), width, dtype=torch.bool)
+    scores = torch.full((2, len(groups), width), torch.nan, dtype=torch.float64)
+    for g, group in enumerate(groups):
+        size = len(group.members)
+        scores[0, g, :size] = torch.tensor([member.score for member in group.members], dtype=torch.float64)
+        scores[1, g, :size] = torch.tensor(log_votes(group.votes), dtype=torch.float64)
+    return scores[0], scores[1]
+
+
+def _counted(groups: Sequence[Group], arguments: RankArguments, with_human: bool) -> Tensor:
+    """Return the mask (B, K) of members that are no duplicates (with filter_groups), nor human where the pair is left out."""
+    counted = torch.zeros(len(groups), max(len(group.members) for group in groups), dtype=torch.bool)
     for g, group in enumerate(groups):
         # Human answers come first, so a candidate that repeats one of them counts as the copy.
         humans_first = sorted(
@@ -246,11 +306,9 @@ def _scores(groups: Sequence[Group], arguments: RankArguments, with_human: bool)
         unique = first_of_duplicates([_all_tokens(group.members[i]) for i in humans_first])
         first = dict(zip(humans_first, unique, strict=True))
         for i, member in enumerate(group.members):
-            scores[g, i] = member.score
             is_human = member.role != "candidate"
-            counts = first[i] or is_human or not arguments.filter_groups
-            mask[g, i] = scores[g, i].isfinite() and counts and (with_human or not is_human)
-    return scores, mask
+            counted[g, i] = with_human if is_human else first[i] or not arguments.filter_groups
+    return counted
 
 
 def _all_tokens(member: Member) -> list[int]:

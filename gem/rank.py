@@ -4,11 +4,13 @@ Pure functions. B groups, K members of a group (candidates and, if given, the hu
 C comparators; `mask` (B, K) bool is true for members that take part.
 
 A ranking by one scalar only keeps its order. Information beyond S comes from the human preference, from several
-comparators and from the posterior's uncertainty.
+comparators and from the posterior's uncertainty. docs/ranking.md has the maths.
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,8 +34,9 @@ class Posterior(NamedTuple):
 def bradley_terry_posterior(
     scores: Tensor,
     *,
-    tau: float,
+    tau: float | Sequence[float],
     prior_sd: float,
+    weights: Sequence[float] | None = None,
     human_weight: float = 0.0,
     chosen: Tensor | None = None,
     rejected: Tensor | None = None,
@@ -44,12 +47,12 @@ def bradley_terry_posterior(
 
     theta maximises, by Newton's method with the exact Hessian in float64,
 
-        sum_{i<j} [p_ij log s(theta_i - theta_j) + (1 - p_ij) log s(theta_j - theta_i)]
+        sum_c w_c sum_{i<j} [p_ij log s(theta_i - theta_j) + (1 - p_ij) log s(theta_j - theta_i)]
             + n_h log s(theta_chosen - theta_rejected) - |theta|^2 / (2 prior_sd^2),     p_ij = s((S_i - S_j) / tau)
 
-    where s is the logistic function. This is our definition of the paper's "Bayesian ranking scheme". Each comparator adds
-    its own sum over the pairs for which it has two finite scores. A member without any comparison keeps its prior: mean 0,
-    sd prior_sd.
+    where s is the logistic function, and p, S and tau are those of the comparator c. This is our definition of the paper's
+    "Bayesian ranking scheme". The sum of a comparator is over the pairs for which it has two finite scores. A member without
+    any comparison keeps its prior: mean 0, sd prior_sd.
 
     prior_sd = inf leaves the constant vector free; we fix it by mean zero. One comparator and no human pair then give
     theta = (S - mean S) / tau exactly. sd is then that of the contrast theta_i - mean theta, and meaningful while the gaps
@@ -57,8 +60,9 @@ def bradley_terry_posterior(
 
     Args:
         scores: (B, K), or (C, B, K) for C comparators; floating; higher is better; NaN means no score.
-        tau: temperature of the comparisons, in units of the scores, > 0.
+        tau: temperature of the comparisons, in units of the scores, > 0; one of all comparators, or C.
         prior_sd: standard deviation of the prior of theta, in log-odds, > 0; may be inf.
+        weights: C numbers w_c > 0, how many comparisons each pair of a comparator counts for. Default: 1 each.
         human_weight: n_h >= 0, the number of comparisons that the human preference counts for.
         chosen, rejected: (B,) int64 indices into K of the human pair, both or neither; -1 in both: the group has no pair.
         mask: (B, K) bool. A human preference about a member outside it is ignored. Default: the members with a finite
@@ -78,13 +82,15 @@ def bradley_terry_posterior(
         raise ValueError(f"scores must be (B, K) or (C, B, K), got {tuple(scores.shape)}")
     if not scores.is_floating_point():
         raise TypeError(f"scores must be floating, got {scores.dtype}")
-    for name, positive in (("tau", tau), ("prior_sd", prior_sd), ("steps", steps)):
+    for name, positive in (("prior_sd", prior_sd), ("steps", steps)):
         if not positive > 0:
             raise ValueError(f"{name} must be > 0, got {positive}")
     if not 0 <= human_weight < float("inf"):
         raise ValueError(f"human_weight must be finite and >= 0, got {human_weight}")
 
     s_cbk = (scores if scores.ndim == 3 else scores[None]).double()
+    tau_c = _per_comparator("tau", tau, s_cbk)
+    weight_c = _per_comparator("weights", 1.0 if weights is None else weights, s_cbk)
     finite = s_cbk.isfinite()
     groups, pair = _human_pairs(chosen, rejected, s_cbk)
     if mask is None:
@@ -96,19 +102,21 @@ def bradley_terry_posterior(
         kept = member[groups[:, None], pair].all(1)
         groups, pair = groups[kept], pair[kept]
 
-    # wins (B, K, K): how often i beat j, summed over the comparators. (j, i) is computed too, as 1 - s(x) would round.
+    # wins (B, K, K): how often i beat j, over all comparators. (j, i) is computed too, as 1 - s(x) would round.
     compared = (finite & member).double()
     compared = compared[..., :, None] * compared[..., None, :]
     compared.diagonal(dim1=-2, dim2=-1).zero_()
     known = s_cbk.where(finite, 0.0)
-    wins = (compared * torch.sigmoid((known[..., :, None] - known[..., None, :]) / tau)).sum(0)
+    won = torch.sigmoid((known[..., :, None] - known[..., None, :]) / tau_c[..., None])
+    wins = (weight_c[..., None] * compared * won).sum(0)
     wins[groups, pair[:, 0], pair[:, 1]] += human_weight
     games = wins + wins.mT
 
     precision = prior_sd**-2.0
-    # Without a prior, Newton starts at the solution for one comparator. With a prior it starts at 0, inside the basin:
-    # from abilities far apart, where the likelihood is flat, the first step would overshoot it.
-    theta = _centred_mean(s_cbk, finite & member) / tau if precision == 0 else torch.zeros_like(s_cbk[0])
+    # One comparator without a prior: Newton starts at the solution. A prior, or a comparator of another mind, pulls abilities
+    # together, so it starts at 0, inside the basin: from far apart, where the likelihood is flat, the first step overshoots.
+    alone = precision == 0 and len(s_cbk) == 1
+    theta = _centred(s_cbk[0], finite[0] & member) / tau_c[0] if alone else torch.zeros_like(s_cbk[0])
     for _ in range(steps):
         step = (_inverse(_curvature(theta, games, precision)) @ _slope(theta, wins, precision)[..., None])[..., 0]
         theta = theta + step
@@ -180,6 +188,44 @@ def first_of_duplicates(completions: Sequence[Sequence[int]]) -> list[bool]:
     return first
 
 
+def trust_in_scores(gaps: Sequence[float]) -> float:
+    """Return how far human pairs bear out scores: 2q - 1 in (-1, 1], with q = (h + 1) / (n + 1).
+
+    h of n pairs are ordered rightly by the scores. The claim that they tell right from wrong counts as one more pair: they
+    are trusted until pairs contradict them. Scores that order pairs at random come to count as nothing, and scores that order
+    them wrongly count the other way.
+
+    Args:
+        gaps: score of the chosen minus that of the rejected answer, of each pair; a gap of 0 counts half, NaN is no pair.
+    """
+    known = [gap for gap in gaps if not math.isnan(gap)]
+    right = sum((gap > 0) + (gap == 0) / 2 for gap in known)
+    return 2 * (right + 1) / (len(known) + 1) - 1
+
+
+def log_votes(answers: Sequence[str]) -> list[float]:
+    """Return the scores of the agreement comparator: log c_i, with c_i the number of members with the answer of member i.
+
+    At tau 1, p_ij = c_i / (c_i + c_j): of the votes for the answer of i or of j, the share for that of i.
+
+    Args:
+        answers: of the members of a group; "": the member does not vote, and its score is NaN.
+    """
+    counts = Counter(answers)
+    return [math.log(counts[answer]) if answer else math.nan for answer in answers]
+
+
+def votes_differ(votes: Tensor, mask: Tensor) -> Tensor:
+    """Return whether answers of the mask have different numbers of votes, (B,), from `log_votes` (B, K)."""
+    return _spread(votes, mask & votes.isfinite()) > 0
+
+
+def agrees_in_part(answers: Sequence[str]) -> bool:
+    """Return whether at least two members that vote share an answer, and not all do; "": the member does not vote."""
+    counts = Counter(answer for answer in answers if answer)
+    return len(counts) > 1 and max(counts.values()) > 1
+
+
 def _slope(theta: Tensor, wins: Tensor, precision: float) -> Tensor:
     """Return the gradient (B, K) of the log-posterior, as a difference of small terms that vanishes to full precision."""
     gap = theta[:, :, None] - theta[:, None, :]
@@ -199,17 +245,28 @@ def _inverse(curvature: Tensor) -> Tensor:
     return inverse
 
 
-def _centred_mean(s_cbk: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean (B, K) over the comparators of S - mean(S), 0 for a member without a score."""
-    s = s_cbk.where(valid, 0.0)
-    centred = (s - s.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)).where(valid, 0.0)
-    return centred.sum(0) / valid.sum(0).clamp(min=1)
+def _centred(scores: Tensor, valid: Tensor) -> Tensor:
+    """Return S - mean(S) over the valid members, (B, K); 0 for the others."""
+    s = scores.where(valid, 0.0)
+    return (s - s.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)).where(valid, 0.0)
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
     """Return max - min over the mask, (B,); 0 where it has no member."""
     spread = values.where(mask, -torch.inf).amax(1) - values.where(mask, torch.inf).amin(1)
     return spread.where(mask.any(1), 0.0)
+
+
+def _per_comparator(name: str, values: float | Sequence[float], s_cbk: Tensor) -> Tensor:
+    """Return one positive number per comparator as (C, 1, 1), from one for all or from C."""
+    c = len(s_cbk)
+    listed = list(values) if isinstance(values, Sequence) else [values] * c
+    if len(listed) != c:
+        raise ValueError(f"{name} must have one number per comparator (C={c}), got {listed}")
+    for value in listed:
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be finite and > 0, got {value}")
+    return s_cbk.new_tensor(listed)[:, None, None]
 
 
 def _human_pairs(chosen: Tensor | None, rejected: Tensor | None, s_cbk: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,12 +28,14 @@ from gem.results import Run, by_method
 HEADLINE = {
     "accuracy_greedy": "greedy accuracy",
     "accuracy_sampled": "sampled accuracy",
+    "accuracy_majority": "majority accuracy",
     "preference_sum": "preference, sum",
     "preference_token": "preference, per token",
     "preference_reference": "preference, vs reference",
     "preference_length": "preference, length only",
     "auroc": "AUROC of S",
 }
+ACCURACIES = ("accuracy_greedy", "accuracy_sampled", "accuracy_majority")
 # 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom
 T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
@@ -74,6 +76,29 @@ def results_table(runs: Sequence[Run]) -> Table:
     return Table(header, rows)
 
 
+def differences_table(runs: Sequence[Run], base: str) -> Table:
+    """Return how far `base` is above each other method: the mean difference over the seeds of both ± its 95 % t-interval.
+
+    A seed gives two methods the same data and the same start, so their difference varies less than either. A method with fewer
+    than two seeds in common is left out.
+
+    Raises:
+        ValueError: no run is named `base`.
+    """
+    methods = by_method(runs)
+    if base not in methods:
+        raise ValueError(f"base must be one of {', '.join(methods)}, got {base!r}")
+    ours = {run.seed: run.metrics for run in methods.pop(base)}
+    keys = [key for key in ACCURACIES if any(key in metrics for metrics in ours.values())]
+    rows = []
+    for name, seeds in methods.items():
+        paired = [(ours[run.seed], run.metrics) for run in seeds if run.seed in ours]
+        gaps = {key: [a[key] - b[key] for a, b in paired if key in a and key in b] for key in keys}
+        if all(len(values) > 1 for values in gaps.values()):
+            rows.append([name, str(len(paired)), *(_difference(gaps[key]) for key in keys)])
+    return Table(["minus", "seeds", *(HEADLINE[key] for key in keys)], rows)
+
+
 def _hit(seeds: Sequence[Run]) -> str:
     """Name the guard rails that fired in at least one of the runs, with their number if there are several runs."""
     fired = [verdict["rail"] for run in seeds for verdict in run.rails if verdict["verdict"] == "fired"]
@@ -99,6 +124,11 @@ def _cell(seeds: Sequence[Run], key: str) -> str:
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e3 else f"{value:.4g}"
+
+
+def _difference(values: Sequence[float]) -> str:
+    mean, half = t_interval(values)
+    return f"{mean:+.3f} ± {half:.3f}"
 
 
 def plain(table: Table) -> str:

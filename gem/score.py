@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from gem.answers import read_answer
 from gem.config import LAST_TOKENS, SAMPLER_GAP, ScoreArguments
 from gem.data import Example, TokenPair, pack
 from gem.ends import Ends, model_ends
@@ -149,7 +150,7 @@ def group_stats(
 
 
 def read_members(groups: Sequence[Group], tokenizer: Any, ends: Ends, arguments: ScoreArguments) -> None:
-    """Fill in what the tokens of every member alone determine: its text, truncated, flaw, and the spans of Eq. 1."""
+    """Fill in what the tokens of every member alone determine: text, truncated, flaw, the spans of Eq. 1, the answer."""
     for group in groups:
         for member in group.members:
             _read(member, group.question or group.prompt, tokenizer, ends, arguments)
@@ -187,7 +188,7 @@ def warn_of_gap(gap: float) -> bool:
 
 
 def _read(member: Member, question: str, tokenizer: Any, ends: Ends, arguments: ScoreArguments) -> None:
-    """Fill in what a member's tokens alone determine: its text, truncated, the flaw of a candidate, and the spans."""
+    """Fill in what a member's tokens alone determine: its text, truncated, the flaw of a candidate, spans, answer."""
     member.completion = tokenizer.decode(member.ids, skip_special_tokens=True)
     member.truncated = not ends.has_ended(member.ids, tokenizer)
     start = max((at for at, _ in member.given if at < len(member.ids)), default=0)  # the last turn holds the answer
@@ -197,6 +198,7 @@ def _read(member: Member, question: str, tokenizer: Any, ends: Ends, arguments: 
     found = find_spans(content, tokenizer, markers=arguments.markers, last_tokens=LAST_TOKENS)
     spans = [(first + start, last + start) for first, last in (found.branch, found.answer)]
     member.branch_span, member.answer_span, member.span_rule = spans[0], spans[1], found.rule
+    member.answer = read_answer(content, found, tokenizer)
 
 
 def flaw_of(completion: str, question: str) -> Literal["", "empty", "repeats the prompt"]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gem.data import Layout, encode_records, load_records, pack
-from gem.demo import build_tokenizer
+from gem.tasks import build_tokenizer
 
 EOS = 2
 # One token a character: a turn is "+content=", the assistant's begins with "#### " and ends with <eos> and a blank.

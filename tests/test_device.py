@@ -20,9 +20,9 @@ from torch.utils import backend_registration
 from transformers import LlamaConfig
 
 from gem import cli
-from gem.demo import build_tokenizer
 from gem.doctor import load
 from gem.models import pick_device
+from gem.tasks import build_tokenizer
 
 HERE = Path(__file__).parent
 MODEL = ("--model", "cfg/config.json", "--tokenizer", "tok")

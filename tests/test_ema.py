@@ -17,12 +17,12 @@ from transformers import TrainerCallback
 
 from gem.checkpoints import newest_checkpoint
 from gem.config import LossArguments, RankArguments, RolloutArguments, ScoreArguments
-from gem.demo import build_tokenizer
 from gem.ema import WeightAverage
 from gem.head import ensure_fused
 from gem.pipeline import GroupMaker
 from gem.run_files import AVERAGE_FILE, MANIFEST_FILE, read_object
 from gem.score import token_stats
+from gem.tasks import build_tokenizer
 from gem.trainer import GEMTrainer
 
 EVENT: Any = (None, None, None)  # args, state, control, which these callbacks do not read

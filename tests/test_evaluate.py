@@ -1,4 +1,4 @@
-"""Metrics against hand values and scipy, the comparison of answers, and a whole evaluation of a tiny model."""
+"""Metrics against hand values and scipy, and a whole evaluation of a tiny model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gem.config import EvalArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
-from gem.demo import build_tokenizer
-from gem.evaluate import Evaluation, auroc, normalise, pair_auroc, preference_accuracy
+from gem.evaluate import Evaluation, auroc, majority, pair_auroc, preference_accuracy
 from gem.generators import Completion, Generator
 from gem.groups import Group, Member
 from gem.score import token_stats
+from gem.tasks import build_tokenizer
 
 EOS = 2
 
@@ -75,54 +75,6 @@ def test_pair_auroc() -> None:
     assert math.isnan(pair_auroc([lonely])) and math.isnan(pair_auroc([]))
 
 
-# --- what counts as the same answer -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("$1,234.50", "1234.5"),
-        ("18", "18"),
-        ("A: 18.", "18"),
-        ("18,", "18"),
-        ("the answer is x", "the answer is x"),
-        ("  The  Answer\nis X. ", "the answer is x"),
-        ("-3", "-3"),
-        ("x = -3.00", "-3"),
-        ("5 - 2 = 3", "3"),
-        ("007", "7"),
-        ("100", "100"),
-        ("1,000,000", "1000000"),
-        ("0.50", "0.5"),
-        (".5", "0.5"),
-        ("-.5", "-0.5"),
-        ("0", "0"),
-        ("-0", "0"),
-        ("0.000", "0"),
-        ("0.00001", "0.00001"),
-        ("12%", "12"),
-        ("1234567", "1234567"),
-        ("1234567.25", "1234567.25"),
-        ("12345678901234567890123456789012345", "12345678901234567890123456789012345"),
-        ("", ""),
-        (" . ", ""),
-        ("No.", "no"),
-    ],
-)
-def test_normalise(answer: str, expected: str) -> None:
-    assert normalise(answer) == expected
-    assert normalise(normalise(answer)) == expected
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [("1234567", "1234568"), ("1,000,000", "1,000,001"), ("0.1234567", "0.1234568"), (".5", "5"), ("-3", "3"),
-     ("12345678901234567", "12345678901234568"), ("10", "1"), ("x", "y")],
-)  # fmt: skip
-def test_different_answers_stay_different(one: str, other: str) -> None:
-    assert normalise(one) != normalise(other)
-
-
 # --- a whole evaluation -----------------------------------------------------------------------------------------------
 
 
@@ -158,7 +110,7 @@ def evaluation(
 
 
 SHARES = {"preference_sum", "preference_token", "preference_reference", "preference_length", "accuracy_greedy",
-          "accuracy_sampled", "auroc", "truncated"}  # fmt: skip
+          "accuracy_sampled", "accuracy_majority", "auroc", "truncated"}  # fmt: skip
 DOCUMENTED = SHARES | {"final_entropy", "branch_entropy", "length"}
 
 
@@ -234,7 +186,8 @@ def test_accuracy_compares_final_answers() -> None:
 def test_a_chosen_answer_that_says_nothing_is_matched_by_nothing() -> None:
     model = tiny_model()
     row = Example("", [1], [*ids_of("####"), EOS])
-    assert evaluation(model, [row], speaking("####"))(model)["accuracy_greedy"] == 0
+    found = evaluation(model, [row], speaking("####"), eval_samples=3)(model)
+    assert found["accuracy_greedy"] == found["accuracy_sampled"] == found["accuracy_majority"] == 0
 
 
 def test_what_cannot_be_had_is_absent() -> None:
@@ -245,6 +198,59 @@ def test_what_cannot_be_had_is_absent() -> None:
     assert found.keys() == {"accuracy_greedy", "accuracy_sampled", "truncated", "length", "final_entropy",
                             "branch_entropy"}  # fmt: skip
     assert evaluation(model, alone, generator, eval_samples=0)(model) == {"accuracy_greedy": 1.0}
+
+
+def voting(*texts: str) -> Generator:
+    """Return a generator that gives these completions to every prompt; "..." at the end of a text: cut off."""
+
+    def generate(prompts: Any, n: int = 1, **_: Any) -> list[list[Completion]]:
+        drawn = [speaking(text)(prompts) for text in texts[:n]]
+        return [[completions[0] for completions in own] for own in zip(*drawn, strict=True)]
+
+    return generate
+
+
+@pytest.mark.parametrize(
+    ("texts", "first", "second"),
+    [
+        (("#### 1", "#### 2", "#### 1"), 1.0, 0.0),
+        (("#### 2", "#### 2", "#### 1"), 0.0, 1.0),
+        (("#### 2", "#### 1", "#### 3"), 1 / 3, 1 / 3),
+        (("#### 2", "#### 1", "#### 2", "#### 1"), 1 / 2, 1 / 2),
+        (("#### 2...", "#### 1", "#### 2..."), 1.0, 0.0),  # what was cut off does not vote
+        (("####", "#### 1", "####"), 1.0, 0.0),  # nor does what gives no answer
+        (("#### 1...", "#### 1...", "####"), 0.0, 0.0),
+    ],
+)
+def test_the_majority_of_the_samples(texts: tuple[str, ...], first: float, second: float) -> None:
+    """Of two questions, whose answers are 1 and 2."""
+    model = tiny_model()
+    found = evaluation(model, examples(2), voting(*texts), eval_samples=len(texts))(model)
+    assert found["accuracy_majority"] == pytest.approx((first + second) / 2)
+
+
+def test_every_question_has_its_own_majority() -> None:
+    """The samples of a question are its texts in turn: 1, 1, 2 for the first, 2, 3, 2 for the second."""
+    drawn = voting("#### 1", "#### 1", "#### 2"), voting("#### 2", "#### 3", "#### 2")
+
+    def generate(prompts: Any, n: int = 1, **_: Any) -> list[list[Completion]]:
+        return [own([prompt], n)[0] for own, prompt in zip(drawn, prompts, strict=True)]
+
+    found = evaluation(model := tiny_model(), examples(2), generate, eval_samples=3)(model)
+    assert found["accuracy_majority"] == 1 and found["accuracy_sampled"] == pytest.approx(2 / 3)
+
+
+def test_two_samples_have_no_majority() -> None:
+    model = tiny_model()
+    found = evaluation(model, examples(2), voting("#### 1", "#### 1"), eval_samples=2)(model)
+    assert "accuracy_majority" not in found and found["accuracy_sampled"] == 0.5
+
+
+def test_majority() -> None:
+    assert majority(["a", "b", "a"], "a") == 1 and majority(["a", "b", "a"], "b") == 0
+    assert majority(["a", "b", "a", "b", "c"], "b") == 0.5
+    assert majority([], "a") == majority([""], "") == 0
+    assert majority(["", "", "a"], "a") == 1
 
 
 def several_turns(e: Example) -> Example:

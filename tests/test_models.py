@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from gem import cli
 from gem.config import ModelArguments
 from gem.data import pack
-from gem.demo import build_tokenizer
 from gem.doctor import load
 from gem.ends import Ends, model_ends
 from gem.finite import not_finite_weights
 from gem.head import completion_stats, fuse_lm_head
 from gem.models import load_model, load_tokenizer, source_ends
+from gem.tasks import build_tokenizer
 
 
 def config(**changes: Any) -> LlamaConfig:

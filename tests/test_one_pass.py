@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from gem.config import LossArguments, RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
-from gem.demo import build_tokenizer
 from gem.generators import Completion
 from gem.group import Group
 from gem.noise import active_noise
 from gem.pipeline import GroupMaker
 from gem.reference import AdapterOff, reference_for
 from gem.stops import Diverged
+from gem.tasks import build_tokenizer
 
 GROUPS, K = 50, 5
 LETTERS = range(3, 17)  # ids of the tokenizer that stand for a text

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,14 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gem.config import PRESETS, RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
-from gem.demo import build_tokenizer
 from gem.generators import Completion
 from gem.groups import Group, Member, Role
-from gem.pipeline import GroupMaker, pair_group, weight_groups
+from gem.pipeline import GroupMaker, pair_group, weigh, weight_groups
+from gem.rank import bradley_terry_posterior, trust_in_scores
+from gem.tasks import build_tokenizer
 
 NAN = math.nan
 EOS = 2
-LITERAL = RankArguments(human_weight=0.0, reward="identity", weight_norm="none", filter_groups=False)
+LITERAL = RankArguments(human_weight=0.0, reward="identity", weight_norm="none", filter_groups=False, calibrate=False)
 
 
 def group(*scores: float, chosen: float | None = None, rejected: float | None = None) -> Group:
@@ -195,6 +199,185 @@ def test_all_candidates_without_score_leave_the_pair() -> None:
     assert g.kept and got[:2] == [0, 0] and got[2] > 0 > got[3]
 
 
+# --- agreement --------------------------------------------------------------------------------------------------------
+
+AGREEMENT: dict[str, Any] = {"comparators": ["agreement"], "human_weight": 0.0}
+
+
+def voting(answers: str, scores: Sequence[float] | None = None, pair: tuple[float, float] | None = None) -> Group:
+    """Return a group of distinct candidates with these answers, a letter each ("-": none), and the pair with its scores."""
+    scores = [0.3] * len(answers) if scores is None else scores
+    g = group(*scores, chosen=pair and pair[0], rejected=pair and pair[1])
+    for member, answer in zip(g.members, answers.ljust(len(g.members), "a"), strict=True):
+        member.answer, member.truncated = answer.strip("-"), False
+    return g
+
+
+def posterior_of(g: Group, log_c: Sequence[float], weight: float, human_weight: float = 0.0) -> list[float]:
+    """Return the mean of the posterior of S and of these scores of agreement, at the defaults."""
+    scores = torch.tensor([[m.score for m in g.members], log_c], dtype=torch.float64)[:, None]
+    pair: dict[str, Any] = {}
+    if human_weight:
+        pair = {name: torch.tensor([g.role(name)]) for name in ("chosen", "rejected")}  # type: ignore[arg-type]
+    options: dict[str, Any] = {
+        "tau": [0.5, 1.0],
+        "weights": [1.0, weight],
+        "prior_sd": 1.0,
+        "human_weight": human_weight,
+    }
+    return bradley_terry_posterior(scores, steps=60, **options, **pair).mean[0].tolist()
+
+
+def test_entropy_by_name_is_the_default() -> None:
+    """And answers change nothing as long as nobody compares them."""
+    g = voting("aabc", [0.0, 1.0, 0.4, 2.0], (0.5, 0.7))
+    default = weights(g)
+    assert [weights(g, RankArguments(comparators=[item])) for item in ("entropy", "entropy:1")] == [default] * 2
+    for member in g.members:
+        member.answer = ""
+    assert weights(g) == default
+
+
+def test_agreement_alone_is_the_log_of_the_votes() -> None:
+    """As the prior grows wide; p_ij = c_i / (c_i + c_j)."""
+    g = voting("aaabbc", [9.0, -9.0, 3.0, 0.0, 1.0, 5.0])
+    got = weights(g, RankArguments(**AGREEMENT, prior_sd=1e4, weight_norm="none"))
+    log_c = [math.log(c) for c in (3, 3, 3, 2, 2, 1)]
+    assert got == pytest.approx([value - sum(log_c) / 6 for value in log_c], abs=1e-6)
+
+
+def test_two_comparators_and_the_pair() -> None:
+    g = voting("aabca", [0.0, 1.0, 0.4, 2.0, 0.6], (0.5, 0.7))
+    weights(g, RankArguments(comparators=["agreement:2", "entropy"]))
+    log_c = [math.log(c) if c else NAN for c in (3, 3, 1, 1, 3, 0, 0)]
+    assert [m.rank_mean for m in g.members] == pytest.approx(posterior_of(g, log_c, 2.0, 4.0), abs=1e-9)
+
+
+def test_copies_vote() -> None:
+    """Three copies of a text are one member of the ranking, with three votes against one."""
+    g = voting("aaab")
+    for copy in g.members[1:3]:
+        copy.ids = list(g.members[0].ids)
+    got = weights(g, RankArguments(**AGREEMENT, prior_sd=1e4, weight_norm="none"))
+    assert got == pytest.approx([math.log(3) / 2, 0, 0, -math.log(3) / 2], abs=1e-6)
+    kept = weights(g, RankArguments(**AGREEMENT, filter_groups=False))
+    assert kept[0] == kept[1] == kept[2] > 0 > kept[3]
+
+
+def test_outliers_of_s_vote() -> None:
+    g = voting("abbbba", [1.0, 1.2, 1.4, 1.6, 2.5, -40.0])
+    got = weights(g, RankArguments(comparators=["entropy", "agreement"], human_weight=0.0))
+    assert got[5] == 0 and math.isnan(g.members[5].rank_mean)
+    g.members.pop()
+    log_c = [math.log(c) for c in (2, 4, 4, 4, 4)]
+    assert [m.rank_mean for m in g.members] == pytest.approx(posterior_of(g, log_c, 1.0), abs=1e-9)
+    alone = voting("abbbba", [1.0, 1.2, 1.4, 1.6, 2.5, -40.0])
+    got = weights(alone, RankArguments(**AGREEMENT))
+    assert got[5] == got[0] < 0 < got[1]  # S is not read, and trims nobody
+
+
+@pytest.mark.parametrize("change", [{"truncated": True}, {"flaw": "empty"}, {"answer": ""}])
+def test_who_does_not_vote_is_not_compared(change: dict[str, Any]) -> None:
+    g, without = voting("aabca"), voting("aabc")
+    vars(g.members[4]).update(change)
+    assert weights(g, RankArguments(**AGREEMENT)) == [*weights(without, RankArguments(**AGREEMENT)), 0.0]
+    assert math.isnan(g.members[4].rank_mean)
+
+
+def test_a_candidate_without_an_answer_is_compared_by_its_score() -> None:
+    g = voting("aab-", [0.0, 1.0, 0.4, 2.0])
+    weights(g, RankArguments(comparators=["entropy", "agreement"], human_weight=0.0))
+    log_c = [math.log(2), math.log(2), 0.0, NAN]
+    assert [m.rank_mean for m in g.members] == pytest.approx(posterior_of(g, log_c, 1.0), abs=1e-9)
+
+
+def test_a_candidate_without_a_score_is_compared_by_its_answer() -> None:
+    g = voting("aab", [NAN, NAN, NAN])
+    got = weights(g, RankArguments(**AGREEMENT))
+    assert g.kept and got[0] == pytest.approx(got[1]) and got[1] > 0 > got[2]
+    both = weights(g, RankArguments(comparators=["entropy", "agreement"], human_weight=0.0))
+    assert both == pytest.approx(got)
+
+
+def test_humans_do_not_vote() -> None:
+    """Their answer is that of a candidate each; the human preference alone ranks them where agreement is alone."""
+    g = voting("aab", pair=(NAN, NAN))
+    got = weights(g, RankArguments(comparators=["agreement"]))
+    assert g.kept and got[3] > 0 > got[4] and g.members[3].rank_mean == pytest.approx(-g.members[4].rank_mean)
+    alone = voting("aab")
+    weights(alone, RankArguments(comparators=["agreement"]))
+    assert [m.rank_mean for m in g.members[:3]] == pytest.approx([m.rank_mean for m in alone.members])
+
+
+def test_a_strong_pair_wins_against_the_votes() -> None:
+    """Also where its rejected answer has the better S, and no candidate votes for the chosen one."""
+    g = voting("bbbbb", [0.1, 0.3, 0.2, 0.5, 0.4], (-1.0, 1.0))
+    got = weights(g, RankArguments(comparators=["entropy", "agreement:5"], human_weight=1000.0))
+    assert g.kept and got[5] > 0 > got[6] and g.members[5].rank_mean > g.members[6].rank_mean + 3
+
+
+@pytest.mark.parametrize(
+    ("answers", "pair", "comparators", "kept"),
+    [
+        ("aab", None, ["entropy"], False),  # equal S
+        ("aab", None, ["entropy", "agreement"], True),
+        ("aab", None, ["entropy", "agreement:0.001"], True),  # however little it weighs
+        ("aaabb", None, ["agreement"], True),  # although the best leads by less than the ranking's uncertainty
+        ("aabb", None, ["agreement"], False),
+        ("aaaa", None, ["agreement"], False),
+        ("abcd", None, ["entropy", "agreement"], False),
+        ("----", None, ["agreement"], False),
+        ("a---", None, ["agreement"], False),
+        ("aaaa", (NAN, NAN), ["agreement"], True),  # the pair is ranked
+        ("----", (NAN, NAN), ["agreement"], True),
+    ],
+)
+def test_which_groups_agreement_keeps(
+    answers: str, pair: tuple[float, float] | None, comparators: list[str], kept: bool
+) -> None:
+    g = voting(answers, pair=pair)
+    got = weights(g, RankArguments(comparators=comparators))
+    assert g.kept == kept == any(got)
+
+
+def test_scores_that_differ_keep_no_group_that_agrees() -> None:
+    """S is not read where agreement is alone."""
+    g = voting("aaaa", [0.0, 1.0, 2.0, 5.0])
+    assert weights(g, RankArguments(comparators=["agreement"], min_spread=0.0)) == [0.0] * 4 and not g.kept
+    assert any(weights(g, RankArguments(comparators=["entropy", "agreement"]))) and g.kept
+
+
+@pytest.mark.parametrize("filter_groups", [True, False])
+@pytest.mark.parametrize(
+    ("answers", "kept"), [("aabc", True), ("aabb", True), ("abcd", False), ("aaaa", False), ("aa--", False)]
+)
+def test_the_filter_of_agreement(answers: str, kept: bool, filter_groups: bool) -> None:
+    """It asks the groups without a human pair, whatever compares them; a pair that takes no part is none."""
+    scores = [0.0, 1.0, 2.0, 5.0]
+    for arguments in (RankArguments(), RankArguments(human_weight=0.0, reward="identity")):
+        arguments.agreement_filter, arguments.filter_groups = True, filter_groups
+        g, one_sided = voting(answers, scores), voting(answers, scores, (0.5, 0.1))
+        one_sided.members.pop()
+        paired = voting(answers, scores, (0.5, 0.1))
+        weight_groups([g, one_sided, paired], arguments)
+        assert [g.kept, one_sided.kept, paired.kept] == [kept, kept, kept or arguments.human_weight > 0]
+        assert any(m.weight for m in g.members) == kept
+
+
+def test_copies_count_in_the_filter_of_agreement() -> None:
+    g = voting("aabc", [0.0, 0.0, 2.0, 5.0])
+    assert any(weights(g, RankArguments(agreement_filter=True)))
+    g.members[1].ids = list(g.members[0].ids)
+    assert any(weights(g, RankArguments(agreement_filter=True))) and g.members[1].weight == 0
+
+
+def test_agreement_is_no_reward_of_scores() -> None:
+    with pytest.raises(ValueError, match="reward must be bt with the comparator agreement, .* got 'rank'"):
+        weights(voting("aab"), RankArguments(comparators=["agreement"], reward="rank"))
+    with pytest.raises(ValueError, match="comparators must be of entropy, agreement, .* got 'votes'"):
+        weights(voting("aab"), RankArguments(comparators=["votes"]))
+
+
 # --- phase one --------------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +453,22 @@ def test_candidates_of_another_backend() -> None:
     assert all(math.isfinite(m.score) and m.logprobs for m in found[0].members[:2])
 
 
+def test_drawn_members_have_their_answers() -> None:
+    """Before they are weighed, as a training in one pass weighs each group alone with the entropies of its forward."""
+    rank = RankArguments(comparators=["entropy", "agreement"], filter_groups=False)
+    maker = GroupMaker(model(), build_tokenizer(), RolloutArguments(max_new_tokens=6), ScoreArguments(), rank)
+    torch.manual_seed(0)
+    found = maker([replace(e, candidate_ids=[[11, EOS], [8, 6, 11, EOS], [12, EOS], [11]]) for e in examples()])
+    for g in found:
+        assert g.votes[:4] == ["4", "4", "5", ""] and g.members[3].answer == "4"
+        told = [m.weight for m in g.members]
+        entropy = torch.tensor([h for m in g.members for h in m.entropies])
+        weigh([g], entropy, ScoreArguments(), rank)
+        assert [m.weight for m in g.members] == pytest.approx(told, abs=1e-6)
+    log_c = [math.log(2), math.log(2), 0.0, NAN]
+    assert [m.rank_mean for m in found[2].members] == pytest.approx(posterior_of(found[2], log_c, 1.0), nan_ok=True)
+
+
 def test_pairs_alone() -> None:
     maker = GroupMaker(
         model(), build_tokenizer(), RolloutArguments(group_size=0), ScoreArguments(), RankArguments(human_weight=8.0)
@@ -316,3 +515,50 @@ def test_turns_of_others_tell_completions_apart() -> None:
         member.ids, member.given = [5, EOS], given
     weight_groups([twins], RankArguments())
     assert [m.weight != 0 for m in twins.members] == [True, True, True, True, False]
+
+
+# --- trust in S -------------------------------------------------------------------------------------------------------
+
+
+def test_trust_is_a_factor_of_the_scores() -> None:
+    for trust in (0.5, -0.25):
+        ours = group(0.3, -0.2, 1.0, chosen=0.4, rejected=0.1)
+        theirs = group(*(trust * s for s in (0.3, -0.2, 1.0)), chosen=trust * 0.4, rejected=trust * 0.1)
+        weight_groups([ours], RankArguments(), trust)
+        weight_groups([theirs], RankArguments())
+        assert [m.weight for m in ours.members] == pytest.approx([m.weight for m in theirs.members], abs=1e-12)
+
+
+def test_scores_that_contradict_the_pairs_count_the_other_way() -> None:
+    g = group(2.0, 0.0, 1.0)
+    weight_groups([g], RankArguments(filter_groups=False), -0.5)
+    weight = [m.weight for m in g.members]
+    assert weight[0] < weight[2] < weight[1] and g.members[0].score == 2.0  # S itself stays what it is
+
+
+def test_no_trust_leaves_nothing_to_rank() -> None:
+    g = group(2.0, 0.0, 1.0)
+    weight_groups([g], RankArguments(), 0.0)
+    assert [m.weight for m in g.members] == [0, 0, 0] and not g.kept
+
+
+def test_the_maker_learns_its_trust_from_the_pairs_alone(caplog: pytest.LogCaptureFixture) -> None:
+    policy, tokenizer = model(), build_tokenizer()
+    settings = (policy, tokenizer, RolloutArguments(group_size=2, max_new_tokens=4), ScoreArguments(), RankArguments())
+    pairs = [e for e in examples() if e.has_pair]
+    assert pairs and GroupMaker(*settings).trust == 1
+    groups = GroupMaker(*settings)(pairs)
+    human = [[next(m.score for m in g.members if m.role == role) for role in ("chosen", "rejected")] for g in groups]
+    expected = trust_in_scores([chosen - rejected for chosen, rejected in human])
+    bare = replace(pairs[0], chosen_ids=[], rejected_ids=[])
+    with caplog.at_level(logging.INFO):
+        maker = GroupMaker(*settings, pairs=[bare, *pairs, bare])
+    assert maker.trust == pytest.approx(expected) and maker.trust != 1
+    assert f"trust in S: {expected:.2f}, by how it orders {len(pairs)} human pairs" in caplog.text
+    torch.manual_seed(0)
+    ours = maker.draw(pairs)
+    maker.weigh(ours)
+    for g in ours:
+        trusted = [m.weight for m in g.members]
+        weight_groups([g], RankArguments(), maker.trust)
+        assert trusted == pytest.approx([m.weight for m in g.members])

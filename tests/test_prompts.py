@@ -10,8 +10,8 @@ from chat_templates import TEMPLATES, byte_level
 
 from gem.config import COT_PROMPT, MARKERS, DataArguments, RolloutArguments
 from gem.data import Example, encode_records, read_examples
-from gem.demo import build_tokenizer
 from gem.groups import Group, Member
+from gem.tasks import build_tokenizer
 
 CHATML, GEMMA, MISTRAL = (TEMPLATES[name] for name in ("chatml", "gemma", "mistral-v1"))
 PLAIN = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}

@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from gem.rank import Posterior, bradley_terry_posterior, first_of_duplicates, keep_groups, keep_members
+from gem.rank import (
+    Posterior,
+    agrees_in_part,
+    bradley_terry_posterior,
+    first_of_duplicates,
+    keep_groups,
+    keep_members,
+    log_votes,
+    trust_in_scores,
+    votes_differ,
+)
 
 INF = float("inf")
 NAN = float("nan")
@@ -254,8 +264,12 @@ def test_no_groups() -> None:
     [
         ({"scores": torch.zeros(3)}, ValueError, r"scores must be \(B, K\) or \(C, B, K\), got \(3,\)"),
         ({"scores": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "scores must be floating, got torch.int64"),
-        ({"tau": 0.0}, ValueError, "tau must be > 0, got 0.0"),
-        ({"tau": NAN}, ValueError, "tau must be > 0, got nan"),
+        ({"tau": 0.0}, ValueError, "tau must be finite and > 0, got 0.0"),
+        ({"tau": NAN}, ValueError, "tau must be finite and > 0, got nan"),
+        ({"tau": [1.0, 2.0]}, ValueError, r"tau must have one number per comparator \(C=1\), got \[1.0, 2.0\]"),
+        ({"weights": [1.0, 1.0]}, ValueError, r"weights must have one number per comparator \(C=1\), got \[1.0, 1.0\]"),
+        ({"weights": [0.0]}, ValueError, "weights must be finite and > 0, got 0.0"),
+        ({"weights": [INF]}, ValueError, "weights must be finite and > 0, got inf"),
         ({"prior_sd": -1.0}, ValueError, "prior_sd must be > 0, got -1.0"),
         ({"steps": 0}, ValueError, "steps must be > 0, got 0"),
         ({"human_weight": -1.0}, ValueError, "human_weight must be finite and >= 0, got -1.0"),
@@ -274,6 +288,183 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
     arguments: dict[str, Any] = {"scores": torch.zeros(2, 3), "tau": 1.0, "prior_sd": 1.0} | change
     with pytest.raises(error, match=message):
         bradley_terry_posterior(**arguments)
+
+
+# -- several comparators, and agreement -----------------------------------------------------------------------------------
+
+
+def votes(*answers: str) -> Tensor:
+    return torch.tensor([log_votes(answers)], dtype=torch.float64)
+
+
+def test_log_votes() -> None:
+    found = log_votes(["4", "5", "", "4", "6", "4", ""])
+    expected = [math.log(3), 0.0, NAN, math.log(3), 0.0, math.log(3), NAN]
+    assert found == pytest.approx(expected, nan_ok=True) and log_votes([]) == []
+
+
+def test_agreement_compares_by_shares_of_the_votes() -> None:
+    """p_ij = c_i / (c_i + c_j), seen in the written-out objective, whose slope at the mode is 0."""
+    c = torch.tensor([3.0, 3.0, 1.0, 2.0, 2.0, 3.0], dtype=torch.float64)
+    found = bradley_terry_posterior(votes(*"aabcca"), tau=1.0, prior_sd=0.8)
+    gap = found.mean[0][:, None] - found.mean[0]
+    wins = (c[:, None] / (c[:, None] + c)).fill_diagonal_(0)
+    slope = (wins * torch.sigmoid(-gap) - wins.mT * torch.sigmoid(gap)).sum(1) - found.mean[0] / 0.8**2
+    assert float(slope.abs().max()) < 1e-9 and float(found.mean[0, 0] - found.mean[0, 2]) > 0.3
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5, 7.0])
+def test_agreement_alone_without_prior_is_the_centred_log_of_the_votes(weight: float) -> None:
+    theta = bradley_terry_posterior(votes(*"aaaabbc"), tau=1.0, prior_sd=INF, weights=[weight]).mean[0]
+    log_c = torch.tensor([4, 4, 4, 4, 2, 2, 1], dtype=torch.float64).log()
+    torch.testing.assert_close(theta, log_c - log_c.mean(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_vote_of_one_or_of_all_is_a_comparison_that_nobody_wins() -> None:
+    """It pulls the members together; without votes there is no comparison."""
+    scores = seeded(1, 4)
+    alone = bradley_terry_posterior(scores, tau=1.0, prior_sd=1.0)
+
+    def beside(answers: str) -> Tensor:
+        both = torch.stack((scores, votes(*answers)))
+        return bradley_terry_posterior(both, tau=1.0, prior_sd=1.0).mean
+
+    assert torch.equal(beside("abcd"), beside("aaaa")) and torch.equal(beside("aabb"), beside("abcd"))
+    spread = [float(theta.amax() - theta.amin()) for theta in (alone.mean, beside("abcd"))]
+    assert 0 < spread[1] < 0.9 * spread[0]
+    silent = torch.stack((scores, votes("", "", "", "")))
+    for a, b in zip(bradley_terry_posterior(silent, tau=1.0, prior_sd=1.0), alone, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_default_weights_and_one_tau_are_those_of_every_comparator() -> None:
+    scores = seeded(2, 3, 5)
+    plain = bradley_terry_posterior(scores, tau=0.7, prior_sd=1.0)
+    for a, b in zip(
+        plain, bradley_terry_posterior(scores, tau=[0.7] * 2, prior_sd=1.0, weights=[1.0] * 2), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_a_tau_of_its_own_is_a_scale_of_the_scores() -> None:
+    scores = seeded(2, 3, 5)
+    found = bradley_terry_posterior(scores, tau=[0.5, 2.0], prior_sd=1.0, weights=[1.0, 3.0])
+    scaled = torch.stack((scores[0] / 0.5, scores[1] / 2.0))
+    for a, b in zip(found, bradley_terry_posterior(scaled, tau=1.0, prior_sd=1.0, weights=[1.0, 3.0]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_weight_of_two_is_the_comparator_twice() -> None:
+    scores = seeded(2, 3, 5)
+    human = pairs([0, -1, 4], [1, -1, 2])
+    options: dict[str, Any] = {"prior_sd": 1.3, "human_weight": 4.0, **human}
+    weighted = bradley_terry_posterior(scores, tau=[0.5, 1.0], weights=[1.0, 2.0], **options)
+    twice = bradley_terry_posterior(torch.stack((scores[0], scores[1], scores[1])), tau=[0.5, 1.0, 1.0], **options)
+    for a, b in zip(weighted, twice, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.25), (3.0, 5.0)])
+def test_two_members_without_prior_have_the_logit_of_the_weighted_mean(weights: tuple[float, float]) -> None:
+    """A member with three votes against one with one, and S that says the opposite."""
+    s, log_c = torch.tensor([[0.1, 0.6]], dtype=torch.float64), votes(*"aaab")[:, [0, 3]]
+    found = bradley_terry_posterior(torch.stack((s, log_c)), tau=[0.5, 1.0], prior_sd=INF, weights=weights).mean[0]
+    p = (weights[0] / (1 + math.exp(1.0)) + weights[1] * 0.75) / sum(weights)
+    assert float(found[0] - found[1]) == pytest.approx(math.log(p / (1 - p)), abs=1e-9)
+    assert float(found.sum()) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 1000.0])
+def test_comparators_of_another_mind_without_prior(scale: float) -> None:
+    """Scores far apart, which Newton must not start from, and votes that say otherwise: the slope at the mode is 0."""
+    scores = torch.stack((scale * seeded(1, 5), votes(*"abbbb")))
+    theta = bradley_terry_posterior(scores, tau=[0.5, 1.0], prior_sd=INF, steps=60).mean[0]
+    p = [
+        torch.sigmoid((s[0, :, None] - s[0]) / tau).fill_diagonal_(0) for s, tau in zip(scores, (0.5, 1.0), strict=True)
+    ]
+    gap = theta[:, None] - theta
+    wins = p[0] + p[1]
+    slope = (wins * torch.sigmoid(-gap) - wins.mT * torch.sigmoid(gap)).sum(1)
+    assert float(slope.abs().max()) < 1e-9 and float(theta.abs().max()) < 5
+
+
+def test_comparators_that_say_the_same_add_no_ability_without_a_prior() -> None:
+    """Equal p give the p of one comparator, whatever the weights; with a prior they only outweigh it."""
+    log_c = votes(*"aaabbc")
+    both = torch.stack((0.5 * log_c, log_c))
+    options: dict[str, Any] = {"tau": [0.5, 1.0], "weights": [1.0, 2.5]}
+    theta = bradley_terry_posterior(both, prior_sd=INF, **options).mean
+    torch.testing.assert_close(theta, bradley_terry_posterior(log_c, tau=1.0, prior_sd=INF).mean, rtol=1e-9, atol=1e-12)
+    with_prior = bradley_terry_posterior(both, prior_sd=1.0, **options).mean
+    once = bradley_terry_posterior(log_c, tau=1.0, prior_sd=math.sqrt(3.5)).mean
+    torch.testing.assert_close(with_prior, once, rtol=1e-9, atol=1e-12)
+
+
+def test_weighted_comparators_do_not_see_the_order_of_members() -> None:
+    answers, order = ["a", "b", "a", "", "c", "a"], [3, 0, 5, 1, 4, 2]
+    scores = torch.stack((seeded(1, 6), votes(*answers)))
+    moved_votes = votes(*(answers[i] for i in order))
+    options: dict[str, Any] = {"tau": [0.5, 1.0], "prior_sd": 1.0, "weights": [1.0, 3.0], "human_weight": 4.0}
+    plain = bradley_terry_posterior(scores, **options, **pairs([0], [4]))
+    moved = bradley_terry_posterior(
+        torch.stack((scores[0][:, order], moved_votes)), **options, **pairs([order.index(0)], [order.index(4)])
+    )
+    for a, b in zip(plain, moved, strict=True):
+        torch.testing.assert_close(a[:, order], b, rtol=1e-9, atol=1e-12)
+
+
+def test_choix_on_votes_and_scores() -> None:
+    """Votes 3:1 and 3:2 and 2:1 in 60 games, S in steps of tau log 2 in 30 games: weights 60 and 30."""
+    answers, level, prior_sd = "aaabbc", [0, 1, 0, 2, 1, 0], 1.2
+    c = [answers.count(a) for a in answers]
+    games = []
+    for i in range(6):
+        for j in range(6):
+            if i != j:
+                won = 60 * c[i] / (c[i] + c[j]) + 30 / (1 + 2.0 ** (level[j] - level[i]))
+                assert won == round(won)
+                games += [(i, j)] * round(won)
+    expected = choix.opt_pairwise(6, games, alpha=1 / (2 * prior_sd**2), tol=1e-12)
+    scores = 0.4 * math.log(2) * torch.tensor([level], dtype=torch.float64)
+    theta = bradley_terry_posterior(
+        torch.stack((scores, votes(*answers))), tau=[0.4, 1.0], prior_sd=prior_sd, weights=[30.0, 60.0]
+    ).mean
+    torch.testing.assert_close(theta[0], torch.from_numpy(expected), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [1e-3, 1.0, 1e3, 1e6, 1e9])
+@pytest.mark.parametrize("prior_sd", [0.3, 1.0, 3.0])
+def test_weights_of_any_size(weight: float, prior_sd: float) -> None:
+    scores = torch.stack((3 * seeded(1, 7), votes(*"aaaabcb")))
+    for weights in ([weight, 1.0], [1.0, weight]):
+        found = bradley_terry_posterior(scores, tau=[0.5, 1.0], prior_sd=prior_sd, weights=weights, steps=60)
+        assert bool(found.mean.isfinite().all())
+
+
+def test_a_strong_human_preference_wins_whatever_the_votes_say() -> None:
+    """A pair among candidates that vote for the rejected one."""
+    theta = bradley_terry_posterior(
+        votes(*"abbbbbb"), tau=1.0, prior_sd=1.0, human_weight=1000.0, weights=[4.0], **pairs([0], [6])
+    ).mean[0]
+    assert bool(theta[0] > theta[6]) and bool((theta[1:6] > theta[6]).all())
+
+
+def test_votes_differ() -> None:
+    answers = ["aab", "abc", "aaa", ("a", "a", ""), ("", "", "")]
+    scores = torch.cat([votes(*own) for own in answers])
+    mask = torch.ones(5, 3, dtype=torch.bool)
+    assert votes_differ(scores, mask).tolist() == [True, False, False, False, False]
+    mask[0, 2] = False  # the lonely answer is not in the ranking
+    assert not votes_differ(scores, mask).any()
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [("aab", True), ("aabb", True), ("abc", False), ("aaa", False), ("a", False), ("", False),
+     (["a", "a", "", ""], False), (["a", "", "b"], False), (["", "a", "a", "b"], True)],
+)  # fmt: skip
+def test_agrees_in_part(answers: list[str], expected: bool) -> None:
+    assert agrees_in_part(answers) is expected
 
 
 # -- filters -----------------------------------------------------------------------------------------------------------
@@ -341,3 +532,30 @@ def test_first_of_duplicates() -> None:
         False,
     ]
     assert first_of_duplicates([]) == []
+
+
+# --- trust ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gaps", "trust"),
+    [
+        ([], 1),
+        ([math.nan], 1),  # no pair has two scores
+        ([0.1], 1),
+        ([-0.1], 0),
+        ([0.0], 0.5),
+        ([1, 2, 3, math.nan, 9], 1),
+        ([-5] * 3, -0.5),
+        ([-5] * 15, -7 / 8),
+        ([1, -1] * 8, 1 / 17),
+        ([1] * 4 + [-1] * 3, 1 / 4),
+    ],
+)
+def test_trust_by_hand(gaps: list[float], trust: float) -> None:
+    assert trust_in_scores(gaps) == pytest.approx(trust, abs=1e-12)
+
+
+def test_trust_falls_with_every_pair_that_contradicts() -> None:
+    values = [trust_in_scores([-1.0] * n) for n in range(60)]
+    assert values == sorted(values, reverse=True) and values[0] == 1 and values[-1] > -1

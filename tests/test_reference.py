@@ -16,12 +16,12 @@ from torch import nn
 from gem import reference as module
 from gem.config import LossArguments, RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
-from gem.demo import build_tokenizer
 from gem.group import Group, Member
 from gem.head import ensure_fused
 from gem.pipeline import GroupMaker, pair_group
 from gem.reference import AdapterOff, FromFile, Frozen, Reference, reference_for
 from gem.score import token_stats
+from gem.tasks import build_tokenizer
 
 EVERY = LossArguments(loss="listwise_dpo")
 

@@ -11,13 +11,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gem.config import RolloutArguments, ScoreArguments
-from gem.demo import build_tokenizer
 from gem.ends import Ends
 from gem.generators import generate
 from gem.groups import Group, Member
 from gem.head import ensure_fused, fuse_lm_head
 from gem.health import group_health
 from gem.score import flaw_of, score_groups, token_stats
+from gem.tasks import build_tokenizer
 
 EOS = 2
 CONFIG = LlamaConfig(

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from gem import cli
 from gem.config import ModelArguments
-from gem.demo import build_tokenizer
 from gem.doctor import load
 from gem.models import load_model, load_tokenizer
 from gem.sources import gguf_file
+from gem.tasks import build_tokenizer
 
 V, D, F, HEADS = 40, 32, 64, 2
 SHAPES = {

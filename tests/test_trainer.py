@@ -25,7 +25,6 @@ from transformers import (
 from gem.checkpoints import newest_checkpoint
 from gem.config import GuardArguments, LossArguments, RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
-from gem.demo import build_tokenizer
 from gem.generators import seeded
 from gem.groups import Group, Member
 from gem.guard import SoundWeights
@@ -33,6 +32,7 @@ from gem.head import ensure_fused
 from gem.pipeline import GroupMaker, pair_group
 from gem.score import token_stats
 from gem.stops import Diverged
+from gem.tasks import build_tokenizer
 from gem.trainer import GEMTrainer
 
 ROOT = Path(__file__).parent.parent

@@ -15,8 +15,8 @@ from test_trainer import EOS, examples, groups_of, make_trainer, tiny_model
 
 from gem.config import LossArguments, RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
-from gem.demo import build_tokenizer
 from gem.pipeline import GroupMaker
+from gem.tasks import build_tokenizer
 
 KINDS = {
     "sega": LossArguments(),

@@ -27,9 +27,9 @@ from trl import (
 )
 from trl_trainers import CONFIGS, RECORDS, STEPS, build_trainer, logs, save_tiny_llama, sums
 
-from gem.demo import build_tokenizer
 from gem.head import fused_head
 from gem.integrations.trl import use_gem_head
+from gem.tasks import build_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

@@ -19,11 +19,11 @@ from trl import GRPOTrainer
 from trl_trainers import RECORDS, build_trainer, fives, save_tiny_llama, sums
 
 from gem.config import ScoreArguments
-from gem.demo import build_tokenizer
 from gem.groups import Group, Member
 from gem.head import fuse_lm_head
 from gem.integrations.trl import GEMReward, gem_rollout, use_gem_head
 from gem.score import score_groups
+from gem.tasks import build_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

@@ -24,12 +24,12 @@ from trl import GRPOTrainer, RLOOTrainer
 from trl_trainers import build_trainer, fives, save_tiny_llama
 
 from gem.config import RankArguments, ScoreArguments
-from gem.demo import build_tokenizer
 from gem.group import Group, Member
 from gem.head import fuse_lm_head
 from gem.integrations.trl import SEGAReward, gem_rollout, use_gem_head
 from gem.pipeline import weight_groups
 from gem.score import score_groups
+from gem.tasks import build_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

@@ -26,7 +26,7 @@ from trl import (
     SFTTrainer,
 )
 
-from gem.demo import build_tokenizer
+from gem.tasks import build_tokenizer
 
 STEPS = 5
 

@@ -15,8 +15,8 @@ import torch
 from commands import Disk, Plant, Running, command, ranks, scratch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from gem.demo import build_tokenizer
 from gem.finite import not_finite
+from gem.tasks import build_tokenizer
 
 KILLS = int(os.environ.get("FAULTS", "3"))  # of each mode
 STEPS = 4 * KILLS  # a kill comes after up to three steps
