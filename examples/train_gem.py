@@ -94,8 +94,8 @@ def main() -> None:
 
     # GEM. Each step samples k candidates per prompt, scores them with Eq. 1, ranks them together with the human pair
     # (Bradley-Terry posterior) and turns the ranks into the weights of Eq. 2. The reference is the frozen warm start.
-    loss, score = LossArguments(), ScoreArguments()  # SEGA + 0.05 KL to the reference + 0.1 supervised
-    make_groups = GroupMaker(model, tokenizer, rollout, score, RankArguments(), reference_for(model, loss, score))
+    loss, score, rank = LossArguments(), ScoreArguments(), RankArguments()  # SEGA, 0.05 KL, 0.1 supervised
+    make_groups = GroupMaker(model, tokenizer, rollout, score, rank, reference_for(model, loss, score), pairs=examples)
     evaluation = Evaluation(model, tokenizer, held_out, rollout, score, EvalArguments())
     trainer = GEMTrainer(
         model,

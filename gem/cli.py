@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -29,6 +30,7 @@ from gem.config import (
     RankArguments,
     RolloutArguments,
     ScoreArguments,
+    UnlabeledArguments,
 )
 from gem.explain import explain
 from gem.files import check_file, check_writable, write_lines
@@ -42,7 +44,7 @@ __all__ = ["SUMMARIES", "main", "parse"]
 # With one of these, --debug is TrainingArguments' own setting.
 DEBUG_VALUES = ("underflow_overflow", "tpu_metrics_debug")
 # Settings that leave groups as they are, and inputs, whose hashes the header holds.
-NOT_IN_HEADER = {"output", "device", "shard", "auroc_gate", "model", "tokenizer", "data"}
+NOT_IN_HEADER = {"output", "device", "shard", "auroc_gate", "model", "tokenizer", "data", "unlabeled"}
 NOT_IN_HEADER |= {"server", "server_timeout", "server_model"}  # the header holds a server_model that is named
 
 
@@ -59,14 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings of a broken answer are tracebacks
     commands = {
         "sft": _sft, "score": _score, "merge": _merge, "train": _train, "eval": _eval, "report": _report, "doctor": _doctor,
-        "demo": _demo,
+        "demo": _demo, "evidence": _evidence,
     }  # fmt: skip
     if not argv or argv[0] not in commands:
         if argv and argv[0] not in ("-h", "--help"):
             print(f"gem-kernels: the command must be one of {', '.join(commands)}, got {argv[0]!r}", file=sys.stderr)
             return 2
         print("usage: gem-kernels COMMAND [--config file.yaml] [--preset default|paper] [flags]\n")
-        print("\n".join(f"  {name:8}{summary}" for name, summary in SUMMARIES.items()))
+        print("\n".join(f"  {name:10}{summary}" for name, summary in SUMMARIES.items()))
         print("\n`gem-kernels COMMAND --help` explains every flag; --debug anywhere shows the traceback of an error.")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     try:
@@ -166,18 +168,19 @@ def _check_model(run: RunFolder, arguments: ModelArguments, model: Any) -> None:
 def _score(argv: Sequence[str]) -> None:
     from transformers import set_seed
 
-    (model_args, data, rollout, score, rank, guard, output), settings = parse(
-        "score", argv, ModelArguments, DataArguments, RolloutArguments, ScoreArguments, RankArguments, GuardArguments,
-        OutputArguments,
+    (model_args, data, unlabeled, rollout, score, rank, guard, output), settings = parse(
+        "score", argv, ModelArguments, DataArguments, UnlabeledArguments, RolloutArguments, ScoreArguments, RankArguments,
+        GuardArguments, OutputArguments,
     )  # fmt: skip
     from tqdm.auto import tqdm
 
     from gem.data import read_examples
     from gem.fingerprint import model_hash, source_hash, tokenizer_hash
     from gem.generators import check_room, seeded
-    from gem.groups import parse_shard
+    from gem.groups import NO_INPUT, parse_shard
     from gem.groups_writer import GroupsWriter, batches, check_same
     from gem.lock import locked
+    from gem.mixing import read_unlabeled, report_shared
     from gem.models import load_model, load_tokenizer, pick_device
     from gem.pipeline import GroupMaker, sampling_prompts
 
@@ -194,9 +197,15 @@ def _score(argv: Sequence[str]) -> None:
     check_same(path, header)
     ends = _ends(model_args, tokenizer, rollout.stop)
     pair = ("chosen", "rejected") if rank.human_weight else ()
+    unpaired = read_unlabeled(data, unlabeled, tokenizer, rollout, ends)
     examples = read_examples(data, tokenizer, need=pair, rollout=rollout, ends=ends)
     header["data"] = {"name": data.data, "hash": source_hash(data.data, examples)}
+    header["unlabeled"] = NO_INPUT
+    if source := unlabeled.unlabeled:
+        header["unlabeled"] = {"name": source, "hash": source_hash(source, unpaired)}
+        report_shared(unpaired, examples)
     check_same(path, header)
+    examples += unpaired
     step = max(1, rollout.rollout_batch_size // max(1, rollout.group_size))
     starts = batches(len(examples), step, shard)
     prompts = [example.prompt_ids for example in examples[starts.start : starts.stop]]
@@ -205,7 +214,7 @@ def _score(argv: Sequence[str]) -> None:
         model = load_model(model_args, tokenizer, device)
         check_room(model, sampling_prompts(examples, rollout), rollout)
         header["model"] = {"name": model_args.model, "hash": model_hash(model)}
-        maker = GroupMaker(model, tokenizer, rollout, score, rank)
+        maker = GroupMaker(model, tokenizer, rollout, score, rank, pairs=examples if rank.calibrate else ())
         with GroupsWriter(path, header, prompts, step) as out:
             if out.finished:
                 print(f"{path} holds this run, finished:")
@@ -250,36 +259,40 @@ def _print_groups(path: Path, groups: Sequence[Any], guard: GuardArguments) -> N
     """Print what a groups file holds, and warn of groups that teach little."""
     from gem.evaluate import pair_auroc
     from gem.group import candidates_line
-    from gem.guard import warn_below_gate
+    from gem.guard import scored_pairs, warn_below_gate
+    from gem.rails import ordered_pairs
 
-    share = pair_auroc(groups)
-    kept = sum(group.kept for group in groups)
+    share, number = pair_auroc(groups), scored_pairs(groups)
+    kept, pairs = sum(group.kept for group in groups), sum(group.has_pair for group in groups)
     print(candidates_line(groups))
-    pairs = "" if math.isnan(share) else f"; S orders {share:.2f} of the human pairs rightly"
-    print(f"{len(groups)} groups, {kept} kept, in {path}{pairs}")
+    said = "" if math.isnan(share) else f"; {ordered_pairs(share, number)}"
+    without = f" ({len(groups) - pairs} without a human pair)" if 0 < pairs < len(groups) else ""
+    print(f"{len(groups)} groups{without}, {kept} kept, in {path}{said}")
     if not kept:
         logging.warning("no group is kept: training on this file learns from the chosen answers alone")
-    warn_below_gate(share, guard)
+    warn_below_gate(share, guard, number)
 
 
 def _train(argv: Sequence[str]) -> None:
     from transformers import TrainingArguments, set_seed
 
-    (model_args, data, groups_args, loss, guard, rollout, score, rank, eval_args, training), settings = parse(
-        "train", argv, ModelArguments, DataArguments, GroupsArguments, LossArguments, GuardArguments, RolloutArguments,
-        ScoreArguments, RankArguments, EvalArguments, TrainingArguments,
+    (model_args, data, unlabeled, groups_args, loss, guard, rollout, score, rank, eval_args, training), settings = parse(
+        "train", argv, ModelArguments, DataArguments, UnlabeledArguments, GroupsArguments, LossArguments, GuardArguments,
+        RolloutArguments, ScoreArguments, RankArguments, EvalArguments, TrainingArguments,
     )  # fmt: skip
     from gem.data import read_examples
     from gem.evaluate import Evaluation, pair_auroc
     from gem.fingerprint import data_hash, source_hash
     from gem.generators import check_room
     from gem.groups import check_header, check_learnable, load_groups
-    from gem.guard import warn_below_gate
+    from gem.guard import scored_pairs, warn_below_gate
+    from gem.mixing import check_pairs_beside, mix_by_pair, read_unlabeled, warn_of_held_out
     from gem.models import load_model, load_tokenizer
     from gem.pipeline import GroupMaker, sampling_prompts
     from gem.reference import reference_for
     from gem.trainer import GEMTrainer
 
+    check_pairs_beside(data, unlabeled)
     if bool(groups_args.groups) == bool(data.data):
         raise ValueError(
             f"expected either groups (a file) or data (online), got groups={groups_args.groups!r}, data={data.data!r}"
@@ -297,14 +310,19 @@ def _train(argv: Sequence[str]) -> None:
         held_out = read(need=("chosen",), **evaluated)
         run.check_input("eval_data", eval_args.eval_data, lambda: source_hash(eval_args.eval_data, held_out))
     groups, examples = [], []
+    pairs: list[Any] = []  # that calibrate S
     if groups_args.groups:
         check_header(Path(groups_args.groups), tokenizer)
         groups = load_groups(Path(groups_args.groups))
         run.check_input("groups", groups_args.groups, lambda: data_hash(groups_args.groups))
-        warn_below_gate(pair_auroc(groups), guard)
+        warn_below_gate(pair_auroc(groups), guard, scored_pairs(groups))
+        warn_of_held_out([group for group in groups if not group.has_pair], held_out)
     else:
+        prompts = read_unlabeled(data, unlabeled, tokenizer, rollout, ends)
         examples = read(need=("chosen", "rejected") if rank.human_weight else ())
         run.check_input("data", data.data, lambda: source_hash(data.data, examples))
+        if prompts:
+            examples = _with_prompts(run, unlabeled, examples, prompts, held_out)
     set_seed(training.seed)
     model: Any = load_model(model_args, tokenizer, training.device)
     _check_model(run, model_args, model)
@@ -312,10 +330,11 @@ def _train(argv: Sequence[str]) -> None:
     if groups_args.groups:
         vocabulary = model.get_input_embeddings().weight.shape[0]
         supervised = loss.loss != "sega" or loss.sft_weight > 0  # the others learn from the pair itself
-        check_learnable(groups, vocabulary, groups_args.groups, supervised)
+        check_learnable(groups, vocabulary, groups_args.groups, supervised, loss.loss)
+        groups = mix_by_pair(groups, unlabeled.unlabeled_share)
     else:
         check_room(model, sampling_prompts(examples, rollout), rollout)
-        make_groups = GroupMaker(model, tokenizer, rollout, score, rank, reference_for(model, loss, score))
+        make_groups = GroupMaker(model, tokenizer, rollout, score, rank, reference_for(model, loss, score), pairs=pairs)
     evaluation = Evaluation(model, tokenizer, held_out, rollout, score, eval_args) if held_out else None
     with run.claimed():
         trainer = GEMTrainer(
@@ -329,6 +348,20 @@ def _train(argv: Sequence[str]) -> None:
             evaluation=evaluation,
         )
         train_to_end(trainer, evaluation, run.resume)
+
+
+def _with_prompts(
+    run: RunFolder, unlabeled: UnlabeledArguments, examples: list[Any], prompts: list[Any], held_out: list[Any]
+) -> list[Any]:
+    """Return the examples with the prompts of --unlabeled mixed in; check that a run began with these."""
+    from gem.fingerprint import source_hash
+    from gem.mixing import mix_by_pair, report_shared, warn_of_held_out
+
+    source = unlabeled.unlabeled or ""
+    run.check_input("unlabeled", source, lambda: source_hash(source, prompts))
+    report_shared(prompts, examples)
+    warn_of_held_out(prompts, held_out)
+    return mix_by_pair([*examples, *prompts], unlabeled.unlabeled_share)
 
 
 def _eval(argv: Sequence[str]) -> None:
@@ -413,3 +446,39 @@ def _demo(argv: Sequence[str]) -> None:
         raise ValueError(f"output_dir must be a folder, got {folder}, which is a file")
     check_writable(folder, "output_dir")
     run_demo(folder, seeds=arguments.seeds)
+
+
+def _evidence(argv: Sequence[str]) -> None:
+    parser = _small_parser("evidence")
+    parser.add_argument("--config", required=True, help="yaml file of the comparison; docs/evidence.md has its keys")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="runs whose task/method/pairs/seed match, as chain/gem*/16/*",
+    )
+    parser.add_argument("--list", action="store_true", help="print what is done and what is missing, and run nothing")
+    parser.add_argument("--page", metavar="FILE", help="write the page and its plot from the records, and run nothing")
+    arguments = parser.parse_args(list(argv))
+    from gem.evidence.config import read_config
+    from gem.evidence.harness import checked_records, make_runs, status_table
+    from gem.evidence.page import write_page
+    from gem.evidence.plan import Plan
+    from gem.methods import METHODS
+    from gem.report import plain
+    from gem.tasks import TASKS
+
+    if arguments.page:
+        check_file(Path(arguments.page), "page")
+    plan = Plan(read_config(Path(arguments.config), METHODS, TASKS), arguments.only)
+    if not (arguments.list or arguments.page):
+        make_runs(plan, shlex.join(["gem-kernels", "evidence", *argv]))
+        return
+    records = checked_records(plan)
+    if arguments.list:
+        table, line = status_table(plan, records)
+        print(f"{plain(table)}\n\n{line}")
+    if arguments.page:
+        write_page(Path(arguments.page), plan, records)
+        print(f"\n{arguments.page}")

@@ -138,12 +138,41 @@ FIGURES = {
             "Rising while accuracy falls: answers do not end, they need not be wrong.",
         ),
     ),
+    "groups without a human pair": (
+        Panel(
+            "unlabeled", "Groups without a human pair", "share", "What unlabeled_share asks for, as the batches fall."
+        ),
+        Panel(
+            "unlabeled_kept",
+            "Kept by the filter, without a human pair",
+            "share",
+            "Near zero, the training rests on the human pairs alone.",
+        ),
+        Panel(
+            "unlabeled_score",
+            "Score S, without a human pair",
+            "nats",
+            "Rising faster than that of all groups: S is gamed where no human answer holds it.",
+        ),
+        Panel(
+            "unlabeled_distinct",
+            "Distinct answers, without a human pair",
+            "answers",
+            "At one before the other groups are: the policy agrees with itself, and with nobody else.",
+        ),
+    ),
     "batch health": (
         Panel(
             "distinct",
             "Distinct answers per group",
             "answers",
             "At one, all the candidates agree and there is nothing left to rank.",
+        ),
+        Panel(
+            "agreement",
+            "Candidates that give the commonest answer",
+            "share",
+            "Rising while accuracy does not: the candidates agree on wrong answers.",
         ),
         Panel(
             "flawed",

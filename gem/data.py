@@ -56,6 +56,11 @@ class Example:
     where: str = field(default="", compare=False)  # "pairs.jsonl, line 3", for messages
 
     @property
+    def has_pair(self) -> bool:
+        """True if the record has a human chosen and a human rejected answer."""
+        return bool(self.chosen_ids and self.rejected_ids)
+
+    @property
     def sampled_from(self) -> list[int]:
         """The prompt from which candidates are sampled."""
         return self.sampling_prompt_ids or self.prompt_ids
@@ -136,6 +141,7 @@ def read_examples(
     split: str | None = None,
     rollout: RolloutArguments | None = None,
     ends: Ends | None = None,
+    answers: bool = True,
 ) -> list[Example]:
     """Run load_records and encode_records with the settings of a command, and report all bad records together.
 
@@ -146,6 +152,7 @@ def read_examples(
         source, split: replace those of `arguments`, whose split belongs to its own data.
         rollout: its cot_prompt goes into the prompts of candidates; None: no cot_prompt.
         ends: what ends a completion; None: the tokenizer's end of sequence.
+        answers: False to leave the human answers of the records out; the log counts the records that had some.
 
     Raises:
         ValueError: no source; and as load_records and encode_records.
@@ -163,6 +170,8 @@ def read_examples(
         data_format=arguments.data_format,
     )
     total = len(records) + problems.count
+    if not answers:
+        records = _without_answers(records, problems)
     framed = arguments.prompt_template != "{prompt}" or arguments.prompt_format == "text"
     if framed and records and all(isinstance(record["prompt"], list) for record in records):
         logger.warning(
@@ -182,6 +191,14 @@ def read_examples(
     )
     problems.settle(total)
     return examples
+
+
+def _without_answers(records: Sequence[dict[str, Any]], problems: Problems) -> list[dict[str, Any]]:
+    human = {"chosen", "rejected"}
+    for record in records:
+        if human & record.keys():
+            problems.note(record["_where"], "human answers, which are not read")
+    return [{name: value for name, value in record.items() if name not in human} for record in records]
 
 
 @dataclass

@@ -22,6 +22,7 @@ GOES_ON = {
     "sft": "the same command goes on from the last checkpoint",
     "train": "the same command goes on from the last checkpoint",
     "score": "the same command goes on after the last group that is written",
+    "evidence": "the same command makes the runs that have no record",
 }
 
 

@@ -34,7 +34,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 Header = dict[str, Any]
-"""shard, groups, settings (name -> value), and model, tokenizer, data (each {"name", "hash"}); as it is read also complete"""
+"""shard, groups, settings (name -> value), and model, tokenizer, data and, if there were prompts without human answers,
+unlabeled (each {"name", "hash"}); as it is read also complete"""
 
 WHOLE = "0/1"
 """the shard that is all of a run"""
@@ -51,7 +52,8 @@ _PARTS: dict[str, type] = {
     "tokenizer": dict,
     "data": dict,
 }
-_INPUTS = ("model", "tokenizer", "data")
+_INPUTS = ("model", "tokenizer", "data", "unlabeled")
+NO_INPUT = {"name": "", "hash": ""}  # of a run without unlabeled prompts, whose file does not name them
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -82,7 +84,9 @@ def check_finished(path: Path, header: Header) -> None:
     if not header["complete"]:
         with path.open("rb") as file:
             there = sum(line.endswith(b"\n") for line in file) - 1
-        flags = {"model": header["model"]["name"], "data": header["data"]["name"], "output": str(path)}
+        inputs = ("model", "data", "unlabeled")
+        flags: dict[str, str] = {name: header[name]["name"] for name in inputs if name in header}
+        flags |= {"output": str(path)}
         flags |= {"shard": header["shard"]} if header["shard"] != WHOLE else {}
         command = shlex.join(["gem-kernels", "score", *(word for k, v in flags.items() for word in (f"--{k}", v))])
         raise ValueError(
@@ -150,7 +154,9 @@ def check_header(path: Path, tokenizer: Any) -> None:
         )
 
 
-def check_learnable(groups: Sequence[Group], vocabulary: int, file: str, supervised: bool = True) -> None:
+def check_learnable(
+    groups: Sequence[Group], vocabulary: int, file: str, supervised: bool = True, loss: str = "sega"
+) -> None:
     """Check that a model can train on the groups of a file.
 
     A token id of another tokenizer would end in a nameless assertion on a GPU.
@@ -159,10 +165,19 @@ def check_learnable(groups: Sequence[Group], vocabulary: int, file: str, supervi
         groups: read from `file`, which the messages name.
         vocabulary: rows of the model's input embeddings.
         supervised: False if the loss learns nothing from a chosen answer alone.
+        loss: its name. All but sega learn from the human answers, which each group must then have.
 
     Raises:
-        ValueError: no group has anything to learn from, or a token id is not below `vocabulary`.
+        ValueError: no group has anything to learn from, a group lacks what the loss learns from, or a token id is not below
+            `vocabulary`.
     """
+    what = "chosen answer" if loss == "sft" else "human pair"
+    without = sum((group.role("chosen") is None) if loss == "sft" else not group.has_pair for group in groups)
+    if without and loss != "sega":
+        raise ValueError(
+            f"loss must be sega to learn from groups without a {what}, got {loss}, and {without} of {len(groups)} groups "
+            f"without one in {file}"
+        )
     learnt = (m.weight or (supervised and m.role == "chosen") for group in groups for m in group.members)
     if not any(learnt):
         what, neither = ("a weight or a chosen answer", "neither") if supervised else ("a weight", "none")
@@ -220,13 +235,13 @@ def _problem(header: Header) -> str:
     """Return what is wrong with a header; "" if it is as written."""
     if type(header["gem_groups"]) is not int or header["gem_groups"] != 1:
         return f"gem_groups: {shown_json(header['gem_groups'])}, and this release reads 1"
-    for name, kind in {"complete": bool, **_PARTS}.items():
+    for name, kind in {"complete": bool, **_PARTS, **({"unlabeled": dict} if "unlabeled" in header else {})}.items():
         if type(header.get(name)) is not kind:
             return f"{name}: {shown_json(header.get(name))}"
     if header["groups"] < 0:
         return f"groups: {header['groups']}"
     for name in _INPUTS:
-        if {key: type(value) for key, value in header[name].items()} != {"name": str, "hash": str}:
+        if name in header and {key: type(value) for key, value in header[name].items()} != {"name": str, "hash": str}:
             return f"{name}: {shown_json(header[name])}"
     try:
         parse_shard(header["shard"])
@@ -250,21 +265,27 @@ def parse_shard(shard: str) -> tuple[int, int]:
 
 def header_line(header: Header, *, complete: bool = False) -> bytes:
     """Return the first line of a file."""
-    rest = json.dumps({name: header[name] for name in _PARTS})
+    parts = {name: header[name] for name in _PARTS}
+    if header.get("unlabeled", NO_INPUT) != NO_INPUT:
+        parts["unlabeled"] = header["unlabeled"]
+    rest = json.dumps(parts)
     return START + (DONE if complete else OPEN) + b", " + rest.removeprefix("{").encode() + b"\n"
 
 
 def differences(these: Header, those: Header) -> Iterator[tuple[str, str, str]]:
     """Yield name and both values of every part of `these` that is another in `those`; of inputs, the hash counts."""
     for name, value in these.items():
-        other = those[name]
+        other = those.get(name, NO_INPUT) if name == "unlabeled" else those[name]
         if name == "settings":
             for key in {**other, **value}:
                 if value.get(key) != other.get(key):
                     yield key, repr(value.get(key)), repr(other.get(key))
         elif name in _INPUTS:
             if value["hash"] != other["hash"]:
-                mine, theirs = (f"{part['name']} with hash {part['hash']}" for part in (value, other))
+                mine, theirs = (
+                    "none" if part == NO_INPUT else f"{part['name']} with hash {part['hash']}"
+                    for part in (value, other)
+                )
                 yield name, mine, theirs
         elif value != other:
             yield name, repr(value), repr(other)

@@ -17,6 +17,7 @@ from gem.group_lines import parse_group, write_group
 from gem.groups import (
     BIG,
     DONE,
+    NO_INPUT,
     OPEN,
     START,
     WHOLE,
@@ -274,7 +275,7 @@ def _check_shards(paths: Sequence[Path]) -> list[tuple[Path, Header]]:
         shards.append((path, header))
     first, one = shards[0]
     for path, header in shards:
-        alike = {**header, "shard": one["shard"], "groups": one["groups"]}
+        alike = {"unlabeled": NO_INPUT, **header, "shard": one["shard"], "groups": one["groups"]}
         for name, there, here in differences(alike, one):
             raise ValueError(f"shards must be of one run, got {name}: {here} in {first}, {there} in {path}")
     shards.sort(key=lambda found: parse_shard(found[1]["shard"]))

@@ -20,7 +20,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from gem.checkpoints import manifest_flaw, steps_of
 from gem.config import GuardArguments
 from gem.finite import not_finite
-from gem.rails import LEAP, STREAK, WATCHED, Entry, explosion, gate_message, has_fallen, idle_steps, why_idle
+from gem.group import Group
+from gem.rails import (
+    FEW_PAIRS,
+    LEAP,
+    STREAK,
+    WATCHED,
+    Entry,
+    explosion,
+    gate_message,
+    has_fallen,
+    idle_steps,
+    ordered_pairs,
+    why_idle,
+)
 from gem.run_files import BEST_FOLDER, has_manifest, numbered_checkpoints
 from gem.stops import Diverged
 
@@ -176,7 +189,21 @@ def _history(state: TrainerState, name: str) -> list[float]:
     return [entry[name] for entry in state.log_history if name in entry]
 
 
-def warn_below_gate(auroc: float, guard: GuardArguments) -> None:
-    """Log a warning if the AUROC of S is below the gate; NaN, which means that there were no pairs, passes."""
-    if auroc < guard.auroc_gate:
-        logger.warning("AUROC gate: %s", gate_message(auroc, guard))
+def warn_below_gate(auroc: float, guard: GuardArguments, pairs: float = math.inf) -> None:
+    """Log a warning if the AUROC of S is below the gate.
+
+    Args:
+        auroc: share of the pairs that S orders rightly. NaN, which means that there were none, passes.
+        guard: the gate.
+        pairs: number of human pairs; fewer than ten are no reason to warn, and the log says so. inf: as in ordered_pairs.
+    """
+    if auroc < guard.auroc_gate and pairs < FEW_PAIRS:
+        logger.info("AUROC gate: %s", ordered_pairs(auroc, pairs))
+    elif auroc < guard.auroc_gate:
+        logger.warning("AUROC gate: %s", gate_message(auroc, guard, pairs))
+
+
+def scored_pairs(groups: Sequence[Group]) -> int:
+    """Return the number of groups whose human answers both have a score."""
+    human = [[m.score for m in group.members if m.role != "candidate"] for group in groups if group.has_pair]
+    return sum(all(map(math.isfinite, scores)) for scores in human)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +12,17 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import ProgressCallback, TrainerState
 
-from gem.group import Group
+from gem.group import Group, Member
 
 
 class Health:
-    """Values recorded in the course of steps, by name."""
+    """Values recorded in the course of steps, by name.
 
-    def __init__(self) -> None:
+    mixed: True if the training has groups with and without a human pair.
+    """
+
+    def __init__(self, mixed: bool = False) -> None:
+        self.mixed = mixed
         self._values: dict[str, list[float]] = {}
         self._largest: dict[str, float] = {}
 
@@ -34,7 +39,7 @@ class Health:
 
     def record_groups(self, groups: Sequence[Group]) -> None:
         """Record the means of `group_health` over the groups of a step."""
-        for name, values in group_health(groups).items():
+        for name, values in group_health(groups, self.mixed).items():
             self.record(name, torch.tensor(values).nanmean())
 
     def means(self) -> dict[str, float]:
@@ -59,11 +64,28 @@ class Health:
         return {**means, **largest}
 
 
-def group_health(groups: Sequence[Group]) -> dict[str, list[float]]:
-    """Return the values behind the report's curves for the candidates of a batch; {} if there are none (sft, dpo)."""
+def group_health(groups: Sequence[Group], mixed: bool = False) -> dict[str, list[float]]:
+    """Return the values behind the report's curves for the candidates of a batch; {} if there are none (sft, dpo).
+
+    Args:
+        groups: of a batch.
+        mixed: True adds the values of the groups without a human pair alone, and the share of these groups. A batch without
+            one has a share, 0, and none of the other values.
+    """
     candidates = [member for group in groups for member in group.members if member.role == "candidate"]
     if not candidates:
         return {}
+    values = _values(groups)
+    if mixed:
+        alone = _values([group for group in groups if not group.has_pair])
+        values["unlabeled"] = [float(not group.has_pair) for group in groups]
+        values |= {f"unlabeled_{name}": alone[name] for name in ("kept", "score", "distinct")}
+    return values
+
+
+def _values(groups: Sequence[Group]) -> dict[str, list[float]]:
+    candidates = [member for group in groups for member in group.members if member.role == "candidate"]
+    answers = [[_answer(m) for m in group.members if m.role == "candidate"] for group in groups]
     return {
         "score": [m.score for m in candidates],
         "final_entropy": [m.final_entropy for m in candidates],
@@ -72,12 +94,20 @@ def group_health(groups: Sequence[Group]) -> dict[str, list[float]]:
         "truncated": [float(m.truncated) for m in candidates],
         "flawed": [float(bool(m.flaw)) for m in candidates],
         "span_fallback": [float(m.span_rule != "marker") for m in candidates],
-        "distinct": [
-            float(len({tuple(m.ids[slice(*m.answer_span)]) for m in group.members if m.role == "candidate"}))
-            for group in groups
-        ],
+        "distinct": [float(len(set(given))) for given in answers],
+        "agreement": [_agreement(given) for given in answers if given],
         "kept": [float(group.kept) for group in groups],
     }
+
+
+def _answer(member: Member) -> tuple[int, ...]:
+    """Return the tokens of the final answer; () if there is none."""
+    return tuple(member.ids[slice(*member.answer_span)])
+
+
+def _agreement(answers: Sequence[tuple[int, ...]]) -> float:
+    """Return the share of the candidates that give the answer which most of them give; no answer agrees with none."""
+    return max([n for answer, n in Counter(answers).items() if answer], default=0) / len(answers)
 
 
 class Progress(ProgressCallback):

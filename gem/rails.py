@@ -26,6 +26,7 @@ from gem.run_files import RAILS_FILE
 from gem.stops import Diverged
 
 FIRST, LEVEL = 10, 20  # least and most logged steps from the start whose largest value is the level of the run
+FEW_PAIRS = 10  # below so many, the share of the pairs that S orders rightly is a matter of luck
 STREAK = 3  # logged steps in a row far above it: one may be a bad batch, which max_grad_norm clips
 LEAP = 10.0  # growth of the norm of the weights in one step, which no useful learning rate gives
 WATCHED = ("eval_accuracy_sampled", "eval_auroc")  # of a collapse
@@ -47,11 +48,22 @@ class Verdict:
 # --- what they look for -----------------------------------------------------------------------------------------------
 
 
-def gate_message(auroc: float, guard: GuardArguments) -> str:
-    """Return the text of the gate's warning."""
+def ordered_pairs(auroc: float, pairs: float = math.inf) -> str:
+    """Return in words the share of pairs that S orders rightly: of how many human ones, and if they are too few to tell.
+
+    Args:
+        auroc: the share.
+        pairs: number of human pairs; inf: the pairs are those of right and wrong answers of an evaluation.
+    """
+    of = "the pairs" if math.isinf(pairs) else f"{pairs:g} human pairs" if pairs != 1 else "1 human pair"
+    few = f" (fewer than {FEW_PAIRS} pairs are too few to tell)" if pairs < FEW_PAIRS else ""
+    return f"S orders {auroc:.2f} of {of} rightly{few}"
+
+
+def gate_message(auroc: float, guard: GuardArguments, pairs: float = math.inf) -> str:
+    """Return the text of the gate's warning; `pairs` as in ordered_pairs."""
     return (
-        f"S orders {auroc:.2f} of the pairs rightly, below auroc_gate={guard.auroc_gate}: "
-        "training on it may teach the wrong thing"
+        f"{ordered_pairs(auroc, pairs)}, below auroc_gate={guard.auroc_gate}: training on it may teach the wrong thing"
     )
 
 
@@ -132,6 +144,7 @@ def verdicts(
     online: bool = False,
     guessing: float = math.inf,
     pairs: float = math.nan,
+    number: float = math.inf,
     error: Diverged | None = None,
 ) -> list[Verdict]:
     """Return the verdict of each rail on a training.
@@ -142,11 +155,12 @@ def verdicts(
         online: the groups were made anew at every step.
         guessing: as in `explosion`.
         pairs: share of the pairs of a groups file that S orders rightly; NaN: there is no file, or no score in it.
+        number: of these pairs. Fewer than FEW_PAIRS tell nothing.
         error: what ended the training, if something was raised: a number that is not finite, or a leap.
     """
     steps = [entry for entry in history if "loss" in entry]
     return [
-        _gate(history, guard, pairs),
+        _gate(history, guard, pairs, number),
         _collapse(history, guard),
         _explosion(steps, guard, guessing),
         _leap(steps, guard, error),
@@ -156,20 +170,22 @@ def verdicts(
     ]
 
 
-def _gate(history: Sequence[Entry], guard: GuardArguments, pairs: float) -> Verdict:
+def _gate(history: Sequence[Entry], guard: GuardArguments, pairs: float, number: float) -> Verdict:
     rail, limit = "auroc_gate", guard.auroc_gate
     if not limit:
         return Verdict(rail, OFF, "auroc_gate=0")
     start = [entry for entry in history if entry.get("step") == 0 and any(name.startswith("eval_") for name in entry)]
-    found = [entry["eval_auroc"] for entry in start if "eval_auroc" in entry][:1]
-    found += [] if math.isnan(pairs) else [pairs]
+    found = [(entry["eval_auroc"], math.inf) for entry in start if "eval_auroc" in entry][:1]
+    found += [(pairs, number)] if number >= FEW_PAIRS and not math.isnan(pairs) else []
+    if not found and not math.isnan(pairs):
+        return Verdict(rail, NOT_WATCHED, ordered_pairs(pairs, number))
     if not found:
         why = "the evaluation before step 1 has no AUROC of S: no answers were sampled, or all were right, or all wrong"
         return Verdict(rail, NOT_WATCHED, why if start else "nothing was evaluated before step 1 (eval_on_start)")
-    worst = min(found)
+    worst, of = min(found)
     if worst < limit:
-        return Verdict(rail, FIRED, f"before the first step: {gate_message(worst, guard)}", worst, limit)
-    return Verdict(rail, PASSED, f"S orders {worst:.2f} of the pairs rightly, at least {limit:g}", worst, limit)
+        return Verdict(rail, FIRED, f"before the first step: {gate_message(worst, guard, of)}", worst, limit)
+    return Verdict(rail, PASSED, f"{ordered_pairs(worst, of)}, at least {limit:g}", worst, limit)
 
 
 def _collapse(history: Sequence[Entry], guard: GuardArguments) -> Verdict:

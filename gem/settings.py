@@ -43,6 +43,7 @@ SUMMARIES = {
     "report": "tables, curves and one html page from finished runs",
     "doctor": "how the fused lm_head handles a model: shape, transform, adapter, memory; checked against its logits",
     "demo": "the whole of GEM on a small model from scratch, beside DPO, SFT and the literal recipe",
+    "evidence": "methods, tasks, numbers of human pairs and seeds: all runs, a record each, and a page from them",
 }
 RESUME_HELP = "checkpoint to resume from: a folder; true, and the default: the newest of output_dir; false: start over"
 DEBUG_HELP = "show the traceback of an error, not only its one line"
@@ -79,6 +80,16 @@ UNUSED: tuple[Rule, ...] = (
     ("eval", "group_size", ALWAYS, "eval_samples says how many completions are sampled"),
     ("eval", "data", lambda s: s.eval_data, "eval_data is what is evaluated"),
     ("eval", SAMPLED_SCORE, lambda s: not s.eval_samples, "eval_samples=0 samples and scores nothing"),
+    ("score", "unlabeled_share", ALWAYS, "score makes each group once; `gem-kernels train` mixes them"),
+    ("score train", "unlabeled_split", lambda s: not s.unlabeled, "there are no unlabeled prompts"),
+    ("train", "unlabeled", lambda s: s.groups, "the groups of `gem-kernels score --unlabeled` are in the groups file"),
+    ("train", "unlabeled_share", lambda s: not s.unlabeled and not s.groups, "there are no unlabeled prompts"),
+    (
+        "train",
+        "unlabeled unlabeled_share",
+        lambda s: s.loss != "sega",
+        "only sega learns from groups without a human pair",
+    ),
     ("score", SAMPLING, lambda s: not s.group_size, "group_size=0 samples nothing"),
     ("score train eval", "cot_pairs", lambda s: not s.cot_prompt, "there is no cot_prompt"),
     ("score", "cot_prompt", lambda s: not s.group_size and not s.cot_pairs, "group_size=0 samples nothing"),

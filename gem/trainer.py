@@ -32,7 +32,7 @@ from gem.evaluate import pair_auroc
 from gem.finite import is_finite, not_finite
 from gem.generators import seeded
 from gem.group import ROLES, Group, Member
-from gem.guard import CollapseGuard, SoundWeights, check_gradients, check_weights
+from gem.guard import CollapseGuard, SoundWeights, check_gradients, check_weights, scored_pairs
 from gem.head import completion_stats, fuse_lm_head, fused_head, router_usage, unwrapped
 from gem.head.router import adds_router_loss
 from gem.health import Health, Progress, group_health
@@ -145,12 +145,14 @@ class GEMTrainer(Trainer):
         self._noise = neftune or active_noise(model)
         self.one_pass = self.maker is not None and not self._two_passes(self.maker)
         if self.maker is not None and isinstance(self.maker.reference, Computed):
-            self.maker.reference.recurring = self._rounds() > 1
+            repeats = len(set(map(id, train_dataset))) < len(train_dataset)  # a mix with unlabeled prompts
+            self.maker.reference.recurring = repeats or self._rounds() > 1
         # compute_loss divides by the items of the whole step: Trainer must not divide again.
         self.model_accepts_loss_kwargs = True
         flash = "flash" in (getattr(model.config, "_attn_implementation", None) or "")
         self.layout = "packed" if flash else "right"
-        self._health = Health()
+        items = cast(Sequence[Group | Example], train_dataset)
+        self._health = Health(mixed=len({item.has_pair for item in items}) == 2)
 
     def _two_passes(self, maker: GroupMaker) -> str:
         """Return why the groups need a scoring pass of their own; "" if they do not."""
@@ -399,10 +401,12 @@ class GEMTrainer(Trainer):
 
     def verdicts(self, error: Diverged | None = None) -> list[Verdict]:
         """Return what each guard rail has found so far. `error` is what train() raised, if it did."""
-        pairs = pair_auroc(cast(Any, self.train_dataset)) if self.make_groups is None else math.nan
+        groups: Any = self.train_dataset if self.make_groups is None else []
+        once = list({id(group): group for group in groups}.values())  # mixing repeats some
         guard, online = self.guard.guard, self.guard.online
         log: Any = self.state.log_history
-        return verdicts(log, guard, online=online, guessing=self.guard.guessing, pairs=pairs, error=error)
+        pairs = {"pairs": pair_auroc(once), "number": scored_pairs(once)}
+        return verdicts(log, guard, online=online, guessing=self.guard.guessing, error=error, **pairs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as Trainer does; raise Diverged if a weight is not finite, before anything is written."""

@@ -19,16 +19,16 @@ from transformers import LlamaConfig, TrainingArguments
 from gem import cli
 from gem import config as c
 from gem.cli import SUMMARIES, main, parse
-from gem.demo import build_tokenizer
 from gem.explain import explain
 from gem.groups import load_groups
 from gem.settings import never_used
+from gem.tasks import build_tokenizer
 
 COMMANDS: dict[str, tuple[type, ...]] = {
     "sft": (c.ModelArguments, c.DataArguments, c.LossArguments, c.GuardArguments),
-    "score": (c.ModelArguments, c.DataArguments, c.RolloutArguments, c.ScoreArguments, c.RankArguments,
+    "score": (c.ModelArguments, c.DataArguments, c.UnlabeledArguments, c.RolloutArguments, c.ScoreArguments, c.RankArguments,
               c.GuardArguments, c.OutputArguments),
-    "train": (c.ModelArguments, c.DataArguments, c.GroupsArguments, c.LossArguments, c.GuardArguments,
+    "train": (c.ModelArguments, c.DataArguments, c.UnlabeledArguments, c.GroupsArguments, c.LossArguments, c.GuardArguments,
               c.RolloutArguments, c.ScoreArguments, c.RankArguments, c.EvalArguments),
     "eval": (c.ModelArguments, c.DataArguments, c.RolloutArguments, c.ScoreArguments, c.EvalArguments,
              c.OutputArguments),

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from gem.demo import build_tokenizer
 from gem.files import replacing, write_lines
 from gem.fingerprint import tokenizer_hash
 from gem.groups import (
@@ -27,6 +26,7 @@ from gem.groups import (
     read_header,
     save_groups,
 )
+from gem.tasks import build_tokenizer
 
 
 def groups() -> list[Group]:
@@ -366,6 +366,8 @@ def test_groups_taken_out_by_hand_and_one_shard_are_warned_of(tmp_path: Path, ca
         ({"settings": []}, r"settings: \[\]"),
         ({"model": "x"}, 'model: "x"'),
         ({"data": {"name": "x"}}, 'data: {"name": "x"}'),
+        ({"unlabeled": {"name": "x"}}, 'unlabeled: {"name": "x"}'),
+        ({"unlabeled": 3}, "unlabeled: 3"),
         ({"tokenizer": {"name": "x", "hash": 1}}, 'tokenizer: {"name": "x", "hash": 1}'),
     ],
     ids=str,

@@ -54,6 +54,18 @@ def test_the_gate_passes_its_own_value_and_a_missing_one(caplog: pytest.LogCaptu
     assert "AUROC gate: S orders 0.54 of the pairs rightly, below auroc_gate=0.55" in caplog.text
 
 
+def test_the_gate_does_not_warn_of_few_pairs(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        warn_below_gate(0.2, GuardArguments(), 9)
+        assert [(r.levelname, r.message) for r in caplog.records] == [
+            ("INFO", "AUROC gate: S orders 0.20 of 9 human pairs rightly (fewer than 10 pairs are too few to tell)")
+        ]
+        warn_below_gate(0.9, GuardArguments(), 1)
+        assert len(caplog.records) == 1
+        warn_below_gate(0.2, GuardArguments(), 10)
+    assert caplog.records[1].levelname == "WARNING" and "S orders 0.20 of 10 human pairs rightly, below" in caplog.text
+
+
 # --- the best weights -------------------------------------------------------------------------------------------------
 
 

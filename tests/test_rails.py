@@ -46,6 +46,12 @@ def evaluated(**columns: list[float]) -> list[dict[str, float]]:
         ([{"step": 0, "eval_preference_sum": 1}], {}, "not watched", None, "the evaluation before step 1 has no AUROC"),
         ([], {"pairs": 0.6}, "passed", 0.6, "S orders 0.60"),
         ([{"step": 0, "eval_auroc": 0.9}], {"pairs": 0.5}, "fired", 0.5, "S orders 0.50"),
+        ([], {"pairs": 0.5, "number": 10}, "fired", 0.5, "S orders 0.50 of 10 human pairs rightly, below auroc_gate=0.55"),
+        ([], {"pairs": 0.6, "number": 10}, "passed", 0.6, "S orders 0.60 of 10 human pairs rightly, at least 0.55"),
+        ([], {"pairs": 0.5, "number": 9}, "not watched", None,
+         "S orders 0.50 of 9 human pairs rightly (fewer than 10 pairs are too few to tell)"),
+        ([], {"pairs": 1.0, "number": 1}, "not watched", None, "S orders 1.00 of 1 human pair rightly (fewer"),
+        ([{"step": 0, "eval_auroc": 0.9}], {"pairs": 0.5, "number": 9}, "passed", 0.9, "S orders 0.90 of the pairs"),
     ],
 )  # fmt: skip
 def test_the_gate(history: Any, more: Any, verdict: str, worst: float | None, said: str) -> None:
@@ -190,7 +196,7 @@ def test_metrics_and_file(tmp_path: Path) -> None:
 
 def test_of_a_trainer(tmp_path: Path) -> None:
     model = tiny_model()
-    data = groups_of(model, 8)
+    data = groups_of(model, 10)
     for group in data:
         group.members[1].score, group.members[2].score = 1.0, 2.0
     trainer = make_trainer(tmp_path, LossArguments(), model=model, data=data)

@@ -15,10 +15,10 @@ from test_cli import COMMANDS, yaml_file
 from test_trainer import examples, tiny_model
 from transformers import TrainingArguments
 
-from gem.config import RankArguments, RolloutArguments, ScoreArguments, setting
-from gem.demo import build_tokenizer
+from gem.config import RankArguments, RolloutArguments, ScoreArguments, check, comparator_weights, setting
 from gem.pipeline import GroupMaker
 from gem.settings import UNUSED, never_used, parse
+from gem.tasks import build_tokenizer
 
 OFFLINE = "--groups groups.jsonl"
 ONLINE = "--data pairs.jsonl"
@@ -97,12 +97,25 @@ IN_VAIN: list[tuple[str, str, str]] = [
     ("score --server_timeout 9", "server_timeout", "there is no server"),
     ("eval --server_model m", "server_model", "there is no server"),
     ("score --group_size 0 --server http://host:8000", "server", "samples nothing"),
+    ("score --unlabeled p.jsonl --unlabeled_share 0.3", "unlabeled_share", "score makes each group once"),
+    ("score --unlabeled_split x", "unlabeled_split", "no unlabeled prompts"),
+    (f"train {ONLINE} --unlabeled_split x", "unlabeled_split", "no unlabeled prompts"),
+    (f"train {ONLINE} --unlabeled_share 0.3", "unlabeled_share", "no unlabeled prompts"),
+    (f"train {OFFLINE} --unlabeled p.jsonl", "unlabeled", "are in the groups file"),
+    *[
+        (f"train {ONLINE} --unlabeled p.jsonl --loss {loss}", "unlabeled", "only sega learns")
+        for loss in ("dpo", "ipo", "pro", "listwise_dpo", "sft")
+    ],
+    (f"train {OFFLINE} --unlabeled_share 0.3 --loss dpo", "unlabeled_share", "only sega learns"),
 ]
 # Settings of the rules above, with their condition not met.
 NOT_IN_VAIN = [
     "sft --loss sft --cache_mib 2",
     "score --auroc_gate 0.7 --min_spread 0.1 --temperature 0.5",
     "score --group_size 0 --top_m 2",
+    "score --unlabeled p.jsonl --unlabeled_split x",
+    f"train {ONLINE} --unlabeled p.jsonl --unlabeled_share 0.3 --unlabeled_split x",
+    f"train {OFFLINE} --unlabeled_share 1",
     "score --cot_prompt --cot_pairs",
     "eval --data a.jsonl --temperature 0.5 --top_m 2 --markers x",
     "eval --eval_data a.jsonl --eval_samples 0 --markers x",
@@ -246,6 +259,87 @@ def test_a_value_that_no_setting_has(text: str, message: str, tmp_path: Path) ->
         parse("score", ["--config", yaml_file(tmp_path, text)], *COMMANDS["score"])
 
 
+# --- the comparators of the ranking -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["score", f"train {ONLINE}"])
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        (["entropy"], {"entropy": 1.0}),
+        (["agreement", "entropy:2"], {"agreement": 1.0, "entropy": 2.0}),
+        (["agreement:0.5"], {"agreement": 0.5}),
+    ],
+)
+def test_comparators_by_flags_and_by_file(
+    command: str, items: list[str], expected: dict[str, float], tmp_path: Path
+) -> None:
+    block, flow = "".join(f"\n  - {item}" for item in items), f"[{', '.join(items)}]"
+    given = [f"{command} --comparators {' '.join(items)} --agreement_filter"]
+    for name, value in (("block", block), ("flow", flow)):
+        (tmp_path / name).mkdir()
+        file = yaml_file(tmp_path / name, f"comparators: {value}\nagreement_filter: true\n")
+        given.append(f"{command} --config {file}")
+    for line in given:
+        found = parsed(line)
+        assert found["comparators"] == items and found["agreement_filter"] is True
+        arguments = RankArguments(comparators=found["comparators"])
+        assert list(comparator_weights(arguments).items()) == list(expected.items())
+    assert parsed(command)["comparators"] == ["entropy"] and parsed(command)["agreement_filter"] is False
+
+
+OF = r"comparators must be of entropy, agreement, each alone or with a weight > 0, such as agreement:0.5, got "
+EACH_ONCE = "comparators must be a list of one or more, each once, got "
+
+
+@pytest.mark.parametrize(
+    ("comparators", "message"),
+    [
+        ([], EACH_ONCE + r"\[\]"),
+        (["entropy", "entropy"], EACH_ONCE + r"\['entropy', 'entropy'\]"),
+        (["entropy", "agreement", "entropy:2"], EACH_ONCE),
+        ("entropy", EACH_ONCE + "'entropy'"),
+        (None, EACH_ONCE + "None"),
+        (["votes"], OF + "'votes'"),
+        ([""], OF + "''"),
+        ([":2"], OF + "':2'"),
+        (["entropy:"], OF + "'entropy:'"),
+        (["entropy:two"], OF + "'entropy:two'"),
+        (["entropy:1:2"], OF + "'entropy:1:2'"),
+        (["entropy:0"], OF + "'entropy:0'"),
+        (["entropy:-1"], OF + "'entropy:-1'"),
+        (["agreement:inf"], OF + "'agreement:inf'"),
+        (["agreement:nan"], OF + "'agreement:nan'"),
+        (["entropy", {"agreement": 0.5}], OF + r"\{'agreement': 0.5\}"),  # of yaml: "agreement: 0.5"
+        (["entropy", None], OF + "None"),
+    ],
+)
+def test_comparators_that_are_none(comparators: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check(RankArguments(comparators=comparators))
+
+
+@pytest.mark.parametrize("command", ["score", f"train {ONLINE}"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--comparators entropy votes", OF + "'votes'"),
+        ("--comparators", "expected at least one argument"),
+        (
+            "--comparators agreement --reward softmax",
+            "reward must be bt with the comparator agreement, .* got 'softmax'",
+        ),
+        (
+            "--comparators agreement --preset paper",
+            "reward must be bt with the comparator agreement, .* got 'identity'",
+        ),
+    ],
+)
+def test_comparators_are_checked_in_every_command(command: str, flags: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parsed(f"{command} {flags}")
+
+
 def test_hidden_flags_are_those_of_no_use(capsys: pytest.CaptureFixture[str]) -> None:
     for command, names in {"sft": {"beta", "stop_patience"}, "score": {"stop_margin"}, "eval": {"group_size"}}.items():
         assert names <= never_used(command)
@@ -263,7 +357,7 @@ CHANGES: dict[str, Any] = {
     "group_size": 3, "max_new_tokens": 2, "temperature": 0.2, "top_p": 0.3,
     "top_m": 3.0, "branch_weight": 0.0, "final_weight": 0.2, "entropy_clip": 0.1, "markers": ["+"], "score_with": "reference",
     "tau": 5.0, "prior_sd": 0.1, "human_weight": 0.5, "reward": "rank", "weight_norm": "std", "min_spread": 1e3,
-    "filter_groups": False,
+    "filter_groups": False, "comparators": ["entropy", "agreement:3"], "agreement_filter": True,
 }  # fmt: skip
 
 
@@ -281,6 +375,7 @@ def test_settings_of_the_groups_act() -> None:
         torch.manual_seed(0)
         worked, short = [8, 5, 9, 6, 10, 3, 4, 10, 2], [3, 4, 9, 2]
         given = [replace(example, candidate_ids=[worked, short, short, [5, *worked]]) for example in examples(2)]
+        given.append(replace(examples(1)[0], rejected_ids=[], candidate_ids=[worked, short, [3, 4, 11, 2]]))
         maker = GroupMaker(model, build_tokenizer(), *classes, reference=other)
         return json.dumps(
             [[vars(m) for m in group.members] + [group.kept] for group in maker([*examples(3), *given])], default=str

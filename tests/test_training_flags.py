@@ -20,9 +20,9 @@ from test_trainer import groups_of, tiny_model
 from transformers import TrainerCallback, TrainingArguments
 
 from gem.config import GuardArguments, LossArguments
-from gem.demo import build_tokenizer
 from gem.settings import never_used, parse
 from gem.stops import Diverged
+from gem.tasks import build_tokenizer
 from gem.trainer import GEMTrainer
 from gem.training_flags import IGNORED, ONLY_WITH, PACKAGES, check_trackers, refuse_ignored
 
@@ -40,6 +40,8 @@ OURS = {
     "top_m", "branch_weight", "final_weight", "entropy_clip", "markers", "score_with", "score_tokens",  # test_settings.py
     "ema_decay",  # test_ema.py
     "tau", "prior_sd", "human_weight", "reward", "weight_norm", "min_spread", "filter_groups",  # test_settings.py
+    "comparators", "agreement_filter", "calibrate",  # test_settings.py, test_pipeline.py
+    "unlabeled", "unlabeled_split", "unlabeled_share",  # test_unlabeled.py
 }  # fmt: skip
 CONDITIONAL = {name for names, _, _ in ONLY_WITH for name in names.split()}
 
