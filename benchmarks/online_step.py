@@ -29,6 +29,7 @@ import argparse
 import json
 import logging
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -219,22 +220,14 @@ def flop_counter() -> FlopCounterMode:
 
 def prepare(folder: Path, source: str | None) -> None:
     """Make what the runs of all arms begin with, unless it is there: the demo's data and warm start, and MODEL as a folder."""
-    from transformers import set_seed
-
-    from gem import demo
     from gem.config import ModelArguments
     from gem.models import load_model, load_tokenizer
+    from gem.tasks import CHAIN, make_start
 
-    warm = folder / DEMO
-    if not warm.exists():
-        demo.write_data(folder / "data", 0)
-        set_seed(0)
-        tokenizer = demo.build_tokenizer()
-        start = demo.build_model(tokenizer)
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            demo.warm_start(start, tokenizer, folder / "data", folder / "warming", 0)
-        start.save_pretrained(warm)
-        tokenizer.save_pretrained(warm)
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        make_start(CHAIN, folder, 0)
+    if not (folder / DEMO).exists():
+        shutil.copytree(folder / "warm-start", folder / DEMO)
     if source and not (folder / FULL).exists():
         tokenizer = load_tokenizer(ModelArguments(model=source))
         model: Any = load_model(ModelArguments(model=source), tokenizer)
@@ -263,7 +256,6 @@ def gem_trainer(case: str, folder: Path, steps: int) -> Any:
     """Return a GEMTrainer that trains online, without evaluation, of whichever tree is imported."""
     from transformers import TrainingArguments
 
-    from gem import demo
     from gem.config import (
         GuardArguments,
         LossArguments,
@@ -272,7 +264,7 @@ def gem_trainer(case: str, folder: Path, steps: int) -> Any:
         RolloutArguments,
         ScoreArguments,
     )
-    from gem.data import encode_records
+    from gem.data import encode_records, load_records
     from gem.models import load_model, load_tokenizer
     from gem.pipeline import GroupMaker
     from gem.trainer import GEMTrainer
@@ -281,9 +273,9 @@ def gem_trainer(case: str, folder: Path, steps: int) -> Any:
     tokenizer = load_tokenizer(ModelArguments(model=source))
     model = load_model(ModelArguments(model=source, lora_rank=RANK if case == LORA else 0), tokenizer)
     if case == DEMO:
-        method = demo.METHODS["GEM"]
-        loss, rank, prompts, rate, k = method.loss, method.rank, demo.PROMPTS, method.learning_rate, method.group_size
-        examples, new = demo.examples_of(folder / "data" / "pairs.jsonl", tokenizer, "chosen", "rejected"), 32
+        loss, rank, prompts, rate, k = LossArguments(), RankArguments(), 16, 2e-5, 5
+        records = load_records(str(folder / "data" / "pairs.jsonl"), need=("chosen", "rejected"))
+        examples, new = encode_records(records, tokenizer, prompt_template="{prompt}", max_length=64), 32
     else:
         loss, rank, prompts, rate, k = LossArguments(), RankArguments(), PROMPTS, RATES[case], K
         form: Any = {"prompt_template": "{prompt}", "max_length": 1024, "prompt_format": "chat"}

@@ -40,7 +40,7 @@ def build_trainer(task: str, folder: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
-    from gem.demo import build_tokenizer
+    from gem.tasks import build_tokenizer
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {

@@ -22,7 +22,7 @@ from benchmarks import contest, measure, online_step, plot, real_step, record, r
 from benchmarks.gold import make_gold
 from benchmarks.results import OURS
 from benchmarks.shapes import TINY, Shape, make_inputs, ragged
-from gem import demo
+from gem.tasks import CHAIN, build_model, build_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -206,9 +206,9 @@ def test_an_error_of_ours_is_not_hidden_in_a_row() -> None:
 
 @pytest.mark.parametrize("count", [False, True], ids=["clock", "counter"])
 def test_the_stages_of_an_online_step_add_up(count: bool, tmp_path: Path) -> None:
-    tokenizer = demo.build_tokenizer()
-    demo.write_data(tmp_path / "data", 0)
-    for part in (tokenizer, demo.build_model(tokenizer)):
+    tokenizer = build_tokenizer()
+    CHAIN.write(tmp_path / "data", 0)
+    for part in (tokenizer, build_model(tokenizer)):
         part.save_pretrained(tmp_path / online_step.DEMO)
     trainer = online_step.gem_trainer(online_step.DEMO, tmp_path, 2)
     drawn: list[Any] = []

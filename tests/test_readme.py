@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pytest
 from architectures import ARCHITECTURES
 
 from gem import cli, demo
-from gem.demo import build_model, build_tokenizer, worked
+from gem.methods import Budget
+from gem.tasks import CHAIN, build_model, build_tokenizer, worked
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -153,14 +155,14 @@ def test_the_reference_script_runs(tmp_path: Path) -> None:
 
 def test_the_demo_runs_small_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the whole demo with a few steps: a row per method, a report, data in the public format; a second run replaces it."""
-    for name, value in {"N_SFT": 64, "N_PAIRS": 16, "N_TEST": 4, "WARM_STEPS": 2, "WARM_BATCH": 8}.items():
-        monkeypatch.setattr(demo, name, value)
-    for name, value in {"STEPS": 2, "PROMPTS": 2, "EVAL_EVERY": 1, "FINAL_SAMPLES": 1}.items():
+    task = replace(CHAIN, n_sft=64, n_pairs=8, n_test=4, warm_steps=2, warm_batch=8)
+    budget = Budget(steps=2, prompts=2, group_size=2)
+    for name, value in {"TASK": task, "BUDGET": budget, "PAIRS": 4, "EVAL_EVERY": 1, "FINAL_SAMPLES": 1}.items():
         monkeypatch.setattr(demo, name, value)
     output = tmp_path / "demo"
     for _ in range(2):
         runs = demo.run_demo(output)
-    assert [run.name for run in runs] == ["warm start", *demo.METHODS]
+    assert [run.name for run in runs] == ["warm start", *demo.ARMS]
     page = (output / "report.html").read_text(encoding="utf-8")
     assert all(run.name in page for run in runs)
     rows = [json.loads(line) for line in (output / "seed0/data/pairs.jsonl").read_text().splitlines()]

@@ -1,0 +1,170 @@
+"""TRL's RLOOTrainer and RewardTrainer as baselines: gem's examples in, TRL's own sampling, advantages, KL and loss inside.
+
+    history, tokens = train_rloo(model, start, tokenizer, examples, majority_reward, markers, budget, settings)
+
+A reward function gets the examples of a step, each with its completions (ids and normalised answer), and returns their rewards.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification
+from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer  # type: ignore[attr-defined]
+
+from gem.answers import final_answer
+from gem.data import Example
+from gem.ends import Ends, model_ends
+
+
+class Sampled(NamedTuple):
+    """A completion that TRL sampled."""
+
+    ids: list[int]
+    answer: str  # normalised; "" if it was cut off or gives none
+
+
+Reward = Callable[[Example, Sequence[Sampled]], list[float]]
+"""The rewards of the completions of one example."""
+
+
+class Sampling(Protocol):
+    """What train_rloo reads of a budget."""
+
+    @property
+    def prompts(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+
+
+def majority_reward(example: Example, completions: Sequence[Sampled]) -> list[float]:
+    """Return 1 for each completion with the most frequent answer of the group, of equals the first; else 0."""
+    counts = Counter(c.answer for c in completions if c.answer)
+    most = max(counts, key=lambda answer: counts[answer], default=None)
+    return [float(c.answer == most) for c in completions]
+
+
+def perfect_reward(answers: Mapping[str, str]) -> Reward:
+    """Return the reward that is 1 for the right answer, by the text of the prompt."""
+
+    def reward(example: Example, completions: Sequence[Sampled]) -> list[float]:
+        return [float(bool(c.answer) and c.answer == answers[example.prompt]) for c in completions]
+
+    return reward
+
+
+def model_reward(
+    start: Any, tokenizer: Any, pairs: Sequence[Example], batch: int, settings: Mapping[str, Any]
+) -> Reward:
+    """Train a reward model on human pairs with TRL's RewardTrainer, and return its reward.
+
+    Args:
+        start: a transformers model: the reward model is its body with a new head.
+        tokenizer: the model's tokenizer.
+        pairs: as many as all steps take.
+        batch: pairs of a step.
+        settings: of TrainingArguments.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        start.save_pretrained(folder)
+        scorer = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=start.dtype)
+    scorer.config.pad_token_id = _pad_id(tokenizer)
+    rows = [{"chosen_ids": e.prompt_ids + e.chosen_ids, "rejected_ids": e.prompt_ids + e.rejected_ids} for e in pairs]
+    args = RewardConfig(
+        per_device_train_batch_size=batch, bf16=False, gradient_checkpointing=False, max_length=None, **settings
+    )
+    RewardTrainer(scorer, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train()
+    scorer.eval()
+
+    @torch.no_grad()
+    def reward(example: Example, completions: Sequence[Sampled]) -> list[float]:
+        rows = [torch.tensor(example.prompt_ids + c.ids) for c in completions]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_pad_id(tokenizer))
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return scorer(ids.to(scorer.device), mask.to(scorer.device)).logits[:, 0].tolist()  # type: ignore[no-any-return]
+
+    return reward
+
+
+def train_rloo(
+    model: Any,
+    start: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    reward: Reward,
+    markers: Sequence[str],
+    budget: Sampling,
+    settings: Mapping[str, Any],
+) -> tuple[list[dict[str, float]], int]:
+    """Train the model in place; return TRL's log and the number of sampled tokens.
+
+    Args:
+        model: a transformers model.
+        start: TRL's reference, of the KL term.
+        tokenizer: the models' tokenizer.
+        examples: whose prompts TRL samples from.
+        reward: of the completions of an example.
+        markers: texts that announce the answer.
+        budget: prompts of a step, completions of a prompt, tokens of a completion.
+        settings: of TrainingArguments.
+
+    Raises:
+        ValueError: the tokenizer does not give an example's prompt_ids for any text that TRL could be handed.
+    """
+    by_text = {_text(e, tokenizer): e for e in examples}
+    ends, k = model_ends(start, tokenizer), budget.group_size
+    tokens = 0
+
+    def of_group(example: Example, ids: list[list[int]]) -> list[float]:
+        return reward(example, [Sampled(own, _answer(own, tokenizer, ends, markers)) for own in ids])
+
+    def rewards(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        nonlocal tokens
+        tokens += sum(map(len, completion_ids))
+        starts = range(0, len(prompts), k)
+        return [r for at in starts for r in of_group(by_text[prompts[at]], completion_ids[at : at + k])]
+
+    args = RLOOConfig(
+        per_device_train_batch_size=budget.prompts * k,
+        num_generations=k,
+        max_completion_length=budget.max_new_tokens,
+        bf16=False,
+        gradient_checkpointing=False,
+        **settings,
+    )
+    with tempfile.TemporaryDirectory() as folder:  # TRL loads the reference from where the model's config says
+        start.save_pretrained(folder)
+        model.config._name_or_path = folder
+        dataset = Dataset.from_list([{"prompt": _text(e, tokenizer)} for e in examples])
+        trainer: Any = RLOOTrainer(model, rewards, args, train_dataset=dataset, processing_class=tokenizer)
+        trainer.train()
+    return trainer.state.log_history, tokens
+
+
+def _text(example: Example, tokenizer: Any) -> str:
+    """Return the text of which TRL, which tokenizes prompts itself, makes the example's prompt_ids."""
+    bos = tokenizer.bos_token or ""
+    for text in (
+        example.prompt,
+        example.prompt.removeprefix(bos),
+    ):  # a rendered chat begins with the token that is added
+        if tokenizer(text=text)["input_ids"] == example.prompt_ids:
+            return text
+    raise ValueError(
+        f"tokenizer must give the prompt_ids of every prompt to TRL, got others for {example.prompt[:60]!r}"
+    )
+
+
+def _answer(ids: Sequence[int], tokenizer: Any, ends: Ends, markers: Sequence[str]) -> str:
+    return final_answer(ids, tokenizer, ends, markers) if ends.has_ended(ids, tokenizer) else ""
+
+
+def _pad_id(tokenizer: Any) -> int:
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)

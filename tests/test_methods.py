@@ -1,0 +1,199 @@
+"""The methods of the demo and the evidence: what each trains on, what it spends, and that it trains."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from gem.config import LossArguments, RankArguments, RolloutArguments, ScoreArguments
+from gem.data import Example, encode_records
+from gem.group import Group, Member
+from gem.integrations.rloo import Sampled, majority_reward, model_reward, perfect_reward, train_rloo
+from gem.methods import METHODS, Budget, Method, ShuffledScores, best_and_worst, filled, train_method, voted_group
+from gem.pipeline import GroupMaker
+from gem.tasks import build_model, build_tokenizer
+
+TOKENIZER = build_tokenizer()
+BUDGET = Budget(steps=2, prompts=3, group_size=4, max_new_tokens=12)
+RECORDS = [
+    {"prompt": f"{a}+{b}=", "chosen": f"{a}+{b}={a + b} #### {a + b}", "rejected": f"#### {a + b + 1}"}
+    for a, b in ((1, 2), (3, 4), (5, 2), (6, 1), (7, 2), (2, 6), (8, 1))
+]
+ANSWERS = {record["prompt"]: str(eval(record["prompt"][:-1])) for record in RECORDS}
+EXAMPLES = encode_records(RECORDS, TOKENIZER, prompt_template="{prompt}", max_length=64)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model that knows some of the answers."""
+    torch.manual_seed(0)
+    budget, folder = replace(BUDGET, steps=25, prompts=len(EXAMPLES)), tmp_path_factory.mktemp("start")
+    settings = {"seed": 0, "rate": 3e-3, "budget": budget, "disable_tqdm": True}
+    return train_method(METHODS["SFT"], build_model(TOKENIZER), TOKENIZER, EXAMPLES, [], folder, **settings).model
+
+
+def run(name: str | Method, start: Any, folder: Path, **changes: Any) -> Any:
+    method = METHODS[name] if isinstance(name, str) else name
+    settings = {"seed": 0, "rate": 1e-3, "budget": BUDGET, "answers": ANSWERS, "disable_tqdm": True, **changes}
+    return train_method(method, start, TOKENIZER, EXAMPLES[:2], EXAMPLES[2:], folder, **settings)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_a_copy_within_the_budget(name: str, start: Any, tmp_path: Path) -> None:
+    before = [p.clone() for p in start.parameters()]
+    trained = run(name, start, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(before, start.parameters(), strict=True))
+    steps = [entry for entry in trained.history if "loss" in entry]
+    assert trained.spent["optimizer_steps"] == len(steps) == BUDGET.steps
+    assert any(not torch.equal(a, b) for a, b in zip(before, trained.model.parameters(), strict=True))
+    most = BUDGET.steps * BUDGET.prompts * BUDGET.group_size * BUDGET.max_new_tokens
+    samples = METHODS[name].kind != "pairs" or METHODS[name].candidates
+    assert (0 < trained.spent["sampled_tokens"] <= most) if samples else trained.spent["sampled_tokens"] == 0
+
+
+@pytest.mark.parametrize("name", ["GEM + agreement", "RFT", "RLOO majority"])
+def test_a_seed_determines_the_weights(name: str, start: Any, tmp_path: Path) -> None:
+    one, same, other = (run(name, start, tmp_path / str(i), seed=seed).model for i, seed in enumerate((1, 1, 2)))
+    assert torch.equal(one.lm_head.weight, same.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+
+
+def test_human_answers_of_the_prompts_are_not_read(start: Any, tmp_path: Path) -> None:
+    changed = [replace(e, chosen_ids=[9, 9, 2], rejected_ids=[8, 2]) for e in EXAMPLES[2:]]
+    for name in ("GEM", "RFT"):
+        settings = {"seed": 0, "rate": 1e-3, "budget": BUDGET, "disable_tqdm": True}
+        models = [
+            train_method(METHODS[name], start, TOKENIZER, EXAMPLES[:2], prompts, tmp_path, **settings).model
+            for prompts in (EXAMPLES[2:], changed)
+        ]
+        assert torch.equal(models[0].lm_head.weight, models[1].lm_head.weight), name
+
+
+def test_without_pairs_or_answers_there_is_an_error(start: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pairs must hold at least one"):
+        train_method(METHODS["SFT"], start, TOKENIZER, [], EXAMPLES, tmp_path, seed=0, rate=1e-3, budget=BUDGET)
+    with pytest.raises(ValueError, match="answers must be given"):
+        run("perfect reward", start, tmp_path, answers=None)
+
+
+# --- what they train on -----------------------------------------------------------------------------------------------
+
+
+def group(*answers: str, **changes: Any) -> Group:
+    members = [Member("candidate", [i + 3], answer=answer) for i, answer in enumerate(answers)]
+    return Group("1+2=", [1], members, **changes)
+
+
+def test_the_vote_takes_the_first_candidate_of_the_most_frequent_answer() -> None:
+    winner = voted_group(group("7", "3", "3", "7", "3"))
+    assert winner is not None
+    assert [(m.role, m.ids, m.answer) for m in winner.members] == [("chosen", [4], "3")]
+    tied = voted_group(group("7", "3", "3", "7"))
+    assert tied is not None and tied.members[0].ids == [3]  # of equals, the answer that came first
+
+
+def test_nothing_wins_the_vote_without_two_equal_answers() -> None:
+    assert voted_group(group("1", "2", "", "")) is None
+    cut = group("3", "3", "4")
+    cut.members[0].truncated = True
+    assert voted_group(cut) is None
+
+
+def test_dpo_gets_the_best_and_the_worst_of_the_ranking() -> None:
+    ranked = group("1", "2", "3", "4")
+    for member, mean in zip(ranked.members, (0.5, math.nan, -1.0, 0.7), strict=True):
+        member.rank_mean = mean
+    duel = best_and_worst(ranked)
+    assert duel is not None and [(m.role, m.answer) for m in duel.members] == [("chosen", "4"), ("rejected", "3")]
+    ranked.kept = False
+    assert best_and_worst(ranked) is None
+
+
+def test_items_repeat_in_order() -> None:
+    assert filled([1, 2, 3], 7) == [1, 2, 3, 1, 2, 3, 1]
+    assert filled([1, 2, 3], 2) == [1, 2, 3]
+
+
+def test_random_scores_are_those_of_the_group_in_another_order(start: Any) -> None:
+    rollout = RolloutArguments(group_size=4, max_new_tokens=12)
+    plain, shuffled = (
+        kind(start, TOKENIZER, rollout, ScoreArguments(), RankArguments()) for kind in (GroupMaker, ShuffledScores)
+    )
+    groups = plain.draw(EXAMPLES)
+
+    def scores(maker: GroupMaker, role: str) -> list[list[str]]:
+        maker.weigh(groups)
+        return [[str(m.score) for m in g.members if (m.role == "candidate") == (role == "candidate")] for g in groups]
+
+    own, others = scores(plain, "candidate"), scores(shuffled, "candidate")
+    assert own != others and [sorted(s) for s in own] == [sorted(s) for s in others]
+    assert scores(plain, "human") == scores(shuffled, "human")
+
+
+# --- TRL ----------------------------------------------------------------------------------------------------------------
+
+
+def test_rewards_of_answers() -> None:
+    sampled = [Sampled([], answer) for answer in ("4", "", "3", "3", "")]
+    assert majority_reward(EXAMPLES[0], sampled) == [0, 0, 1, 1, 0]
+    assert majority_reward(EXAMPLES[0], [Sampled([], "")] * 2) == [0, 0]
+    assert perfect_reward({"1+2=": "4"})(EXAMPLES[0], sampled) == [1, 0, 0, 0, 0]
+
+
+def test_rloo_gets_the_examples_and_counts_their_tokens(start: Any, tmp_path: Path) -> None:
+    asked: list[tuple[str, int]] = []
+    lengths: list[int] = []
+
+    def reward(example: Example, completions: Any) -> list[float]:
+        asked.append((example.prompt, len(completions)))
+        lengths.extend(len(c.ids) for c in completions)
+        return [0.0] * len(completions)
+
+    settings = {
+        "output_dir": str(tmp_path),
+        "max_steps": 2,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
+    model = copy.deepcopy(start)
+    _, tokens = train_rloo(
+        model, start, TOKENIZER, EXAMPLES, reward, ["####"], BUDGET, settings | {"disable_tqdm": True}
+    )
+    assert len(asked) == BUDGET.steps * BUDGET.prompts and {n for _, n in asked} == {BUDGET.group_size}
+    assert {prompt for prompt, _ in asked} <= {e.prompt for e in EXAMPLES}
+    assert tokens == sum(lengths)
+
+
+def test_rloo_refuses_prompts_that_trl_would_tokenize_otherwise(start: Any, tmp_path: Path) -> None:
+    odd = replace(EXAMPLES[0], prompt_ids=[*EXAMPLES[0].prompt_ids, 5])
+    with pytest.raises(ValueError, match="prompt_ids of every prompt"):
+        train_rloo(start, start, TOKENIZER, [odd], majority_reward, ["####"], BUDGET, {"output_dir": str(tmp_path)})
+
+
+def test_the_reward_model_learns_the_pairs(start: Any, tmp_path: Path) -> None:
+    settings = {
+        "output_dir": str(tmp_path), "max_steps": 20, "learning_rate": 1e-3, "report_to": "none", "save_strategy": "no",
+        "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    reward = model_reward(start, TOKENIZER, filled(EXAMPLES, 160), 8, settings)
+    for e in EXAMPLES:
+        chosen, rejected = reward(e, [Sampled(e.chosen_ids, ""), Sampled(e.rejected_ids, "")])
+        assert chosen > rejected + 0.5
+
+
+def test_dpo_with_sft_differs_from_dpo_by_its_term_alone() -> None:
+    assert (
+        METHODS["DPO"].loss
+        == replace(METHODS["DPO + SFT"].loss, sft_weight=0.0)
+        == LossArguments(loss="dpo", sft_weight=0)
+    )
+    assert METHODS["GEM"] == Method("online", LossArguments(), RankArguments())
