@@ -1,0 +1,163 @@
+"""`gem-kernels evidence`: make the runs of a comparison on all cores, one JSON record each, and go on where it was ended.
+
+    config = read_config(Path("evidence.yaml"), METHODS, TASKS)
+    make_runs(Plan(config), "gem-kernels evidence --config evidence.yaml")
+
+What has a record is done. A run that fails is told and leaves none, so that the same command tries it again; one that diverges
+has a record that says so. A kill loses the runs in progress alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from datetime import datetime
+
+from gem.evidence.plan import Cell, Job, Plan, Record, read_records, slug
+from gem.evidence.run import Runner, changed, plain, settings_of
+from gem.evidence.workers import Pool, cores, processes
+from gem.files import check_writable, write_lines
+from gem.lock import locked
+from gem.models import pick_device
+from gem.report import Table
+
+LOCK_FILE = "evidence.lock"
+
+
+def checked_records(plan: Plan) -> dict[Job, Record]:
+    """Return the records in the plan's output folder.
+
+    Raises:
+        ValueError: one of a run of the plan was made with other settings, or from another start.
+    """
+    folder, records = plan.config.output_dir, read_records(plan.config.output_dir)
+    compared = set(plan.compared)
+    for job, record in records.items():
+        if job not in plan.starts and (job.task, job.method) not in compared:
+            continue
+        differing = changed(record["settings"], settings_of(plan.config, job))
+        start = records.get(plan.start(job.task, job.seed), record)
+        # A built-in start is trained anew on every machine, whose processor may round otherwise.
+        hashed = ("data", "model") if job.task in plan.config.tasks else ("data",)
+        if any(start["start"][name] != record["start"][name] for name in hashed):
+            differing.append("the start")
+        if differing:
+            raise ValueError(
+                f"output_dir must hold records of the same settings, got {folder / job.path} with another "
+                f"{', '.join(differing)}: remove what is out of date, as a rule {folder / job.path.parent}, or take "
+                "another folder"
+            )
+    return records
+
+
+def make_runs(plan: Plan, command: str, pool: Callable[[], AbstractContextManager[Pool]] | None = None) -> None:
+    """Make every run of the plan that has no record, with a line for each on stdout.
+
+    Args:
+        plan: the runs.
+        command: the command line, for the records.
+        pool: gives what makes the runs; None: worker_count processes.
+
+    Raises:
+        ValueError: another process makes runs there, a record is of other settings, or runs failed.
+    """
+    folder = plan.config.output_dir
+    check_writable(folder, "output_dir")
+    with locked(folder / LOCK_FILE, "output_dir", folder):
+        records = checked_records(plan)
+        failed: dict[Job, str] = {}
+        shutil.rmtree(folder / "scratch", ignore_errors=True)  # of runs that a kill has ended
+        try:
+            if plan.missing(records):
+                count = worker_count(plan)
+                with pool() if pool else processes(plan.config, Runner, count, folder) as workers:
+                    _make(plan, records, failed, workers, command)
+        finally:
+            shutil.rmtree(folder / "scratch", ignore_errors=True)
+    missing = len(plan.missing(records))
+    print(f"{plan.total - missing} of {plan.total} runs are in {folder}")
+    if failed:
+        first, why = next(iter(failed.items()))
+        raise ValueError(
+            f"{len(failed)} runs failed, and the same command tries them again: {first}: {why}"
+            + (f"; and {', '.join(map(str, [*failed][1:]))}" if len(failed) > 1 else "")
+        )
+
+
+def _make(plan: Plan, records: dict[Job, Record], failed: dict[Job, str], workers: Pool, command: str) -> None:
+    """Keep the workers busy until nothing is left that can be made; fill in the records and the failures."""
+    running: set[Job] = set()
+    while True:
+        waiting = [job for job in plan.ready(records) if job not in running and job not in failed]
+        for job in waiting[: workers.free]:
+            workers.begin(job)
+            running.add(job)
+        if not running:
+            return
+        for job, result, error in workers.ended():
+            running.remove(job)
+            if result is None:
+                failed[job] = error
+                print(f"failed: {job}: {error}", flush=True)
+                continue
+            about = {**asdict(job), "settings": plain(settings_of(plan.config, job))}
+            date = datetime.now().astimezone().isoformat(timespec="seconds")
+            records[job] = {**about, **result, "date": date, "command": command}
+            lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in records[job].items()]
+            write_lines(plan.config.output_dir / job.path, ["{", ",\n".join(lines), "}"])
+            print(_progress(plan, records, job), flush=True)
+
+
+def _progress(plan: Plan, records: Mapping[Job, Record], job: Job) -> str:
+    """Return the line of a run that has just ended: its number, what it reached, and the time that is left."""
+    record = records[job]
+    test = record.get("test", {})
+    names = {"accuracy_greedy": "greedy", "accuracy_sampled": "sampled", "accuracy_majority": "majority"}
+    reached = [f"{name} {test[key]:.3f}" for key, name in names.items() if key in test]
+    said = ", ".join(reached) or record.get("message", record["outcome"])
+    done = plan.total - len(plan.missing(records))
+    return f"{done} of {plan.total}  {job}: {said}; {duration(record['seconds'])}{_left(plan, records)}"
+
+
+def _left(plan: Plan, records: Mapping[Job, Record]) -> str:
+    """Return the words for the time that is left; "" if nothing is missing, or nothing is known yet."""
+    seconds = plan.seconds_left(records) / worker_count(plan)
+    return f"; about {duration(seconds)} left" if seconds > 0 else ""
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: "45 s", "12 min", "3 h 20 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def status_table(plan: Plan, records: Mapping[Job, Record]) -> tuple[Table, str]:
+    """Return what is done and what is missing, a row per task and method, and one line with the time that is left."""
+    missing = plan.missing(records)
+    everything: Sequence[Job | Cell] = plan.missing({})
+    rows = []
+    for task, method in dict.fromkeys((item.task, item.method) for item in everything):
+        gone, all_of = ([i for i in items if (i.task, i.method) == (task, method)] for items in (missing, everything))
+        rate = plan.rate(task, method, records) if method else None
+        lacks = ", ".join(_wanted(item) for item in gone)
+        chosen = "—" if rate is None else f"{rate:g}"
+        rows.append([f"{task}/{slug(method) or 'start'}", f"{len(all_of) - len(gone)} of {len(all_of)}", chosen, lacks])
+    line = f"{plan.total - len(missing)} of {plan.total} runs are done{_left(plan, records)}"
+    return Table(["task/method", "runs", "rate", "missing: pairs/seed"], rows), line
+
+
+def _wanted(item: Job | Cell) -> str:
+    if not item.method:
+        return f"seed {item.seed}"
+    return f"{item.pairs}/{item.seed}" + (f" at {item.rate:g}" if isinstance(item, Job) else "")
+
+
+def worker_count(plan: Plan) -> int:
+    """Return the number of processes: the config's, else one with CUDA, else one per core."""
+    cuda = pick_device(plan.config.device).type == "cuda"
+    return plan.config.workers or (1 if cuda else cores())
