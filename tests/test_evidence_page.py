@@ -124,7 +124,7 @@ def test_the_page_is_made_from_records_alone(tmp_path: Path) -> None:
     plan = Plan(config_of(tmp_path, studies=[*SMALL["studies"], ablations]))
     path = tmp_path / "docs" / "evidence.md"
     write_page(path, plan, {})  # before the first run
-    assert "not run" in path.read_text()
+    assert "Not run yet: " in path.read_text()
     path.write_text(path.read_text().replace("# Evidence", "# Ours\n\nWords of ours."))
     records = records_of(plan, lambda job, record: {**record, "summary": "Sums of some numbers."})
     write_page(path, plan, records)
@@ -135,7 +135,8 @@ def test_the_page_is_made_from_records_alone(tmp_path: Path) -> None:
     assert headings[1:] == [
         "## chain", "### chain, 4 pairs", "### chain, 16 pairs", "### GEM minus the others", "### Learning rates",
         "### What a run spends", "## Ablations", "### chain: ablations", "#### chain, 16 pairs",
-        "#### GEM minus the others", "#### Learning rates", "## Does the gate predict a collapse?", "## Making this page",
+        "#### GEM minus the others", "#### Learning rates", "#### What a run spends", "## Does the gate predict a collapse?",
+        "## Making this page",
     ]  # fmt: skip
     assert "| GEM with random S | +0.000 ± 0.000 |" in text and "Sums of some numbers." in text
     assert f"--config {plan.config.path.as_posix()} --only 'chain/*'" in text

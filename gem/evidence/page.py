@@ -108,20 +108,14 @@ def page(results: Results, picture: str) -> str:
             only = f"`{command} --only '{task}/*'` makes these runs."
             parts += [f"## {task}", " ".join(filter(None, (_summary(results, task), only)))]
             parts += _task_tables(results, task, methods)
-            for base in (base for base in BASES if base in methods):
-                parts += [f"### {base} minus the others", markdown(differences(results, task, base, methods))]
-            parts += ["### Learning rates", RATES_NOTE, markdown(rates_table(results, task, methods))]
-            parts += ["### What a run spends", markdown(spent_table(results, task, methods))]
+            parts += _comparisons(results, task, methods, BASES)
     if any(results.methods(task, ablations=True) for task in tasks):
         parts += ["## Ablations", ABLATIONS_NOTE]
     for task in tasks:
         if methods := results.methods(task, ablations=True):
             shown = list(dict.fromkeys([*(base for base in BASES[:1] if (task, base) in plan.compared), *methods]))
             parts += [f"### {task}: ablations", *_task_tables(results, task, shown, level="####", among=methods)]
-            if BASES[0] in shown:
-                against = differences(results, task, BASES[0], shown, among=methods)
-                parts += [f"#### {BASES[0]} minus the others", markdown(against)]
-            parts += ["#### Learning rates", markdown(rates_table(results, task, methods))]
+            parts += _comparisons(results, task, shown, BASES[:1], level="####", among=methods)
     parts += ["## Does the gate predict a collapse?", GATE_NOTE, markdown(gate_table(results))]
     parts += [
         "## Making this page",
@@ -185,7 +179,31 @@ def _task_tables(
     """Return a heading and a table for each number of pairs with which one of `among` (default: all) is asked for."""
     parts = []
     for pairs in results.pairs(task, among or methods):
-        parts += [f"{level} {task}, {pairs} pairs", markdown(results_table(results, task, methods, pairs))]
+        asked = [method for method in methods if (task, method, pairs) in results.seeds]
+        begun = [method for method in asked if results.of(task, method, pairs)]
+        parts.append(f"{level} {task}, {pairs} pairs")
+        parts += [markdown(results_table(results, task, begun, pairs))] if begun else []
+        parts += [f"Not run yet: {', '.join(m for m in asked if m not in begun)}."] if len(begun) < len(asked) else []
+    return parts
+
+
+def _comparisons(
+    results: Results,
+    task: str,
+    methods: Sequence[str],
+    bases: Sequence[str],
+    level: str = "###",
+    among: Sequence[str] = (),
+) -> list[str]:
+    """Return the differences from each base, the sweep and the costs of the methods (of `among`) that have been run."""
+    parts, own = [], among or methods
+    begun = [m for m in methods if any(results.of(task, m, pairs) for pairs in results.pairs(task, [m]))]
+    for base in (base for base in bases if base in begun and len(begun) > 1):
+        parts += [f"{level} {base} minus the others", markdown(differences(results, task, base, begun, among))]
+    swept = [m for m in own if any(job in results.records for job in results.plan.sweep(task, m))]
+    parts += [f"{level} Learning rates", RATES_NOTE, markdown(rates_table(results, task, swept))] if swept else []
+    spent = [m for m in own if m in begun]
+    parts += [f"{level} What a run spends", markdown(spent_table(results, task, spent))] if spent else []
     return parts
 
 
@@ -223,9 +241,10 @@ def mean(values: Sequence[float], digits: int = 3) -> str:
 
 def differences(results: Results, task: str, base: str, methods: Sequence[str], among: Sequence[str] = ()) -> Table:
     """Return base minus each method, paired by seed: a column per number of pairs (of `among`) and accuracy."""
-    columns = list(product(ACCURACIES, results.pairs(task, among or methods)))
+    begun = [pairs for pairs in results.pairs(task, among or methods) if results.of(task, base, pairs)]
+    columns = list(product(ACCURACIES, begun))
     header = [base + " minus", *(f"{METRICS[key]}, {pairs} pairs" for key, pairs in columns)]
-    others = [method for method in methods if method != base]
+    others = [m for m in methods if m != base and any(results.of(task, m, pairs) for pairs in begun)]
     rows = [
         [other, *(_difference(results, task, base, other, key, pairs) for key, pairs in columns)] for other in others
     ]
