@@ -31,6 +31,7 @@ from gem.config import (
     RolloutArguments,
     ScoreArguments,
     UnlabeledArguments,
+    calibrates,
 )
 from gem.explain import explain
 from gem.files import check_file, check_writable, write_lines
@@ -214,7 +215,7 @@ def _score(argv: Sequence[str]) -> None:
         model = load_model(model_args, tokenizer, device)
         check_room(model, sampling_prompts(examples, rollout), rollout)
         header["model"] = {"name": model_args.model, "hash": model_hash(model)}
-        maker = GroupMaker(model, tokenizer, rollout, score, rank, pairs=examples if rank.calibrate else ())
+        maker = GroupMaker(model, tokenizer, rollout, score, rank, pairs=examples if calibrates(rank) else ())
         with GroupsWriter(path, header, prompts, step) as out:
             if out.finished:
                 print(f"{path} holds this run, finished:")
@@ -321,6 +322,7 @@ def _train(argv: Sequence[str]) -> None:
         prompts = read_unlabeled(data, unlabeled, tokenizer, rollout, ends)
         examples = read(need=("chosen", "rejected") if rank.human_weight else ())
         run.check_input("data", data.data, lambda: source_hash(data.data, examples))
+        pairs = examples if calibrates(rank) else []  # before the mix, which repeats them
         if prompts:
             examples = _with_prompts(run, unlabeled, examples, prompts, held_out)
     set_seed(training.seed)

@@ -144,7 +144,7 @@ class RankArguments:
     calibrate: bool = setting(
         True,
         "multiply S by 2q - 1, q the share of the first 256 human pairs, and one more, that it orders rightly at the start: "
-        "S that contradicts the pairs counts the other way",
+        "S that contradicts the pairs counts the other way; with reward=bt and human_weight > 0",
     )
     agreement_filter: bool = setting(
         False, "keep a group without a human pair only if some of its candidates, but not all, give the same answer"
@@ -291,6 +291,11 @@ def check(arguments: Any) -> None:
             low, high = RANGES[name]
             if not low <= value <= high:
                 raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}")
+
+
+def calibrates(arguments: RankArguments) -> bool:
+    """Return True if S is calibrated by the human pairs: the other rewards read its order or its size, not its reliability."""
+    return arguments.calibrate and arguments.human_weight > 0 and arguments.reward == "bt"
 
 
 def comparator_weights(arguments: RankArguments) -> dict[str, float]:

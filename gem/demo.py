@@ -140,7 +140,7 @@ NOTES = (
     f"Each method: {BUDGET.steps} steps of {BUDGET.prompts} prompts from the same warm start, at learning rate {RATE:g}. Those "
     f"that sample draw {BUDGET.group_size} completions of a prompt. Sampled and majority accuracy: {FINAL_SAMPLES} samples per "
     "question.",
-    "RFT: supervised, on the human answers and on one sample of the warm start for each of the other questions, with an "
+    "RFT: supervised, on the human answers and on one sample of the warm start for up to 1,280 other questions, with an "
     "answer that at least two of five share.",
     "Literal GEM: Eq. 1 and 2 as printed, advantages divided by their standard deviation, no human pair in the "
     "ranking, no KL, no supervised term.",

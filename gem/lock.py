@@ -23,6 +23,10 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 _held: set[IO[str]] = set()
 
 
+class HeldError(ValueError):
+    """Another process holds the lock."""
+
+
 @contextmanager
 def locked(path: Path, name: str, what: Path | None = None) -> Iterator[None]:
     """Hold a lock file for the block. A lock whose holder is dead is taken over.
@@ -36,7 +40,7 @@ def locked(path: Path, name: str, what: Path | None = None) -> Iterator[None]:
         what: the place that the message names; default: `path` without its .lock.
 
     Raises:
-        ValueError: another process holds the lock.
+        HeldError: another process holds the lock.
     """
     made = [folder for folder in path.absolute().parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +91,7 @@ def _take(path: Path, name: str, what: Path) -> IO[str]:
         file.close()
         if not locks:
             advice = f"; remove {path} if that process is gone" if locks is None else ""
-            raise ValueError(f"{name} is in use by {_described(holder)}, got {what}{advice}")
+            raise HeldError(f"{name} is in use by {_described(holder)}, got {what}{advice}")
 
 
 def _flock(file: IO[str]) -> bool | None:

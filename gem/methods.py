@@ -28,6 +28,7 @@ from gem.config import (
     RolloutArguments,
     ScoreArguments,
     UnlabeledArguments,
+    calibrates,
 )
 from gem.data import Example
 from gem.generators import Completion, TransformersGenerator
@@ -171,7 +172,7 @@ class _Arm:
         """Return the maker of groups whose candidates, scores and ranks are a model's."""
         kind = ShuffledScores if self.method.shuffled else GroupMaker
         rank, score = self.method.rank, self.method.score
-        pairs = self.pairs if rank.calibrate else ()
+        pairs = self.pairs if calibrates(rank) else ()
         return kind(
             model, self.tokenizer, self.rollout, score, rank, self.start, generator=self.generator(model), pairs=pairs
         )
@@ -180,7 +181,9 @@ class _Arm:
         """Return the groups that a method of kind pairs, voted or ranked trains on."""
         match self.method.kind:
             case "pairs" if self.method.candidates:
-                return filled(self.maker(self.start)(self.pairs), self.draws)
+                return self.maker(self.start)(
+                    filled(self.pairs, self.draws)
+                )  # fresh candidates whenever a pair comes again
             case "pairs":
                 groups = [pair_group(example) for example in self.pairs]
                 if self.method.loss.loss in ("dpo", "ipo"):
@@ -293,7 +296,7 @@ def train_method(
     }
     trained = _train_rloo(arm, settings, answers) if method.kind == "rloo" else _train(arm, settings, evaluation)
     trained.spent = {
-        "optimizer_steps": budget.steps,
+        "optimizer_steps": budget.steps * (2 if method.reward == "model" else 1),  # the reward model takes as many
         "sampled_tokens": arm.sampled_tokens,
         "seconds": time.perf_counter() - began,
     }

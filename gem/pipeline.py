@@ -109,7 +109,7 @@ class GroupMaker:
         score_groups(groups, self.tokenizer, self.model, None, self.score)
         gaps = [chosen.score - rejected.score for chosen, rejected in (group.members for group in groups)]
         trust = trust_in_scores(gaps)
-        logger.info("trust in S: %.2f, by how it orders %d human pairs", trust, len(groups))
+        logger.info("trust in S: %.2f, by how it orders %d human pairs", trust, sum(map(math.isfinite, gaps)))
         return trust
 
     def __call__(self, examples: Sequence[Example], progress: bool = False) -> list[Group]:
@@ -244,8 +244,8 @@ def weight_groups(groups: Sequence[Group], arguments: RankArguments, trust: floa
     """
     comparators = comparator_weights(arguments)
     with_human = arguments.human_weight > 0
-    scores, votes = _scores(groups)
-    scores = trust * scores
+    plain, votes = _scores(groups)
+    scores = trust * plain
     compared = torch.stack([{"entropy": scores, "agreement": votes}[name] for name in comparators])  # (C, B, K)
     mask = compared.isfinite().any(0) & _counted(groups, arguments, with_human)
     if arguments.filter_groups and "entropy" in comparators:
@@ -272,7 +272,7 @@ def weight_groups(groups: Sequence[Group], arguments: RankArguments, trust: floa
     kept = mask.sum(1) >= 2
     if arguments.filter_groups:
         min_spread = arguments.min_spread if "entropy" in comparators else 0.0
-        told_apart = keep_groups(scores, posterior, mask, min_spread=min_spread)
+        told_apart = keep_groups(plain, posterior, mask, min_spread=min_spread)
         if "agreement" in comparators:  # a count is no noise: one vote more is told apart, however little it weighs
             told_apart |= votes_differ(votes, mask)
         kept &= told_apart

@@ -103,7 +103,7 @@ def records_of(
 def test_the_example_is_read() -> None:
     config = read_config(EXAMPLE, METHODS, ["chain", "misleading", "long"])
     named = {method for study in config.studies for method in study.methods}
-    assert named == set(METHODS) and config.rates == (1e-5, 2e-5, 5e-5)
+    assert named == set(METHODS) and config.rates == (5e-6, 1e-5, 2e-5, 5e-5)
     assert config.sweep_pairs == 16 and config.sweep_seeds == (0,) and set(config.plot) < named
 
 

@@ -542,6 +542,13 @@ def test_no_trust_leaves_nothing_to_rank() -> None:
     assert [m.weight for m in g.members] == [0, 0, 0] and not g.kept
 
 
+def test_a_pair_ranks_without_trust_in_the_scores() -> None:
+    g = group(2.0, 0.0, 1.0, chosen=0.5, rejected=0.4)
+    weight_groups([g], RankArguments(), 0.0)
+    chosen, rejected = g.members[-2:]
+    assert g.kept and chosen.weight > 0.3 and rejected.weight < -0.3
+
+
 def test_the_maker_learns_its_trust_from_the_pairs_alone(caplog: pytest.LogCaptureFixture) -> None:
     policy, tokenizer = model(), build_tokenizer()
     settings = (policy, tokenizer, RolloutArguments(group_size=2, max_new_tokens=4), ScoreArguments(), RankArguments())

@@ -490,3 +490,15 @@ def test_pairs_with_two_scores_are_counted() -> None:
     assert scored_pairs(groups) == 2
     groups[0].members[-1].score = math.nan
     assert scored_pairs(groups) == 1
+
+
+def test_train_calibrates_by_each_pair_once(files: Path, capsys: pytest.CaptureFixture[str], caplog: Any) -> None:
+    flags = [*ONLINE, "--max_steps", "1", "--unlabeled_share", "0.25"]
+    with caplog.at_level(logging.INFO):
+        assert run(capsys, *flags, "--output_dir", "out")[0] == 0
+    assert "by how it orders 8 human pairs" in caplog.text
+    for more in (["--calibrate", "false"], ["--reward", "rank"]):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert run(capsys, *flags, *more, "--output_dir", more[0][2:])[0] == 0
+        assert "trust in S" not in caplog.text

@@ -11,9 +11,11 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from gem.evaluate import Evaluation
 from gem.evidence.config import TASK_FILES, Config
 from gem.evidence.plan import Job, Record
 from gem.fingerprint import data_hash, model_hash, source_hash
+from gem.lock import HeldError, locked
 from gem.methods import METHODS, Budget, Method, train_method
 from gem.models import load_model, load_tokenizer, pick_device, placed, source_ends
 from gem.stops import Diverged
@@ -68,9 +71,7 @@ class Runner:
         gc.collect()  # the last run's trainer and its model hold one another
         began = time.perf_counter()
         start = self._start(job.task, job.seed)
-        record = (
-            self._trained(job, start) if job.method else {"outcome": "finished", **self._metrics(start, start.model)}
-        )
+        record = self._trained(job, start) if job.method else self._begun(job, start)
         used = self.device if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         return {
             **record,
@@ -113,6 +114,7 @@ class Runner:
                 answers=start.answers,
                 disable_tqdm=True,
             )
+            metrics = self._metrics(start, trained.model)  # a model may give NaN only here
         except Diverged as error:
             return {**record, "outcome": "diverged", "message": str(error)}
         finally:
@@ -120,7 +122,7 @@ class Runner:
         return {
             **record,
             "outcome": "finished",
-            **self._metrics(start, trained.model),
+            **metrics,
             "spent": {name: _short(value) for name, value in trained.spent.items()},
             "curve": curve_of(trained.history),
         }
@@ -142,7 +144,8 @@ class Runner:
 
     def _load_built_in(self, task: str, seed: int) -> Start:
         folder = self.config.output_dir / "starts" / task / f"seed{seed}"
-        model, tokenizer = make_start(TASKS[task], folder, seed)
+        with _waiting(folder.with_suffix(".lock")):  # for another worker that trains it
+            model, tokenizer = make_start(TASKS[task], folder, seed)
         data = folder / "data"
         read = {name: examples_of(data / f"{name}.jsonl", tokenizer, "chosen", "rejected") for name in FILES}
         hashes = {"model": model_hash(model), "data": data_hash(str(data))}
@@ -188,6 +191,18 @@ class Runner:
             if e.chosen_ids and not e.chosen_given
         }
         return Start(model, tokenizer, read["pairs"], read.get("prompts"), answers, evaluations, hashes)
+
+
+@contextmanager
+def _waiting(path: Path) -> Iterator[None]:
+    """Hold a lock file for the block, once it is free."""
+    while True:
+        try:
+            with locked(path, "output_dir"):
+                yield
+                return
+        except HeldError:
+            time.sleep(1)
 
 
 def budget_of(config: Config, task: str) -> Budget:

@@ -20,6 +20,8 @@ from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer  # type: ig
 from gem.answers import final_answer
 from gem.data import Example
 from gem.ends import Ends, model_ends
+from gem.guard import check_weights
+from gem.stops import Diverged
 
 
 class Sampled(NamedTuple):
@@ -71,7 +73,14 @@ def model_reward(
         pairs: as many as all steps take.
         batch: pairs of a step.
         settings: of TrainingArguments.
+
+    Raises:
+        ValueError: the start has adapters.
     """
+    if hasattr(start, "peft_config"):
+        raise ValueError(
+            "start must have no adapters for a reward model, which gets a head of its own, got a PeftModel"
+        )
     with tempfile.TemporaryDirectory() as folder:
         start.save_pretrained(folder)
         scorer = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=start.dtype)
@@ -116,6 +125,7 @@ def train_rloo(
         settings: of TrainingArguments.
 
     Raises:
+        Diverged: TRL samples from NaN, or a weight is not finite.
         ValueError: the tokenizer does not give an example's prompt_ids for any text that TRL could be handed.
     """
     by_text = {_text(e, tokenizer): e for e in examples}
@@ -144,7 +154,13 @@ def train_rloo(
         model.config._name_or_path = folder
         dataset = Dataset.from_list([{"prompt": _text(e, tokenizer)} for e in examples])
         trainer: Any = RLOOTrainer(model, rewards, args, train_dataset=dataset, processing_class=tokenizer)
-        trainer.train()
+        try:
+            trainer.train()
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise Diverged(f"step {trainer.state.global_step + 1}: {error}") from None
+    check_weights(model, "after training by RLOO, the model has")
     return trainer.state.log_history, tokens
 
 
