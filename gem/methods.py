@@ -138,7 +138,6 @@ class _Arm:
     tokenizer: Any
     pairs: list[Example]
     prompts: list[Example]  # without human answers
-    seed: int
     sampled_tokens: int = 0
 
     @property
@@ -181,9 +180,8 @@ class _Arm:
         """Return the groups that a method of kind pairs, voted or ranked trains on."""
         match self.method.kind:
             case "pairs" if self.method.candidates:
-                return self.maker(self.start)(
-                    filled(self.pairs, self.draws)
-                )  # fresh candidates whenever a pair comes again
+                # Fresh candidates whenever a pair comes again.
+                return self.maker(self.start)(filled(self.pairs, self.draws))
             case "pairs":
                 groups = [pair_group(example) for example in self.pairs]
                 if self.method.loss.loss in ("dpo", "ipo"):
@@ -281,7 +279,7 @@ def train_method(
     began = time.perf_counter()
     set_seed(seed)
     bare = [replace(e, chosen_ids=[], rejected_ids=[], chosen_given=[], rejected_given=[]) for e in prompts]
-    arm = _Arm(method, budget, start, copy.deepcopy(start), tokenizer, list(pairs), bare, seed)
+    arm = _Arm(method, budget, start, copy.deepcopy(start), tokenizer, list(pairs), bare)
     settings = {
         "output_dir": str(folder),
         "seed": seed,

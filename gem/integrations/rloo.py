@@ -167,10 +167,8 @@ def train_rloo(
 def _text(example: Example, tokenizer: Any) -> str:
     """Return the text of which TRL, which tokenizes prompts itself, makes the example's prompt_ids."""
     bos = tokenizer.bos_token or ""
-    for text in (
-        example.prompt,
-        example.prompt.removeprefix(bos),
-    ):  # a rendered chat begins with the token that is added
+    # A rendered chat begins with the token that the tokenizer adds.
+    for text in (example.prompt, example.prompt.removeprefix(bos)):
         if tokenizer(text=text)["input_ids"] == example.prompt_ids:
             return text
     raise ValueError(
