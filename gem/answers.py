@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
@@ -35,6 +36,12 @@ def read_answer(content: Sequence[int], spans: Spans, tokenizer: Any) -> str:
     start, end = spans.answer
     start = 0 if spans.rule == "last_tokens" else start
     return normalise(tokenizer.decode(list(content[start:end]), skip_special_tokens=True))
+
+
+def most_frequent(answers: Sequence[str]) -> tuple[str, int]:
+    """Return the answer that most give, of equals the first, and their number; ("", 0) if all are "", which is no answer."""
+    counts = Counter(answer for answer in answers if answer)
+    return max(counts.items(), key=lambda item: item[1], default=("", 0))
 
 
 def normalise(answer: str) -> str:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _KINDS = {
     b"\x1f\x8b": "gzip",
@@ -65,6 +65,23 @@ def read_text(path: Path) -> str:
         raise ValueError(
             f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x} at {error.start}"
         ) from None
+
+
+def read_yaml(path: str) -> tuple[Any, Any]:
+    """Return the content of a config file and its yaml node, which still has the keys that come twice.
+
+    Raises:
+        ValueError: there is no such file, or it is no yaml.
+    """
+    import yaml
+
+    if not Path(path).is_file():
+        raise ValueError(f"config must be an existing yaml file, got {path!r}")
+    try:
+        text = read_text(Path(path))
+        return yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"config must be yaml, got {path}: {error}") from None
 
 
 def check_writable(path: Path, name: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from gem.answers import most_frequent
 from gem.config import (
     GuardArguments,
     LossArguments,
@@ -222,8 +222,7 @@ def filled(items: Sequence[Any], n: int) -> list[Any]:
 
 def voted_group(group: Group) -> Group | None:
     """Return a group whose chosen answer is the first candidate of the most frequent answer; None without two equal votes."""
-    counts = Counter(answer for answer in group.votes if answer)
-    answer, votes = max(counts.items(), key=lambda item: item[1], default=("", 0))  # of equals, the first
+    answer, votes = most_frequent(group.votes)
     if votes < 2:
         return None
     winner = group.members[group.votes.index(answer)]

@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -29,7 +28,7 @@ from gem.config import (
     check,
     check_url,
 )
-from gem.files import read_text
+from gem.files import read_yaml
 from gem.training_flags import IGNORED, check_trackers, refuse_ignored, training_defaults
 
 logger = logging.getLogger(__name__)
@@ -300,15 +299,7 @@ def _check_training(settings: Mapping[str, Any], unset: Mapping[str, Any]) -> No
 
 def _read_file(path: str, command: str, actions: Mapping[str, argparse.Action]) -> dict[str, Any]:
     """Return name -> value for a yaml file, with each value as its flag would give it."""
-    import yaml
-
-    if not Path(path).is_file():
-        raise ValueError(f"config must be an existing yaml file, got {path!r}")
-    try:
-        node: Any = yaml.compose(text := read_text(Path(path)), yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"config must be yaml, got {path}: {error}") from None
+    content, node = read_yaml(path)
     if not isinstance(content, dict):
         raise ValueError(f"config must be a mapping of settings, got {type(content).__name__} in {path}")
     keys = [key.value for key, _ in node.value]

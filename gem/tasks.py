@@ -241,27 +241,18 @@ def examples_of(file: Path, tokenizer: Any, *need: str) -> list[Example]:
     return encode_records(load_records(str(file), need=need), tokenizer, prompt_template="{prompt}", max_length=128)
 
 
-def training_arguments(folder: Path, seed: int, **changes: Any) -> TrainingArguments:
-    """Return the TrainingArguments that every training on a task shares, with changes."""
-    return TrainingArguments(
+def warm_start(
+    model: LlamaForCausalLM, tokenizer: Any, data: Path, folder: Path, seed: int, task: Task = CHAIN
+) -> None:
+    """Train the model on the supervised data of a task, in place."""
+    groups = [pair_group(example) for example in examples_of(data / "sft.jsonl", tokenizer, "chosen")]
+    arguments = TrainingArguments(
         output_dir=str(folder),
         seed=seed,
         use_cpu=True,
         report_to="none",
         save_strategy="no",
         logging_steps=1,
-        **changes,
-    )
-
-
-def warm_start(
-    model: LlamaForCausalLM, tokenizer: Any, data: Path, folder: Path, seed: int, task: Task = CHAIN
-) -> None:
-    """Train the model on the supervised data of a task, in place."""
-    groups = [pair_group(example) for example in examples_of(data / "sft.jsonl", tokenizer, "chosen")]
-    arguments = training_arguments(
-        folder,
-        seed,
         max_steps=task.warm_steps,
         per_device_train_batch_size=task.warm_batch,
         learning_rate=task.warm_rate,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from gem.config import DataArguments, ModelArguments, check
-from gem.files import read_text
+from gem.files import read_yaml
 
 TASK_FILES = ("pairs", "prompts", "validation", "test")
 ELSEWHERE = {"data", "split", "limit"}  # settings of DataArguments whose place the files of a task take
@@ -165,17 +165,14 @@ def _own_task(value: Any, where: str) -> OwnTask:
 
 
 def _read_yaml(path: Path) -> Any:
-    import yaml
-
-    if not path.is_file():
-        raise ValueError(f"config must be an existing yaml file, got {str(path)!r}")
+    content, node = read_yaml(str(path))
     try:
-        text = read_text(path)
-        if twice := _twice(yaml.compose(text, yaml.SafeLoader)):
-            raise ValueError(f"config must hold each key once, got {twice} several times in {path}")
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+        twice = _twice(node)
+    except RecursionError as error:  # an alias of what holds it
         raise ValueError(f"config must be yaml, got {path}: {error}") from None
+    if twice:
+        raise ValueError(f"config must hold each key once, got {twice} several times in {path}")
+    return content
 
 
 def _twice(node: Any) -> str:

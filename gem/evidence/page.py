@@ -42,9 +42,8 @@ class Results:
 
     def __init__(self, plan: Plan, records: Mapping[Job, Record]) -> None:
         self.plan, self.records = plan, records
-        self.seeds: dict[
-            tuple[str, str, int], list[int]
-        ] = {}  # by task, method and pairs: the seeds that are asked for
+        # by task, method and pairs: the seeds that are asked for
+        self.seeds: dict[tuple[str, str, int], list[int]] = {}
         for cell in plan.cells:
             self.seeds.setdefault((cell.task, cell.method, cell.pairs), []).append(cell.seed)
         jobs = ((cell, plan.job(cell, records)) for cell in plan.cells)

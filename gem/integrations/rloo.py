@@ -8,7 +8,6 @@ A reward function gets the examples of a step, each with its completions (ids an
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer  # type: ignore[attr-defined]
 
-from gem.answers import final_answer
+from gem.answers import final_answer, most_frequent
 from gem.data import Example
 from gem.ends import Ends, model_ends
 from gem.guard import check_weights
@@ -48,9 +47,8 @@ class Sampling(Protocol):
 
 def majority_reward(example: Example, completions: Sequence[Sampled]) -> list[float]:
     """Return 1 for each completion with the most frequent answer of the group, of equals the first; else 0."""
-    counts = Counter(c.answer for c in completions if c.answer)
-    most = max(counts, key=lambda answer: counts[answer], default=None)
-    return [float(c.answer == most) for c in completions]
+    most, _ = most_frequent([c.answer for c in completions])
+    return [float(bool(c.answer) and c.answer == most) for c in completions]
 
 
 def perfect_reward(answers: Mapping[str, str]) -> Reward:
