@@ -135,7 +135,11 @@ class RankArguments:
     reward: str = setting("bt", "f: identity | softmax | rank | bt: the function from S to the reward r of Eq. 2")
     weight_norm: str = setting("mass", "mass: w = A / max(1, sum|A|/2) | none: w = A | std: A / std(A)")
     min_spread: float = setting(1e-4, "groups whose scores differ by less than this (nats) are dropped")
-    filter_groups: bool = setting(True, "drop groups that agree, trim low outliers, remove duplicates")
+    filter_groups: bool = setting(True, "drop groups whose members the ranking does not tell apart")
+    filter_members: bool = setting(
+        False,
+        "leave copies of a text and low outliers of S out of the ranking: what is common then counts less than it is",
+    )
     comparators: list[str] = setting(
         ["entropy"],
         "what compares the members: entropy: by S | agreement: by how many candidates give the same answer; with a weight, "
@@ -143,8 +147,8 @@ class RankArguments:
     )
     calibrate: bool = setting(
         True,
-        "multiply S by 2q - 1, q the share of the first 256 human pairs, and one more, that it orders rightly at the start: "
-        "S that contradicts the pairs counts the other way; with reward=bt and human_weight > 0",
+        "multiply each term of S, and agreement, by 2q - 1, q the share of the last 256 prompts with a human pair, and one "
+        "more, whose right and wrong answers it orders rightly; with reward=bt and human_weight > 0",
     )
     agreement_filter: bool = setting(
         False, "keep a group without a human pair only if some of its candidates, but not all, give the same answer"

@@ -182,6 +182,16 @@ FIGURES = {
         ),
         Panel("kept", "Groups kept by the filter", "share", "Near zero, training rests on a few odd groups."),
         Panel(
+            "trust_final", "Trust in the answer's entropy", "factor", "Below zero, surer answers are the wrong ones."
+        ),
+        Panel(
+            "trust_branch",
+            "Trust in the branch entropy",
+            "factor",
+            "Below zero, the answers with more choices on their way are the wrong ones.",
+        ),
+        Panel("trust_agreement", "Trust in agreement", "factor", "Below zero, the rarer answers are the right ones."),
+        Panel(
             "span_fallback",
             "Answers found without a marker",
             "share",

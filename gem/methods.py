@@ -109,21 +109,24 @@ METHODS: dict[str, Method] = {
     "RLOO majority": Method("rloo", reward="majority"),
     "perfect reward": Method("rloo", reward="perfect"),
     "GEM": Method("online"),
-    "GEM + agreement": Method("online", rank=RankArguments(comparators=["entropy", "agreement:0.25"])),
+    "GEM + agreement": Method("online", rank=RankArguments(comparators=["entropy", "agreement"])),
     "literal GEM": Method("online", _LITERAL_LOSS, _LITERAL_RANK),
     # the paper's ablations, and ours
     "GEM without terminal entropy": Method("online", score=ScoreArguments(final_weight=0.0)),
     "GEM without branching entropy": Method("online", score=ScoreArguments(branch_weight=0.0)),
     "GEM without both": Method("online", score=ScoreArguments(final_weight=0.0, branch_weight=0.0)),
-    "filtering + DPO": Method("ranked", _sft_term("dpo", 0.1)),
+    "filtering + DPO": Method("ranked", _sft_term("dpo", 0.1), RankArguments(filter_members=True)),
     "GEM without human pair": Method(
         "online", LossArguments(sft_weight=0.0), RankArguments(human_weight=0.0, calibrate=False)
     ),
     "GEM without unlabeled prompts": Method("online", unlabeled=False),
     "GEM without calibration": Method("online", rank=RankArguments(calibrate=False)),
-    "GEM + agreement at full weight": Method("online", rank=RankArguments(comparators=["entropy", "agreement"])),
     "GEM filtered by agreement": Method("online", rank=RankArguments(agreement_filter=True)),
     "GEM with random S": Method("online", shuffled=True),
+    "GEM by agreement alone": Method("online", rank=RankArguments(comparators=["agreement"])),
+    "GEM + agreement filtering members": Method(
+        "online", rank=RankArguments(comparators=["entropy", "agreement"], filter_members=True)
+    ),
 }
 
 
@@ -209,10 +212,11 @@ class ShuffledScores(GroupMaker):
         super().weigh(groups, stats, progress)
         for group in groups:
             scored = [member for member in group.members if member.role == "candidate"]
-            scores = [scored[i].score for i in torch.randperm(len(scored)).tolist()]
-            for member, score in zip(scored, scores, strict=True):
-                member.score = score
-        weight_groups(groups, self.rank, self.trust)
+            order = torch.randperm(len(scored)).tolist()
+            terms = [(scored[i].score, scored[i].final_entropy, scored[i].branch_entropy) for i in order]
+            for member, dealt in zip(scored, terms, strict=True):
+                member.score, member.final_entropy, member.branch_entropy = dealt
+        weight_groups(groups, self.rank, self.weights)
 
 
 def filled(items: Sequence[Any], n: int) -> list[Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from gem.calibration import WINDOW, Calibration, Signals
 from gem.config import RankArguments, RolloutArguments, ScoreArguments, comparator_weights
 from gem.data import Example
 from gem.ends import model_ends
@@ -26,7 +27,6 @@ from gem.rank import (
     keep_groups,
     keep_members,
     log_votes,
-    trust_in_scores,
     votes_differ,
 )
 from gem.reference import Frozen, Reference
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from gem.ema import WeightAverage
 
 logger = logging.getLogger(__name__)
-CALIBRATION_PAIRS = 256  # human pairs that say how far S is trusted: more would move it by less than 0.1
 
 
 def pair_group(example: Example) -> Group:
@@ -81,8 +80,8 @@ class GroupMaker:
         generator: where candidates come from, which has its own settings: of `rollout` only group_size and stop count then.
             None: transformers' generate on `model`.
         average: the scorer of `score_with: ema`; GEMTrainer sets it.
-        pairs: examples with a human pair, whose first CALIBRATION_PAIRS say how far to trust S: `trust`, a factor of S in the
-            ranking, from the model as it is now (gem.rank.trust_in_scores). Without them it is 1.
+        pairs: examples with a human pair, which say how far to trust the signals that rank, first under the model as it is now
+            (gem.calibration); `calibration` is None without them. GEMTrainer lets it follow the policy.
     """
 
     model: nn.Module
@@ -100,17 +99,27 @@ class GroupMaker:
         ensure_fused(self.model)
         if isinstance(self.reference, nn.Module):
             self.reference = Frozen(self.reference, batch_tokens=self.score.score_tokens)
-        self.trust = self._trust([pair_group(e) for e in self.pairs if e.has_pair][:CALIBRATION_PAIRS])
+        groups = [pair_group(example) for example in self.pairs if example.has_pair][:WINDOW]
+        self.calibration = self._calibrated(groups) if groups else None
 
-    def _trust(self, groups: Sequence[Group]) -> float:
-        """Return how far the human pairs bear out S under the model; 1 without pairs."""
-        if not groups:
-            return 1.0
+    def _calibrated(self, groups: Sequence[Group]) -> Calibration:
         score_groups(groups, self.tokenizer, self.model, None, self.score)
-        gaps = [chosen.score - rejected.score for chosen, rejected in (group.members for group in groups)]
-        trust = trust_in_scores(gaps)
-        logger.info("trust in S: %.2f, by how it orders %d human pairs", trust, sum(map(math.isfinite, gaps)))
-        return trust
+        calibration = Calibration(groups)
+        trust = calibration.trust
+        logger.info(
+            "trust in S by %d human pairs: final term %.2f, branch term %.2f", len(groups), trust.final, trust.branch
+        )
+        return calibration
+
+    @property
+    def weights(self) -> Signals | None:
+        """Weights of the signals in the ranking: those of Eq. 1 times the trust; None if nothing is calibrated."""
+        if self.calibration is None:
+            return None
+        trust = self.calibration.trust
+        return trust._replace(
+            final=trust.final * self.score.final_weight, branch=trust.branch * self.score.branch_weight
+        )
 
     def __call__(self, examples: Sequence[Example], progress: bool = False) -> list[Group]:
         groups = self.draw(examples, progress)
@@ -151,7 +160,7 @@ class GroupMaker:
             progress: show a bar.
         """
         entropy = self._scored(groups, progress) if stats is None else stats.entropy.detach().cpu()
-        weigh(groups, entropy, self.score, self.rank, self.trust)
+        weigh(groups, entropy, self.score, self.rank, self.weights)
 
     def refer(self, groups: Sequence[Group], wanted: Callable[[Member], bool] = lambda _: True) -> None:
         """Fill in the log-probs under the reference, if there is one, of the members that are wanted and have none."""
@@ -216,7 +225,11 @@ def _sampled(completion: Completion) -> Member:
 
 
 def weigh(
-    groups: Sequence[Group], entropy: Tensor, score: ScoreArguments, rank: RankArguments, trust: float = 1.0
+    groups: Sequence[Group],
+    entropy: Tensor,
+    score: ScoreArguments,
+    rank: RankArguments,
+    weights: Signals | None = None,
 ) -> None:
     """Turn entropies into weights: Eq. 1, the ranking, Eq. 2. Fills in S, posterior, weight and kept, in place.
 
@@ -225,30 +238,30 @@ def weigh(
         entropy: (N,) fp32, CPU, nats: of the members' tokens, one member after the other.
         score: settings of Eq. 1; a quantile of entropy_clip is one of these groups' tokens.
         rank: settings of the ranking and of the weights.
-        trust: factor of S in the ranking (gem.rank.trust_in_scores).
+        weights: as for `weight_groups`.
     """
     apply_eq1([member for group in groups for member in group.members], entropy, score)
-    weight_groups(groups, rank, trust)
+    weight_groups(groups, rank, weights)
 
 
-def weight_groups(groups: Sequence[Group], arguments: RankArguments, trust: float = 1.0) -> None:
+def weight_groups(groups: Sequence[Group], arguments: RankArguments, weights: Signals | None = None) -> None:
     """Rank the members of every group by the comparators and the human pair, and set weight and kept, in place.
 
     Args:
         groups: with S and, for agreement, the answers of their members (gem.score).
         arguments: settings of the ranking and of the weights.
-        trust: factor of S.
+        weights: calibrated weights of the two terms of S, which then stand for those of Eq. 1 in the ranking, and a factor of
+            the scores of agreement. None: S and the votes as they are.
 
     Raises:
         ValueError: the comparators are not what gem.config.comparator_weights expects.
     """
     comparators = comparator_weights(arguments)
     with_human = arguments.human_weight > 0
-    plain, votes = _scores(groups)
-    scores = trust * plain
+    plain, scores, votes = _scores(groups, weights)
     compared = torch.stack([{"entropy": scores, "agreement": votes}[name] for name in comparators])  # (C, B, K)
     mask = compared.isfinite().any(0) & _counted(groups, arguments, with_human)
-    if arguments.filter_groups and "entropy" in comparators:
+    if arguments.filter_members and "entropy" in comparators:
         mask = keep_members(scores, mask)
     if with_human and arguments.reward == "bt":
         # The human preference is an observation of its own: it ranks the pair even where an answer has no score.
@@ -281,22 +294,33 @@ def weight_groups(groups: Sequence[Group], arguments: RankArguments, trust: floa
     _write(groups, posterior, weight * kept[:, None], kept)
 
 
-def _scores(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-    """Return the scores of the comparators entropy (S) and agreement (log votes), each (B, K), K the size of the largest group.
+def _scores(groups: Sequence[Group], weights: Signals | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return S as Eq. 1 has it, and the scores of the comparators entropy and agreement: (B, K) each, K the most members.
 
-    A vote counts even if its candidate leaves the ranking as a copy or an outlier.
+    A vote counts even if its candidate leaves the ranking, with filter_members, as a copy or an outlier.
     """
     width = max(len(group.members) for group in groups)
-    scores = torch.full((2, len(groups), width), torch.nan, dtype=torch.float64)
+    scores = torch.full((3, len(groups), width), torch.nan, dtype=torch.float64)
+    trust = 1.0 if weights is None else weights.agreement
     for g, group in enumerate(groups):
         size = len(group.members)
-        scores[0, g, :size] = torch.tensor([member.score for member in group.members], dtype=torch.float64)
-        scores[1, g, :size] = torch.tensor(log_votes(group.votes), dtype=torch.float64)
-    return scores[0], scores[1]
+        plain = [member.score for member in group.members]
+        weighed = [_score(member, weights) for member in group.members]
+        scores[:, g, :size] = torch.tensor(
+            [plain, weighed, [trust * vote for vote in log_votes(group.votes)]], dtype=torch.float64
+        )
+    return scores[0], scores[1], scores[2]
+
+
+def _score(member: Member, weights: Signals | None) -> float:
+    """Return S with weights of its own for the two terms; NaN for a member without S."""
+    if weights is None or math.isnan(member.score):
+        return member.score
+    return weights.branch * member.branch_entropy - weights.final * member.final_entropy
 
 
 def _counted(groups: Sequence[Group], arguments: RankArguments, with_human: bool) -> Tensor:
-    """Return the mask (B, K) of members that are no duplicates (with filter_groups), nor human where the pair is left out."""
+    """Return the mask (B, K) of members that are no copies (with filter_members), nor human where the pair is left out."""
     counted = torch.zeros(len(groups), max(len(group.members) for group in groups), dtype=torch.bool)
     for g, group in enumerate(groups):
         # Human answers come first, so a candidate that repeats one of them counts as the copy.
@@ -307,7 +331,7 @@ def _counted(groups: Sequence[Group], arguments: RankArguments, with_human: bool
         first = dict(zip(humans_first, unique, strict=True))
         for i, member in enumerate(group.members):
             is_human = member.role != "candidate"
-            counted[g, i] = with_human if is_human else first[i] or not arguments.filter_groups
+            counted[g, i] = with_human if is_human else first[i] or not arguments.filter_members
     return counted
 
 

@@ -188,31 +188,18 @@ def first_of_duplicates(completions: Sequence[Sequence[int]]) -> list[bool]:
     return first
 
 
-def trust_in_scores(gaps: Sequence[float]) -> float:
-    """Return how far human pairs bear out scores: 2q - 1 in (-1, 1], with q = (h + 1) / (n + 1).
-
-    h of n pairs are ordered rightly by the scores. The claim that they tell right from wrong counts as one more pair: they
-    are trusted until pairs contradict them. Scores that order pairs at random come to count as nothing, and scores that order
-    them wrongly count the other way.
-
-    Args:
-        gaps: score of the chosen minus that of the rejected answer, of each pair; a gap of 0 counts half, NaN is no pair.
-    """
-    known = [gap for gap in gaps if not math.isnan(gap)]
-    right = sum((gap > 0) + (gap == 0) / 2 for gap in known)
-    return 2 * (right + 1) / (len(known) + 1) - 1
-
-
 def log_votes(answers: Sequence[str]) -> list[float]:
     """Return the scores of the agreement comparator: log c_i, with c_i the number of members with the answer of member i.
 
-    At tau 1, p_ij = c_i / (c_i + c_j): of the votes for the answer of i or of j, the share for that of i.
+    At tau 1, p_ij = c_i / (c_i + c_j): of the votes for the answer of i or of j, the share for that of i. Where no two members
+    share an answer, as in free text, there is nothing to agree on, and all scores are NaN.
 
     Args:
         answers: of the members of a group; "": the member does not vote, and its score is NaN.
     """
-    counts = Counter(answers)
-    return [math.log(counts[answer]) if answer else math.nan for answer in answers]
+    counts = Counter(answer for answer in answers if answer)
+    shared = max(counts.values(), default=0) > 1
+    return [math.log(counts[answer]) if answer and shared else math.nan for answer in answers]
 
 
 def votes_differ(votes: Tensor, mask: Tensor) -> Tensor:

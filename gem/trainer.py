@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
+from gem.calibration import Calibration, Signals, orders
 from gem.checkpoints import newest_checkpoint, write_manifest
 from gem.config import GuardArguments, LossArguments, check
 from gem.data import Example, pack
@@ -108,7 +110,10 @@ class GEMTrainer(Trainer):
                     "make_groups must sample from the model that is trained with score_with=ema, got another one"
                 )
             self.average = make_groups.average = WeightAverage(make_groups.score.ema_decay)
-        averages = [self.average] if self.average is not None else []
+        plain = isinstance(make_groups, GroupMaker) and type(make_groups).__call__ is GroupMaker.__call__
+        self.maker = cast(GroupMaker, make_groups) if plain else None
+        self.calibration = self.maker.calibration if self.maker is not None else None
+        saved: list[TrainerCallback] = [part for part in (self.average, self.calibration) if part is not None]
         super().__init__(
             model,
             args,
@@ -116,7 +121,7 @@ class GEMTrainer(Trainer):
             train_dataset=train_dataset,  # type: ignore[arg-type]
             eval_dataset=[] if evaluation is not None else None,  # type: ignore[arg-type]
             processing_class=processing_class,
-            callbacks=[SoundWeights(guard), *averages, keep_whole, self.guard, KeepSpecialTokens(model), *callbacks],
+            callbacks=[SoundWeights(guard), *saved, keep_whole, self.guard, KeepSpecialTokens(model), *callbacks],
         )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.n_gpu > 1:
             other = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else "DataParallel"
@@ -128,8 +133,6 @@ class GEMTrainer(Trainer):
             self.add_callback(Progress())
         self.loss, self.make_groups, self.evaluation = loss, make_groups, evaluation
         self._evaluated: dict[int, dict[str, float]] = {}  # metrics of the last evaluation in training, by its step
-        plain = isinstance(make_groups, GroupMaker) and type(make_groups).__call__ is GroupMaker.__call__
-        self.maker = cast(GroupMaker, make_groups) if plain else None
         self._batches: list[dict[str, Any]] = []  # of this step
         self._usage: tuple[Tensor | None, ...] = ()  # of its experts, once it is known
         fuse_lm_head(model, cache_bytes=loss.cache_mib << 20)
@@ -257,12 +260,22 @@ class GEMTrainer(Trainer):
         names = _names(inputs)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._health.record_groups([group for batch in self._batches for group in batch["groups"]])
+            groups = [group for batch in self._batches for group in batch["groups"]]
+            self._health.record_groups(groups)
+            if self.calibration is not None:
+                self._recalibrate(self.calibration, groups)
         # With fp16, infinite gradients are a matter of the scaler, which skips their step.
         if self.accelerator.sync_gradients and self.accelerator.scaler is None:
             norm = check_gradients(model, f"{self._at} the gradient, after {_first(names)}, has")
             self._health.record("no_gradient", float(norm == 0))
         return loss
+
+    def _recalibrate(self, calibration: Calibration, groups: Sequence[Group]) -> None:
+        """Let the trust of the next step follow the candidates that all processes had in this one."""
+        for signal, trust in calibration.trust._asdict().items():
+            self._health.record(f"trust_{signal}", trust)
+        found: list[tuple[str, Signals]] = gather_object(list(orders(groups).items()))
+        calibration.follow(dict(found))
 
     def compute_loss(
         self,
@@ -384,9 +397,11 @@ class GEMTrainer(Trainer):
             resume_from_checkpoint = newest_checkpoint(Path(str(self.args.output_dir))) or True
         if isinstance(resume_from_checkpoint, str):
             load_weights(self.model, Path(resume_from_checkpoint))
+        begun = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
         if self.average is not None:
-            begun = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
             self.average.restart(cast(nn.Module, self.model), begun)
+        if self.calibration is not None:
+            self.calibration.restart(begun)
         self._evaluated = {}
         result = super().train(resume_from_checkpoint, *arguments, **keywords)
         if self.restored:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gem.calibration import Calibration, Signals
 from gem.config import PRESETS, RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
 from gem.generators import Completion
 from gem.groups import Group, Member, Role
 from gem.pipeline import GroupMaker, pair_group, weigh, weight_groups
-from gem.rank import bradley_terry_posterior, trust_in_scores
+from gem.rank import bradley_terry_posterior
 from gem.tasks import build_tokenizer
 
 NAN = math.nan
@@ -140,10 +141,20 @@ def test_group_without_humans_in_a_batch_with_them() -> None:
 # --- filters ----------------------------------------------------------------------------------------------------------
 
 
-def test_duplicate_candidates_count_once() -> None:
+FILTERED = RankArguments(filter_members=True)
+
+
+def test_copies_count_as_often_as_they_were_sampled() -> None:
+    """Eq. 2 is an expectation over the policy's answers: a frequent one is there several times, with equal weights."""
+    g, other = group(0.0, 1.0, 1.0, 3.0), group(0.0, 1.0, 1.0, 3.0)
+    g.members[2].ids = list(g.members[1].ids)
+    assert weights(g) == weights(other) and g.members[1].weight == g.members[2].weight
+
+
+def test_duplicate_candidates_count_once_with_filter_members() -> None:
     g = group(0.0, 1.0, 1.0, 3.0, chosen=2.0, rejected=0.5)
     g.members[2].ids = list(g.members[1].ids)
-    got = weights(g)
+    got = weights(g, FILTERED)
     assert got[2] == 0 and math.isnan(g.members[2].rank_mean)
     once = weights(group(0.0, 1.0, 3.0, chosen=2.0, rejected=0.5))
     assert [got[i] for i in (0, 1, 3, 4, 5)] == pytest.approx(once)
@@ -155,7 +166,7 @@ def test_a_candidate_that_repeats_a_human_answer_counts_once(human: Role) -> Non
     index = g.role(human)
     assert index is not None
     g.members[1].ids, g.members[1].score = list(g.members[index].ids), g.members[index].score
-    assert weights(g)[1] == 0
+    assert weights(g, FILTERED)[1] == 0 != weights(g)[1]
 
 
 def test_cut_off_members_weigh_nothing() -> None:
@@ -166,8 +177,9 @@ def test_cut_off_members_weigh_nothing() -> None:
 
 def test_low_outliers_are_trimmed() -> None:
     g = group(1.0, 1.2, 1.4, 1.6, 2.5, -40.0)
-    got = weights(g, RankArguments(human_weight=0.0))
+    got = weights(g, RankArguments(human_weight=0.0, filter_members=True))
     assert got[5] == 0 and got[0] < 0 < got[4]
+    assert weights(g)[5] < -0.5  # as a rule the worst answer is pushed down most
 
 
 @pytest.mark.parametrize("norm", ["mass", "none", "std"])
@@ -254,25 +266,25 @@ def test_two_comparators_and_the_pair() -> None:
 
 
 def test_copies_vote() -> None:
-    """Three copies of a text are one member of the ranking, with three votes against one."""
+    """With filter_members, three copies of a text are one member of the ranking, with three votes against one."""
     g = voting("aaab")
     for copy in g.members[1:3]:
         copy.ids = list(g.members[0].ids)
-    got = weights(g, RankArguments(**AGREEMENT, prior_sd=1e4, weight_norm="none"))
+    got = weights(g, RankArguments(**AGREEMENT, prior_sd=1e4, weight_norm="none", filter_members=True))
     assert got == pytest.approx([math.log(3) / 2, 0, 0, -math.log(3) / 2], abs=1e-6)
-    kept = weights(g, RankArguments(**AGREEMENT, filter_groups=False))
+    kept = weights(g, RankArguments(**AGREEMENT))
     assert kept[0] == kept[1] == kept[2] > 0 > kept[3]
 
 
 def test_outliers_of_s_vote() -> None:
     g = voting("abbbba", [1.0, 1.2, 1.4, 1.6, 2.5, -40.0])
-    got = weights(g, RankArguments(comparators=["entropy", "agreement"], human_weight=0.0))
-    assert got[5] == 0 and math.isnan(g.members[5].rank_mean)
+    filtered = RankArguments(comparators=["entropy", "agreement"], human_weight=0.0, filter_members=True)
+    assert weights(g, filtered)[5] == 0 and math.isnan(g.members[5].rank_mean)
     g.members.pop()
     log_c = [math.log(c) for c in (2, 4, 4, 4, 4)]
     assert [m.rank_mean for m in g.members] == pytest.approx(posterior_of(g, log_c, 1.0), abs=1e-9)
     alone = voting("abbbba", [1.0, 1.2, 1.4, 1.6, 2.5, -40.0])
-    got = weights(alone, RankArguments(**AGREEMENT))
+    got = weights(alone, RankArguments(**AGREEMENT, filter_members=True))
     assert got[5] == got[0] < 0 < got[1]  # S is not read, and trims nobody
 
 
@@ -328,6 +340,7 @@ def test_a_strong_pair_wins_against_the_votes() -> None:
         ("abcd", None, ["entropy", "agreement"], False),
         ("----", None, ["agreement"], False),
         ("a---", None, ["agreement"], False),
+        ("abcd", (NAN, NAN), ["agreement"], True),
         ("aaaa", (NAN, NAN), ["agreement"], True),  # the pair is ranked
         ("----", (NAN, NAN), ["agreement"], True),
     ],
@@ -368,7 +381,7 @@ def test_copies_count_in_the_filter_of_agreement() -> None:
     g = voting("aabc", [0.0, 0.0, 2.0, 5.0])
     assert any(weights(g, RankArguments(agreement_filter=True)))
     g.members[1].ids = list(g.members[0].ids)
-    assert any(weights(g, RankArguments(agreement_filter=True))) and g.members[1].weight == 0
+    assert any(weights(g, RankArguments(agreement_filter=True, filter_members=True))) and g.members[1].weight == 0
 
 
 def test_agreement_is_no_reward_of_scores() -> None:
@@ -513,59 +526,75 @@ def test_turns_of_others_tell_completions_apart() -> None:
     twins = group(2.0, -2.0, 1.0, -1.0, 1.5)
     for member, given in zip(twins.members, ([], [(1, [7])], [(1, [8])], [(0, [7])], [(1, [7])]), strict=True):
         member.ids, member.given = [5, EOS], given
-    weight_groups([twins], RankArguments())
+    weight_groups([twins], FILTERED)
     assert [m.weight != 0 for m in twins.members] == [True, True, True, True, False]
 
 
-# --- trust in S -------------------------------------------------------------------------------------------------------
+# --- calibrated weights -----------------------------------------------------------------------------------------------
 
 
-def test_trust_is_a_factor_of_the_scores() -> None:
-    for trust in (0.5, -0.25):
-        ours = group(0.3, -0.2, 1.0, chosen=0.4, rejected=0.1)
-        theirs = group(*(trust * s for s in (0.3, -0.2, 1.0)), chosen=trust * 0.4, rejected=trust * 0.1)
-        weight_groups([ours], RankArguments(), trust)
-        weight_groups([theirs], RankArguments())
-        assert [m.weight for m in ours.members] == pytest.approx([m.weight for m in theirs.members], abs=1e-12)
+def with_terms(g: Group) -> Group:
+    """Give the members entropies whose S is their score, at the weights 1 of Eq. 1."""
+    for i, member in enumerate(g.members):
+        member.final_entropy = 0.1 * i
+        member.branch_entropy = member.score + member.final_entropy
+    return g
 
 
-def test_scores_that_contradict_the_pairs_count_the_other_way() -> None:
-    g = group(2.0, 0.0, 1.0)
-    weight_groups([g], RankArguments(filter_groups=False), -0.5)
-    weight = [m.weight for m in g.members]
-    assert weight[0] < weight[2] < weight[1] and g.members[0].score == 2.0  # S itself stays what it is
+def test_calibrated_weights_stand_for_those_of_eq1() -> None:
+    scores = [0.3, -0.2, 1.0]
+    trust = Signals(final=0.5, branch=-0.25, agreement=0.75)
+    ours = with_terms(voting("aab", scores, (0.4, 0.1)))
+    weight_groups([ours], RankArguments(comparators=["entropy", "agreement"]), trust)
+    theirs = with_terms(voting("aab", scores, (0.4, 0.1)))
+    s = [-0.25 * m.branch_entropy - 0.5 * m.final_entropy for m in theirs.members]
+    log_c = [0.75 * x for x in (math.log(2), math.log(2), 0.0, NAN, NAN)]
+    found = bradley_terry_posterior(
+        torch.tensor([[s], [log_c]], dtype=torch.float64),
+        tau=[0.5, 1.0],
+        prior_sd=1.0,
+        human_weight=4.0,
+        chosen=torch.tensor([3]),
+        rejected=torch.tensor([4]),
+        steps=60,
+    )
+    assert [m.rank_mean for m in ours.members] == pytest.approx(found.mean[0].tolist(), abs=1e-9)
+    assert [m.score for m in ours.members] == [*scores, 0.4, 0.1]  # S itself stays what it is
 
 
-def test_no_trust_leaves_nothing_to_rank() -> None:
-    g = group(2.0, 0.0, 1.0)
-    weight_groups([g], RankArguments(), 0.0)
+def test_full_trust_is_eq1() -> None:
+    ours, theirs = (with_terms(voting("aab", [0.3, NAN, 1.0], (0.4, 0.1))) for _ in range(2))
+    for comparators in (["entropy"], ["entropy", "agreement"]):
+        weight_groups([ours], RankArguments(comparators=comparators), Signals(1.0, 1.0, 1.0))
+        weight_groups([theirs], RankArguments(comparators=comparators))
+        assert [m.weight for m in ours.members] == pytest.approx([m.weight for m in theirs.members])
+
+
+def test_no_trust_leaves_nothing_to_rank_but_the_pair() -> None:
+    g, paired = with_terms(group(2.0, 0.0, 1.0)), with_terms(group(2.0, 0.0, 1.0, chosen=0.5, rejected=0.4))
+    weight_groups([g, paired], RankArguments(), Signals(0.0, 0.0, 0.0))
     assert [m.weight for m in g.members] == [0, 0, 0] and not g.kept
-
-
-def test_a_pair_ranks_without_trust_in_the_scores() -> None:
-    g = group(2.0, 0.0, 1.0, chosen=0.5, rejected=0.4)
-    weight_groups([g], RankArguments(), 0.0)
-    chosen, rejected = g.members[-2:]
-    assert g.kept and chosen.weight > 0.3 and rejected.weight < -0.3
+    chosen, rejected = paired.members[-2:]
+    assert paired.kept and chosen.weight > 0.3 and rejected.weight < -0.3
 
 
 def test_the_maker_learns_its_trust_from_the_pairs_alone(caplog: pytest.LogCaptureFixture) -> None:
     policy, tokenizer = model(), build_tokenizer()
-    settings = (policy, tokenizer, RolloutArguments(group_size=2, max_new_tokens=4), ScoreArguments(), RankArguments())
+    score = ScoreArguments(final_weight=0.5, branch_weight=2.0)
+    settings = (policy, tokenizer, RolloutArguments(group_size=2, max_new_tokens=4), score, RankArguments())
     pairs = [e for e in examples() if e.has_pair]
-    assert pairs and GroupMaker(*settings).trust == 1
-    groups = GroupMaker(*settings)(pairs)
-    human = [[next(m.score for m in g.members if m.role == role) for role in ("chosen", "rejected")] for g in groups]
-    expected = trust_in_scores([chosen - rejected for chosen, rejected in human])
+    assert pairs and GroupMaker(*settings).weights is None
+    expected = Calibration(GroupMaker(*settings)(pairs)).trust
     bare = replace(pairs[0], chosen_ids=[], rejected_ids=[])
     with caplog.at_level(logging.INFO):
         maker = GroupMaker(*settings, pairs=[bare, *pairs, bare])
-    assert maker.trust == pytest.approx(expected) and maker.trust != 1
-    assert f"trust in S: {expected:.2f}, by how it orders {len(pairs)} human pairs" in caplog.text
+    assert maker.calibration is not None and maker.calibration.trust == expected != Signals(1, 1, 1)
+    assert maker.weights == (0.5 * expected.final, 2 * expected.branch, 1)
+    assert f"trust in S by {len(pairs)} human pairs: final term {expected.final:.2f}, branch term" in caplog.text
     torch.manual_seed(0)
     ours = maker.draw(pairs)
     maker.weigh(ours)
     for g in ours:
         trusted = [m.weight for m in g.members]
-        weight_groups([g], RankArguments(), maker.trust)
+        weight_groups([g], RankArguments(), maker.weights)
         assert trusted == pytest.approx([m.weight for m in g.members])

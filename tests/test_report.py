@@ -236,7 +236,7 @@ def test_curves_draw_only_what_was_logged(runs: list[Run]) -> None:
 
 def test_every_key_has_one_panel_with_a_unit_and_a_sentence() -> None:
     panels = [panel for figure in FIGURES.values() for panel in figure]
-    assert len({panel.key for panel in panels}) == len({panel.title for panel in panels}) == len(panels) == 35
+    assert len({panel.key for panel in panels}) == len({panel.title for panel in panels}) == len(panels) == 38
     assert all(panel.unit and panel.look_for.endswith(".") for panel in panels)
 
 

@@ -357,7 +357,7 @@ CHANGES: dict[str, Any] = {
     "group_size": 3, "max_new_tokens": 2, "temperature": 0.2, "top_p": 0.3,
     "top_m": 3.0, "branch_weight": 0.0, "final_weight": 0.2, "entropy_clip": 0.1, "markers": ["+"], "score_with": "reference",
     "tau": 5.0, "prior_sd": 0.1, "human_weight": 0.5, "reward": "rank", "weight_norm": "std", "min_spread": 1e3,
-    "filter_groups": False, "comparators": ["entropy", "agreement:3"], "agreement_filter": True,
+    "filter_groups": False, "filter_members": True, "comparators": ["entropy", "agreement:3"], "agreement_filter": True,
 }  # fmt: skip
 
 
@@ -376,6 +376,7 @@ def test_settings_of_the_groups_act() -> None:
         worked, short = [8, 5, 9, 6, 10, 3, 4, 10, 2], [3, 4, 9, 2]
         given = [replace(example, candidate_ids=[worked, short, short, [5, *worked]]) for example in examples(2)]
         given.append(replace(examples(1)[0], rejected_ids=[], candidate_ids=[worked, short, [3, 4, 11, 2]]))
+        given.append(replace(examples(1)[0], chosen_ids=[], rejected_ids=[], candidate_ids=[short, short]))
         maker = GroupMaker(model, build_tokenizer(), *classes, reference=other)
         return json.dumps(
             [[vars(m) for m in group.members] + [group.kept] for group in maker([*examples(3), *given])], default=str

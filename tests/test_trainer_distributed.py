@@ -24,6 +24,7 @@ KINDS = {
     "dpo": LossArguments(loss="dpo"),
     "online": LossArguments(),
     "ema": LossArguments(),
+    "calibrated": LossArguments(),
 }
 STEPS, GROUPS = 2, 4  # groups of a step
 
@@ -32,10 +33,16 @@ def records() -> list[Example]:
     """Return records with candidates of unequal lengths, one of them cut off, and one without a human pair."""
     rows = []
     for i, example in enumerate(examples(STEPS * GROUPS)):
-        candidates = [[5, 6 + i % 8, EOS], [7, 5] * (1 + i % 3) + [EOS], [9, 10], [3, 8 + i % 7, EOS]]
+        candidates = [
+            [8, 5, 8, *example.chosen_ids],
+            [5, 3, 4, 6 + i % 8, EOS],
+            [7, 5] * (1 + i % 3) + [EOS],
+            [9, 10],
+            [3, 8 + i % 7, EOS],
+        ]
         pair = {} if i == 1 else {"rejected_ids": example.rejected_ids}
         chosen = [] if i == 1 else example.chosen_ids
-        rows.append(Example("", example.prompt_ids, chosen, candidate_ids=candidates, **pair))
+        rows.append(Example(str(i), example.prompt_ids, chosen, candidate_ids=candidates, **pair))
     return rows
 
 
@@ -48,10 +55,17 @@ def steps(folder: Path, processes: int) -> dict[str, Any]:
         data[3].members[1].ids.extend([7, 7])  # the processes have unequally many tokens
         data[3].members[1].logprobs.extend([-1.0, -1.0])
         more: dict[str, Any] = {"data": data}
-        if name in ("online", "ema"):  # records bring their candidates, as what is sampled differs by process
+        if name in (
+            "online",
+            "ema",
+            "calibrated",
+        ):  # records bring their candidates, as what is sampled differs by process
             reference = copy.deepcopy(model)
             score = ScoreArguments(score_with="ema", ema_decay=0.5) if name == "ema" else ScoreArguments()
-            maker = GroupMaker(model, build_tokenizer(), RolloutArguments(), score, RankArguments(), reference)
+            pairs = [record for record in records() if record.has_pair and name == "calibrated"]
+            maker = GroupMaker(
+                model, build_tokenizer(), RolloutArguments(), score, RankArguments(), reference, pairs=pairs
+            )
             more = {"data": records(), "make_groups": maker}
         args = {
             "max_steps": STEPS,
@@ -61,11 +75,16 @@ def steps(folder: Path, processes: int) -> dict[str, Any]:
             "learning_rate": 0.1,
         }
         trainer = make_trainer(folder / name, loss, model=model, args=args, **more)
-        assert trainer.one_pass == (name == "online")
+        assert trainer.one_pass == (name in ("online", "calibrated"))
         assert trainer.args.world_size == processes
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        found[name] = {"losses": losses, "weights": {n: p.detach().clone() for n, p in model.named_parameters()}}
+        trust = trainer.calibration.trust if trainer.calibration else None
+        found[name] = {
+            "trust": trust,
+            "losses": losses,
+            "weights": {n: p.detach().clone() for n, p in model.named_parameters()},
+        }
     return found
 
 
@@ -89,9 +108,11 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     mp.spawn(worker, (2, port, str(tmp_path)), 2)
     expected = steps(tmp_path / "one", 1)
     start = dict(tiny_model().named_parameters())
+    assert expected["calibrated"]["trust"].agreement < 1  # orders of candidates are there
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         for name in KINDS:
+            assert found[name]["trust"] == expected[name]["trust"]
             assert found[name]["losses"] == pytest.approx(expected[name]["losses"], abs=1e-5)
             for n, p in expected[name]["weights"].items():
                 torch.testing.assert_close(found[name]["weights"][n], p, atol=1e-6, rtol=1e-5)

@@ -496,7 +496,7 @@ def test_train_calibrates_by_each_pair_once(files: Path, capsys: pytest.CaptureF
     flags = [*ONLINE, "--max_steps", "1", "--unlabeled_share", "0.25"]
     with caplog.at_level(logging.INFO):
         assert run(capsys, *flags, "--output_dir", "out")[0] == 0
-    assert "by how it orders 8 human pairs" in caplog.text
+    assert "trust in S by 8 human pairs: final term" in caplog.text
     for more in (["--calibrate", "false"], ["--reward", "rank"]):
         caplog.clear()
         with caplog.at_level(logging.INFO):

@@ -64,6 +64,7 @@ GEM: list[set[str]] = [
         "results",
         "group_lines",
         "ema",
+        "calibration",
         "rails",
     },
     {

@@ -112,9 +112,9 @@ def page(results: Results, picture: str) -> str:
         parts += ["## Ablations", ABLATIONS_NOTE]
     for task in tasks:
         if methods := results.methods(task, ablations=True):
-            shown = list(dict.fromkeys([*(base for base in BASES[:1] if (task, base) in plan.compared), *methods]))
+            shown = list(dict.fromkeys([*(base for base in BASES if (task, base) in plan.compared), *methods]))
             parts += [f"### {task}: ablations", *_task_tables(results, task, shown, level="####", among=methods)]
-            parts += _comparisons(results, task, shown, BASES[:1], level="####", among=methods)
+            parts += _comparisons(results, task, shown, BASES, level="####", among=methods)
     parts += ["## Does the gate predict a collapse?", GATE_NOTE, markdown(gate_table(results))]
     parts += [
         "## Making this page",
@@ -161,7 +161,7 @@ def _retrained(results: Results, task: str) -> str:
 
 
 RATES_NOTE = "Sampled accuracy on the validation questions in the sweep; the bold rate is the best, and used above."
-ABLATIONS_NOTE = "Each leaves out a part of GEM, at the best rate of a sweep of its own."
+ABLATIONS_NOTE = "Each leaves out or changes a part of GEM, at the best rate of a sweep of its own."
 GATE_NOTE = (
     f"The gate warns if the AUROC of S at the start, on the validation questions, is below {GATE:g}. A run has collapsed if it "
     f"diverged, or if its sampled test accuracy is more than {COLLAPSE:g} below that of its start. Precision: the share of the "
