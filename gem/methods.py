@@ -74,6 +74,7 @@ class Budget:
     group_size: int = 5  # completions sampled of a prompt
     max_new_tokens: int = 32
     unlabeled_share: float = UnlabeledArguments().unlabeled_share  # most of the prompts without a human pair
+    rollout_batch_size: int = 512  # completions that are sampled together
 
 
 @dataclass
@@ -147,7 +148,9 @@ class _Arm:
     def rollout(self) -> RolloutArguments:
         budget = self.budget
         return RolloutArguments(
-            group_size=budget.group_size, max_new_tokens=budget.max_new_tokens, rollout_batch_size=512
+            group_size=budget.group_size,
+            max_new_tokens=budget.max_new_tokens,
+            rollout_batch_size=budget.rollout_batch_size,
         )
 
     @property

@@ -94,16 +94,17 @@ def check_pairs_beside(data: DataArguments, unlabeled: UnlabeledArguments) -> No
 
 def report_shared(unlabeled: Sequence[Example | Group], pairs: Sequence[Example | Group]) -> None:
     """Log how many of the prompts without a human pair are the prompt of a pair, too."""
-    if shared := _shared(unlabeled, pairs):
+    if shared := shared_prompts(unlabeled, pairs):
         logger.info("%d of %d unlabeled prompts are the prompt of a human pair, too", shared, len(unlabeled))
 
 
 def warn_of_held_out(unlabeled: Sequence[Example | Group], held_out: Sequence[Example]) -> None:
     """Warn if prompts without a human pair are held-out ones, which the training then sees."""
-    if shared := _shared(unlabeled, held_out):
+    if shared := shared_prompts(unlabeled, held_out):
         logger.warning("%d of %d unlabeled prompts are in eval_data, and are trained on", shared, len(unlabeled))
 
 
-def _shared(these: Sequence[Example | Group], those: Sequence[Example | Group]) -> int:
+def shared_prompts(these: Sequence[Example | Group], those: Sequence[Example | Group]) -> int:
+    """Return how many of these have a prompt that one of those has, token for token."""
     known = {tuple(item.prompt_ids) for item in those}
     return sum(tuple(item.prompt_ids) in known for item in these)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -80,8 +81,8 @@ class GroupMaker:
         generator: where candidates come from, which has its own settings: of `rollout` only group_size and stop count then.
             None: transformers' generate on `model`.
         average: the scorer of `score_with: ema`; GEMTrainer sets it.
-        pairs: examples with a human pair, which say how far to trust the signals that rank, first under the model as it is now
-            (gem.calibration); `calibration` is None without them. GEMTrainer lets it follow the policy.
+        pairs: examples with a human pair, which say how far to trust the signals that rank, first under the model as it is at
+            the first call (gem.calibration). GEMTrainer lets the trust follow the policy.
     """
 
     model: nn.Module
@@ -99,10 +100,13 @@ class GroupMaker:
         ensure_fused(self.model)
         if isinstance(self.reference, nn.Module):
             self.reference = Frozen(self.reference, batch_tokens=self.score.score_tokens)
-        groups = [pair_group(example) for example in self.pairs if example.has_pair][:WINDOW]
-        self.calibration = self._calibrated(groups) if groups else None
 
-    def _calibrated(self, groups: Sequence[Group]) -> Calibration:
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """Trust in the signals by the pairs under the model as it is at the first use; None without pairs."""
+        groups = [pair_group(example) for example in self.pairs if example.has_pair][:WINDOW]
+        if not groups:
+            return None
         score_groups(groups, self.tokenizer, self.model, None, self.score)
         calibration = Calibration(groups)
         trust = calibration.trust

@@ -565,7 +565,7 @@ def test_own_tasks_load_once_for_all_seeds(tmp_path: Path, trainings: list[dict[
         runner(Job("own", seed, "SFT", 4, 1e-5))
     loaded, first, second = trainings
     assert loaded == {"loaded": ("own", 0)} and first["prompts"] == ["q100"] and first["pairs"] != second["pairs"]
-    assert first["budget"].max_new_tokens == 99
+    assert first["budget"].max_new_tokens == 99 and first["budget"].rollout_batch_size == 64
     with pytest.raises(ValueError, match="pairs of own must hold at least 41 records, got 40"):
         runner(Job("own", 0, "SFT", 41, 1e-5))
     with pytest.raises(ValueError, match="prompts of own must have a chosen answer for perfect reward, got none of 'q"):
@@ -614,6 +614,8 @@ def test_the_whole_of_it_on_a_tiny_task(tmp_path: Path, monkeypatch: pytest.Monk
     Path(files["pairs"]).write_text(Path(files["test"]).read_text())
     with pytest.raises(ValueError, match="with another files.pairs"):
         checked_records(plan)
+    with pytest.raises(ValueError, match="test of mine must hold questions that are not trained on, got 4 of 4"):
+        Runner(config)(Job("mine", 0))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -588,7 +588,8 @@ def test_the_maker_learns_its_trust_from_the_pairs_alone(caplog: pytest.LogCaptu
     bare = replace(pairs[0], chosen_ids=[], rejected_ids=[])
     with caplog.at_level(logging.INFO):
         maker = GroupMaker(*settings, pairs=[bare, *pairs, bare])
-    assert maker.calibration is not None and maker.calibration.trust == expected != Signals(1, 1, 1)
+        assert not caplog.text and maker.calibration is not None  # at the first use alone: not every method ranks
+    assert maker.calibration.trust == expected != Signals(1, 1, 1)
     assert maker.weights == (0.5 * expected.final, 2 * expected.branch, 1)
     assert f"trust in S by {len(pairs)} human pairs: final term {expected.final:.2f}, branch term" in caplog.text
     torch.manual_seed(0)

@@ -31,6 +31,7 @@ from gem.evidence.plan import Job, Record
 from gem.fingerprint import data_hash, model_hash, source_hash
 from gem.lock import HeldError, locked
 from gem.methods import METHODS, Budget, Method, train_method
+from gem.mixing import shared_prompts
 from gem.models import load_model, load_tokenizer, pick_device, placed, source_ends
 from gem.stops import Diverged
 from gem.tasks import TASKS, examples_of, make_start
@@ -149,7 +150,7 @@ class Runner:
         data = folder / "data"
         read = {name: examples_of(data / f"{name}.jsonl", tokenizer, "chosen", "rejected") for name in FILES}
         hashes = {"model": model_hash(model), "data": data_hash(str(data))}
-        return self._start_with(task, placed(model, self.device), tokenizer, read, hashes, at_once=512)
+        return self._start_with(task, placed(model, self.device), tokenizer, read, hashes)
 
     def _load_own(self, name: str, seed: int) -> Start:
         task = self.config.tasks[name]
@@ -162,7 +163,7 @@ class Runner:
         hashes = {"data": " ".join(source_hash(getattr(task, file), examples) for file, examples in read.items())}
         set_seed(seed)  # of new adapters
         model = load_model(task.model, tokenizer, self.device)
-        return self._start_with(name, model, tokenizer, read, {"model": model_hash(model), **hashes}, at_once=64)
+        return self._start_with(name, model, tokenizer, read, {"model": model_hash(model), **hashes})
 
     def _start_with(
         self,
@@ -171,11 +172,10 @@ class Runner:
         tokenizer: Any,
         read: Mapping[str, list[Example]],
         hashes: dict[str, str],
-        at_once: int,
     ) -> Start:
-        """Return a start with the examples that were read; `at_once` completions are sampled together."""
-        tokens = budget_of(self.config, task).max_new_tokens
-        rollout = RolloutArguments(max_new_tokens=tokens, rollout_batch_size=at_once)
+        """Return a start with the examples that were read."""
+        budget = budget_of(self.config, task)
+        rollout = RolloutArguments(max_new_tokens=budget.max_new_tokens, rollout_batch_size=budget.rollout_batch_size)
         arguments = EvalArguments(eval_samples=self.config.eval_samples, eval_limit=0)
         evaluations = {
             name: Evaluation(model, tokenizer, read[name], rollout, ScoreArguments(), arguments)
@@ -184,6 +184,12 @@ class Runner:
         for name, evaluation in evaluations.items():
             if not evaluation.answered:
                 raise ValueError(f"{name} of {task} must hold records whose chosen answer is one turn, got none")
+            trained_on = [*read["pairs"], *read.get("prompts", ())]
+            if shared := shared_prompts(read[name], trained_on):
+                raise ValueError(
+                    f"{name} of {task} must hold questions that are not trained on, got {shared} of {len(read[name])} that "
+                    "are in its pairs or prompts"
+                )
         ends, markers = model_ends(model, tokenizer), ScoreArguments().markers
         answers = {
             e.prompt: final_answer(e.chosen_ids, tokenizer, ends, markers)
@@ -207,8 +213,9 @@ def _waiting(path: Path) -> Iterator[None]:
 
 def budget_of(config: Config, task: str) -> Budget:
     """Return the budget of a run: the config's, with the task's max_new_tokens."""
-    limits = config.tasks[task] if task in config.tasks else TASKS[task]
-    return Budget(max_new_tokens=limits.max_new_tokens, **config.budget)
+    if task in config.tasks:  # of any size: as many completions at once as a GPU with a large model can hold
+        return Budget(max_new_tokens=config.tasks[task].max_new_tokens, rollout_batch_size=64, **config.budget)
+    return Budget(max_new_tokens=TASKS[task].max_new_tokens, **config.budget)
 
 
 def uses_score(method: Method) -> bool:
