@@ -15,7 +15,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,21 +67,24 @@ def order_of_candidates(group: Group) -> Signals | None:
     """Return how the signals order the candidates of a group with a human pair, on average over each right and each wrong one.
 
     Right is a candidate whose answer is that of the human's chosen one. A candidate that does not vote, or has no score, does
-    not count. None: the others are all right, or all wrong.
+    not count. None: the others are all right, or all wrong; or the chosen answer is no answer to compare with, as it was found
+    without a marker, was cut off, or is that of a later turn.
     """
-    answer = _human(group, "chosen").answer
+    chosen = _human(group, "chosen")
+    if chosen.span_rule != "marker" or chosen.truncated or chosen.given:
+        return None
     votes = Counter(vote for vote in group.votes if vote)
     judged = [(m, vote) for m, vote in zip(group.members, group.votes, strict=True) if vote and not math.isnan(m.score)]
-    right = [(m, vote) for m, vote in judged if vote == answer]
-    wrong = [(m, vote) for m, vote in judged if vote != answer]
+    right = [(m, vote) for m, vote in judged if vote == chosen.answer]
+    wrong = [(m, vote) for m, vote in judged if vote != chosen.answer]
     gaps = [(*_gaps(a, b), votes[of_a] - votes[of_b]) for a, of_a in right for b, of_b in wrong]
     return Signals(*(sum(map(_sign, gap)) / len(gaps) for gap in zip(*gaps, strict=True))) if gaps else None
 
 
-def orders(groups: Sequence[Group]) -> dict[str, Signals]:
-    """Return `order_of_candidates` by prompt, of the groups that have one."""
-    found = {group.prompt: order_of_candidates(group) for group in groups if group.has_pair}
-    return {prompt: order for prompt, order in found.items() if order is not None}
+def orders(groups: Sequence[Group]) -> list[tuple[str, Signals]]:
+    """Return the prompt and `order_of_candidates` of the groups that have one."""
+    found = [(group.prompt, order_of_candidates(group)) for group in groups if group.has_pair]
+    return [(prompt, order) for prompt, order in found if order is not None]
 
 
 def _human(group: Group, role: str) -> Member:
@@ -91,6 +94,11 @@ def _human(group: Group, role: str) -> Member:
 def _gaps(better: Member, worse: Member) -> tuple[float, float]:
     """Return by how much the signals final and branch are higher for one member than for another, in nats."""
     return worse.final_entropy - better.final_entropy, better.branch_entropy - worse.branch_entropy
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else math.nan
 
 
 def _sign(gap: float) -> float:
@@ -108,17 +116,22 @@ class Calibration(TrainerCallback):
     """
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        self._begun = {group.prompt: order_of_pair(group) for group in groups[:WINDOW]}
-        self._take(self._begun)
+        self._orders: dict[str, Signals] = {}
+        self.follow((group.prompt, order_of_pair(group)) for group in groups[:WINDOW])
+        self._begun = self._orders
 
-    def follow(self, found: Mapping[str, Signals]) -> None:
-        """Let prompts count with new orders, from now on, in place of their old ones and, beyond WINDOW, of the oldest."""
-        kept = {prompt: order for prompt, order in self._orders.items() if prompt not in found}
-        self._take({**kept, **found})
+    def follow(self, found: Iterable[tuple[str, Signals]]) -> None:
+        """Let prompts count with new orders, from now on, in place of their old ones and, beyond WINDOW, of the oldest.
 
-    def _take(self, latest: Mapping[str, Signals]) -> None:
+        Several orders of one prompt count as their mean.
+        """
+        new: dict[str, list[Signals]] = {}
+        for prompt, order in found:
+            new.setdefault(prompt, []).append(order)
+        kept = {prompt: order for prompt, order in self._orders.items() if prompt not in new}
+        latest = {**kept, **{prompt: Signals(*map(_mean, zip(*these, strict=True))) for prompt, these in new.items()}}
         self._orders = dict(list(latest.items())[-WINDOW:])
-        self.trust = Signals(*(trust_in(values) for values in zip(*self._orders.values(), strict=True)))
+        self.trust = Signals(*map(trust_in, zip(UNKNOWN, *self._orders.values(), strict=True)))  # 1 without a prompt
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if args.should_save and not args.save_only_model:
@@ -128,9 +141,10 @@ class Calibration(TrainerCallback):
 
     def restart(self, checkpoint: Path | None) -> None:
         """Go on from the orders of a checkpoint; without one, from the human pairs under the model before training."""
-        self._take(self._begun)
+        self._orders = {}
+        self.follow(self._begun.items())
         if checkpoint is not None:
             saved = read_object(checkpoint / CALIBRATION_FILE)
             if not saved:
                 logger.warning("%s has no %s: the trust in S begins anew", checkpoint, CALIBRATION_FILE)
-            self.follow({p: Signals(*(math.nan if x is None else x for x in order)) for p, order in saved.items()})
+            self.follow((p, Signals(*(math.nan if x is None else x for x in order))) for p, order in saved.items())

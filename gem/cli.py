@@ -322,7 +322,8 @@ def _train(argv: Sequence[str]) -> None:
         prompts = read_unlabeled(data, unlabeled, tokenizer, rollout, ends)
         examples = read(need=("chosen", "rejected") if rank.human_weight else ())
         run.check_input("data", data.data, lambda: source_hash(data.data, examples))
-        pairs = examples if calibrates(rank) else []  # before the mix, which repeats them
+        if calibrates(rank) and loss.loss in ("sega", "pro"):  # the others read no weights
+            pairs = examples  # before the mix, which repeats them
         if prompts:
             examples = _with_prompts(run, unlabeled, examples, prompts, held_out)
     set_seed(training.seed)

@@ -252,6 +252,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "rollout_batch_size": (1, float("inf")),
     "server_timeout": (1e-3, 1e6),
     "top_m": (1e-9, float("inf")),
+    "branch_weight": (0, float("inf")),
+    "final_weight": (0, float("inf")),
     "entropy_clip": (1e-9, 1),
     "ema_decay": (0, 1),
     "score_tokens": (1, float("inf")),

@@ -274,8 +274,8 @@ class GEMTrainer(Trainer):
         """Let the trust of the next step follow the candidates that all processes had in this one."""
         for signal, trust in calibration.trust._asdict().items():
             self._health.record(f"trust_{signal}", trust)
-        found: list[tuple[str, Signals]] = gather_object(list(orders(groups).items()))
-        calibration.follow(dict(found))
+        found: list[tuple[str, Signals]] = gather_object(orders(groups))
+        calibration.follow(found)
 
     def compute_loss(
         self,

@@ -27,7 +27,8 @@ NAN = math.nan
 
 
 def member(role: Role, final: float, branch: float, answer: str = "", score: float = 0.0) -> Member:
-    return Member(role, [5], final_entropy=final, branch_entropy=branch, answer=answer, score=score)
+    terms = {"final_entropy": final, "branch_entropy": branch, "score": score}
+    return Member(role, [5], answer=answer, span_rule="marker", **terms)  # type: ignore[arg-type]
 
 
 def group(*candidates: tuple[float, float, str], chosen: tuple[float, float, str], prompt: str = "2+2=") -> Group:
@@ -80,7 +81,7 @@ def test_the_order_of_candidates() -> None:
     # final, the lower the better: 0.1 beats 0.4 and 0.2; 0.3 beats 0.4. Branch: 0.3 beats 0.2; 0.2 ties. Votes 2, 2, 1.
     expected = Signals(final=(1 + 1 - 1 + 1 - 1 - 1) / 6, branch=(-1 + 1 - 1 - 1 + 0 - 1) / 6, agreement=2 / 6)
     assert order_of_candidates(g) == pytest.approx(expected)
-    assert orders([g]) == {"2+2=": order_of_candidates(g)}
+    assert orders([g]) == [("2+2=", order_of_candidates(g))]
 
 
 @pytest.mark.parametrize("change", [{"truncated": True}, {"flaw": "empty"}, {"answer": ""}, {"score": NAN}])
@@ -95,10 +96,19 @@ def test_a_candidate_that_cannot_be_judged_does_not_count(change: dict[str, Any]
 def test_nothing_is_learnt_where_all_are_right_or_all_wrong() -> None:
     for answers in ("44", "55", ""):
         g = group(*((0.1, 0.2, answer) for answer in answers), chosen=(0.1, 0.2, "4"))
-        assert order_of_candidates(g) is None and orders([g]) == {}
+        assert order_of_candidates(g) is None and orders([g]) == []
     free_text = group((0.1, 0.2, "a poem"), (0.3, 0.4, "a song"), chosen=(0.1, 0.2, ""))
     assert order_of_candidates(free_text) is None
-    assert orders([Group("", [1], [member("candidate", 0.1, 0.2, "4")])]) == {}
+    assert orders([Group("", [1], [member("candidate", 0.1, 0.2, "4")])]) == []
+
+
+@pytest.mark.parametrize("change", [{"span_rule": "last_line"}, {"truncated": True}, {"given": [(1, [5])]}])
+def test_an_answer_that_is_none_to_compare_with_judges_nobody(change: dict[str, Any]) -> None:
+    """The last line of free text, a cut answer, the answer of a later turn."""
+    g = group((0.1, 0.3, "4"), (0.4, 0.6, "5"), chosen=(9, 9, "4"))
+    assert order_of_candidates(g) is not None
+    vars(g.members[-2]).update(change)
+    assert order_of_candidates(g) is None
 
 
 # --- what it follows --------------------------------------------------------------------------------------------------
@@ -111,16 +121,24 @@ def pairs(n: int, right: bool = True) -> list[Group]:
 def test_the_latest_order_of_a_prompt_counts() -> None:
     calibration = Calibration(pairs(3))
     assert calibration.trust == (1, 1, 1)
-    calibration.follow({"1": Signals(-1.0, 0.0, 0.5)})
+    calibration.follow([("1", Signals(-1.0, 0.0, 0.5))])
     assert calibration.trust == pytest.approx((2 * 3 / 4 - 1, 2 * 3.5 / 4 - 1, 2 * 1.75 / 2 - 1))
-    calibration.follow({"1": Signals(1.0, 1.0, 1.0)})
+    calibration.follow([("1", Signals(1.0, 1.0, 1.0))])
     assert calibration.trust == (1, 1, 1)
+
+
+def test_several_orders_of_a_prompt_count_as_their_mean() -> None:
+    calibration = Calibration([*pairs(1), *pairs(1), *pairs(1), *pairs(1, right=False)])
+    assert calibration.trust.final == pytest.approx(trust_in([0.5]))
+    calibration.follow([("0", Signals(1.0, NAN, 0.0)), ("0", Signals(0.5, NAN, NAN))])
+    assert calibration.trust == pytest.approx((trust_in([0.75]), 1, trust_in([0.0])))
+    assert Calibration([]).trust == (1, 1, 1)
 
 
 def test_only_the_last_prompts_count() -> None:
     calibration = Calibration(pairs(WINDOW + 50, right=False))
     assert calibration.trust.final == pytest.approx(2 / (WINDOW + 1) - 1)
-    calibration.follow({f"new {i}": Signals(1.0, 1.0, 1.0) for i in range(WINDOW)})
+    calibration.follow((f"new {i}", Signals(1.0, 1.0, 1.0)) for i in range(WINDOW))
     assert calibration.trust == (1, 1, 1)
 
 
@@ -132,13 +150,13 @@ def checkpoint(folder: Path) -> tuple[Any, Any, Path]:
 
 def test_a_checkpoint_keeps_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     calibration, other = Calibration(pairs(3)), Calibration(pairs(3))
-    calibration.follow({"1": Signals(-0.5, 0.25, 1 / 3)})
+    calibration.follow([("1", Signals(-0.5, 0.25, 1 / 3))])
     args, state, folder = checkpoint(tmp_path)
     calibration.on_save(args, state, None)  # type: ignore[arg-type]
     other.restart(folder)
     assert other.trust == calibration.trust and "NaN" not in (folder / CALIBRATION_FILE).read_text()
     for following in (calibration, other):
-        following.follow({"0": Signals(0.1, 0.2, 0.3)})
+        following.follow([("0", Signals(0.1, 0.2, 0.3))])
     assert other.trust == calibration.trust
     other.restart(None)
     assert other.trust == (1, 1, 1) and not caplog.text
