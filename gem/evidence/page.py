@@ -197,12 +197,12 @@ def _comparisons(
     """Return the differences from each base, the sweep and the costs of the methods (of `among`) that have been run."""
     parts, own = [], among or methods
     begun = [m for m in methods if any(results.of(task, m, pairs) for pairs in results.pairs(task, [m]))]
-    for base in (base for base in bases if base in begun and len(begun) > 1):
-        parts += [f"{level} {base} minus the others", markdown(differences(results, task, base, begun, among))]
+    made = [m for m in own if m in begun]
+    for base in (base for base in bases if base in begun and {*made} - {base}):
+        parts += [f"{level} {base} minus the others", markdown(differences(results, task, base, made))]
     swept = [m for m in own if any(job in results.records for job in results.plan.sweep(task, m))]
     parts += [f"{level} Learning rates", RATES_NOTE, markdown(rates_table(results, task, swept))] if swept else []
-    spent = [m for m in own if m in begun]
-    parts += [f"{level} What a run spends", markdown(spent_table(results, task, spent))] if spent else []
+    parts += [f"{level} What a run spends", markdown(spent_table(results, task, made))] if made else []
     return parts
 
 
@@ -238,9 +238,9 @@ def mean(values: Sequence[float], digits: int = 3) -> str:
     return " ± ".join(f"{value:.{digits}f}" for value in t_interval(values))
 
 
-def differences(results: Results, task: str, base: str, methods: Sequence[str], among: Sequence[str] = ()) -> Table:
-    """Return base minus each method, paired by seed: a column per number of pairs (of `among`) and accuracy."""
-    begun = [pairs for pairs in results.pairs(task, among or methods) if results.of(task, base, pairs)]
+def differences(results: Results, task: str, base: str, methods: Sequence[str]) -> Table:
+    """Return base minus each method, paired by seed: a column per accuracy and number of pairs of one of the methods."""
+    begun = [pairs for pairs in results.pairs(task, methods) if results.of(task, base, pairs)]
     columns = list(product(ACCURACIES, begun))
     header = [base + " minus", *(f"{METRICS[key]}, {pairs} pairs" for key, pairs in columns)]
     others = [m for m in methods if m != base and any(results.of(task, m, pairs) for pairs in begun)]
