@@ -6,7 +6,8 @@
 
 A prompt with a human pair is a small test of a signal: does it order right and wrong answers rightly? Before training the
 answers are the two of the pair. In online training they are the candidates that the policy just gave, right if their answer is
-that of the chosen one: those are the answers that the signal ranks, and a policy that games a signal is found out.
+that of the chosen one: those are the answers that the signal ranks, and a policy that games a signal is found out while some of
+its answers are still right.
 """
 
 from __future__ import annotations

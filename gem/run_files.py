@@ -15,7 +15,7 @@ COMPLETIONS_FILE = "completions.jsonl"
 RAILS_FILE = "rails.json"  # what each guard rail found; the only result of a run that stopped itself
 AVERAGE_FILE = "weight_average.safetensors"  # in a checkpoint of `score_with: ema`: the average of the weights so far
 CALIBRATION_FILE = (
-    "calibration.json"  # in a checkpoint: how the signals of the ranking ordered answers to the pairs' prompts
+    "calibration.json"  # in a checkpoint: how the ranking's signals ordered answers to the pairs' prompts
 )
 MANIFEST_FILE = "manifest.json"  # sizes and hashes of the files, written last: the checkpoint or the result is whole
 LOCK_FILE = "run.lock"  # who trains there now
