@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import examples, make_trainer, tiny_model
-from transformers import TrainerCallback
+from test_trainer import Stop, examples, make_trainer, tiny_model
 
 from gem.calibration import WINDOW, Calibration, Signals, order_of_candidates, order_of_pair, orders, trust_in
 from gem.checkpoints import newest_checkpoint
@@ -166,14 +165,6 @@ def test_a_checkpoint_keeps_it(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 
 # --- in a training ----------------------------------------------------------------------------------------------------
-
-
-class Stop(TrainerCallback):
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop |= state.global_step == self.at
 
 
 def online(folder: Path, stop: int = 6) -> GEMTrainer:

@@ -11,9 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_trainer import examples, make_trainer, tiny_model
+from test_trainer import Stop, examples, make_trainer, tiny_model
 from torch import nn
-from transformers import TrainerCallback
 
 from gem.checkpoints import newest_checkpoint
 from gem.config import LossArguments, RankArguments, RolloutArguments, ScoreArguments
@@ -139,14 +138,6 @@ def test_of_a_lora_model_the_adapters_are_averaged_alone(tmp_path: Path) -> None
 
 
 # --- in a training ----------------------------------------------------------------------------------------------------
-
-
-class Stop(TrainerCallback):
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop |= state.global_step == self.at
 
 
 def online(folder: Path, score: ScoreArguments, *, stop: int = 8, lora: bool = False, **changes: Any) -> GEMTrainer:

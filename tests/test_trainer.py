@@ -59,6 +59,16 @@ def tiny_model() -> LlamaForCausalLM:
     return model
 
 
+class Stop(TrainerCallback):
+    """Ends a training after a step."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= state.global_step == self.at
+
+
 def examples(n: int) -> list[Example]:
     return [Example("", [1, 7 + i % 9], [3, 4, 7 + i % 9, EOS], [3, 8, EOS]) for i in range(n)]
 
@@ -399,14 +409,8 @@ def test_an_online_run_goes_on_exactly(tmp_path: Path) -> None:
                 RankArguments(human_weight=0.0), copy.deepcopy(model).requires_grad_(False),
             )  # fmt: skip
 
-            class Stop(TrainerCallback):
-                at = stop
-
-                def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                    control.should_training_stop |= state.global_step == self.at
-
             trainer = make_trainer(
-                folder, LossArguments(), model=model, data=examples(12), make_groups=maker, callbacks=[Stop()],
+                folder, LossArguments(), model=model, data=examples(12), make_groups=maker, callbacks=[Stop(stop)],
                 evaluation=lambda m: {"noise": float(torch.rand(()))},
                 args={"max_steps": 8, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2,
                       "save_total_limit": 2},

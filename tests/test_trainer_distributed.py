@@ -26,6 +26,7 @@ KINDS = {
     "ema": LossArguments(),
     "calibrated": LossArguments(),
 }
+ONLINE = ("online", "ema", "calibrated")
 STEPS, GROUPS = 2, 4  # groups of a step
 
 
@@ -55,11 +56,7 @@ def steps(folder: Path, processes: int) -> dict[str, Any]:
         data[3].members[1].ids.extend([7, 7])  # the processes have unequally many tokens
         data[3].members[1].logprobs.extend([-1.0, -1.0])
         more: dict[str, Any] = {"data": data}
-        if name in (
-            "online",
-            "ema",
-            "calibrated",
-        ):  # records bring their candidates, as what is sampled differs by process
+        if name in ONLINE:  # records bring their candidates, as what is sampled differs by process
             reference = copy.deepcopy(model)
             score = ScoreArguments(score_with="ema", ema_decay=0.5) if name == "ema" else ScoreArguments()
             pairs = [record for record in records() if record.has_pair and name == "calibrated"]

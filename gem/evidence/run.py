@@ -181,10 +181,10 @@ class Runner:
             name: Evaluation(model, tokenizer, read[name], rollout, ScoreArguments(), arguments)
             for name in ("validation", "test")
         }
+        trained_on = [*read["pairs"], *read.get("prompts", ())]
         for name, evaluation in evaluations.items():
             if not evaluation.answered:
                 raise ValueError(f"{name} of {task} must hold records whose chosen answer is one turn, got none")
-            trained_on = [*read["pairs"], *read.get("prompts", ())]
             if shared := shared_prompts(read[name], trained_on):
                 raise ValueError(
                     f"{name} of {task} must hold questions that are not trained on, got {shared} of {len(read[name])} that "
