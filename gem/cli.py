@@ -31,7 +31,6 @@ from gem.config import (
     RolloutArguments,
     ScoreArguments,
     UnlabeledArguments,
-    calibrates,
 )
 from gem.explain import explain
 from gem.files import check_file, check_writable, write_lines
@@ -215,7 +214,7 @@ def _score(argv: Sequence[str]) -> None:
         model = load_model(model_args, tokenizer, device)
         check_room(model, sampling_prompts(examples, rollout), rollout)
         header["model"] = {"name": model_args.model, "hash": model_hash(model)}
-        maker = GroupMaker(model, tokenizer, rollout, score, rank, pairs=examples if calibrates(rank) else ())
+        maker = GroupMaker(model, tokenizer, rollout, score, rank, pairs=examples)
         with GroupsWriter(path, header, prompts, step) as out:
             if out.finished:
                 print(f"{path} holds this run, finished:")
@@ -322,7 +321,7 @@ def _train(argv: Sequence[str]) -> None:
         prompts = read_unlabeled(data, unlabeled, tokenizer, rollout, ends)
         examples = read(need=("chosen", "rejected") if rank.human_weight else ())
         run.check_input("data", data.data, lambda: source_hash(data.data, examples))
-        if calibrates(rank) and loss.loss in ("sega", "pro"):  # the others read no weights
+        if loss.loss in ("sega", "pro"):  # the others read no weights
             pairs = examples  # before the mix, which repeats them
         if prompts:
             examples = _with_prompts(run, unlabeled, examples, prompts, held_out)

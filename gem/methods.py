@@ -28,7 +28,6 @@ from gem.config import (
     RolloutArguments,
     ScoreArguments,
     UnlabeledArguments,
-    calibrates,
 )
 from gem.data import Example
 from gem.generators import Completion, TransformersGenerator
@@ -177,10 +176,8 @@ class _Arm:
         """Return the maker of groups whose candidates, scores and ranks are a model's."""
         kind = ShuffledScores if self.method.shuffled else GroupMaker
         rank, score = self.method.rank, self.method.score
-        pairs = self.pairs if calibrates(rank) else ()
-        return kind(
-            model, self.tokenizer, self.rollout, score, rank, self.start, generator=self.generator(model), pairs=pairs
-        )
+        draw = self.generator(model)
+        return kind(model, self.tokenizer, self.rollout, score, rank, self.start, generator=draw, pairs=self.pairs)
 
     def groups(self) -> list[Group]:
         """Return the groups that a method of kind pairs, voted or ranked trains on."""

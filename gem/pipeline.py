@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gem.calibration import WINDOW, Calibration, Signals
-from gem.config import RankArguments, RolloutArguments, ScoreArguments, comparator_weights
+from gem.config import RankArguments, RolloutArguments, ScoreArguments, calibrates, comparator_weights
 from gem.data import Example
 from gem.ends import model_ends
 from gem.generators import Completion, Generator, TransformersGenerator, draw_completions
@@ -103,9 +103,9 @@ class GroupMaker:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """Trust in the signals by the pairs under the model as it is at the first use; None without pairs."""
+        """Trust in the signals by the pairs under the model as it is at the first use; None where nothing is calibrated."""
         groups = [pair_group(example) for example in self.pairs if example.has_pair][:WINDOW]
-        if not groups:
+        if not groups or not calibrates(self.rank):
             return None
         score_groups(groups, self.tokenizer, self.model, None, self.score)
         calibration = Calibration(groups)
