@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from gem.files import write_lines
 from gem.group import Group, Member
+from gem.rank import log_votes
 from gem.run_files import CALIBRATION_FILE, read_object
 
 logger = logging.getLogger(__name__)
@@ -68,17 +68,21 @@ def order_of_candidates(group: Group) -> Signals | None:
     """Return how the signals order the candidates of a group with a human pair, on average over each right and each wrong one.
 
     Right is a candidate whose answer is that of the human's chosen one. A candidate that does not vote, or has no score, does
-    not count. None: the others are all right, or all wrong; or the chosen answer is no answer to compare with, as it was found
-    without a marker, was cut off, or is that of a later turn.
+    not count. Agreement tells nothing where no two candidates share an answer, as in the ranking (gem.rank.log_votes).
+    None: the others are all right, or all wrong; or the chosen answer is no answer to compare with, as it was found without a
+    marker, was cut off, or is that of a later turn.
     """
     chosen = _human(group, "chosen")
     if chosen.span_rule != "marker" or chosen.truncated or chosen.given:
         return None
-    votes = Counter(vote for vote in group.votes if vote)
-    judged = [(m, vote) for m, vote in zip(group.members, group.votes, strict=True) if vote and not math.isnan(m.score)]
-    right = [(m, vote) for m, vote in judged if vote == chosen.answer]
-    wrong = [(m, vote) for m, vote in judged if vote != chosen.answer]
-    gaps = [(*_gaps(a, b), votes[of_a] - votes[of_b]) for a, of_a in right for b, of_b in wrong]
+    judged = [
+        (member, vote, shared)
+        for member, vote, shared in zip(group.members, group.votes, log_votes(group.votes), strict=True)
+        if vote and not math.isnan(member.score)
+    ]
+    right = [(member, shared) for member, vote, shared in judged if vote == chosen.answer]
+    wrong = [(member, shared) for member, vote, shared in judged if vote != chosen.answer]
+    gaps = [(*_gaps(a, b), of_a - of_b) for a, of_a in right for b, of_b in wrong]
     return Signals(*(sum(map(_sign, gap)) / len(gaps) for gap in zip(*gaps, strict=True))) if gaps else None
 
 

@@ -92,6 +92,11 @@ def test_a_candidate_that_cannot_be_judged_does_not_count(change: dict[str, Any]
     assert found is not None and expected is not None and found[:2] == expected[:2]
 
 
+def test_agreement_is_not_judged_where_no_two_share_an_answer() -> None:
+    order = order_of_candidates(group((0.1, 0.3, "4"), (0.4, 0.6, "5"), (0.2, 0.2, "6"), chosen=(9, 9, "4")))
+    assert order == pytest.approx((1, 0, NAN), nan_ok=True)
+
+
 def test_nothing_is_learnt_where_all_are_right_or_all_wrong() -> None:
     for answers in ("44", "55", ""):
         g = group(*((0.1, 0.2, answer) for answer in answers), chosen=(0.1, 0.2, "4"))
@@ -175,7 +180,7 @@ def online(folder: Path, stop: int = 6) -> GEMTrainer:
         replace(
             example,
             prompt=str(i),
-            candidate_ids=[[8, 5, 8, *example.chosen_ids], [5, 3, 4, 14, 2], [6, 5, 3, 4, 15, 2]],
+            candidate_ids=[[8, 5, 8, *example.chosen_ids], [5, 3, 4, 14, 2], [6, 5, 3, 4, 14, 2]],
         )
         for i, example in enumerate(examples(12))
     ]
@@ -191,7 +196,7 @@ def test_a_run_follows_its_candidates_and_goes_on_exactly(tmp_path: Path) -> Non
     whole = online(tmp_path / "whole")
     whole.train()
     log = [entry for entry in whole.state.log_history if "loss" in entry]
-    assert log[0]["trust_agreement"] == 1 > log[-1]["trust_agreement"]  # the votes are one each, or right and wrong tie
+    assert log[0]["trust_agreement"] == 1 > log[-1]["trust_agreement"]  # the two wrong answers agree
     assert len({entry["trust_final"] for entry in log}) > 1
     for stop in (2, 5, 6):
         again = online(tmp_path / "cut", stop)
