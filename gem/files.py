@@ -126,12 +126,12 @@ def _named(path: Path, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[str]]:
-    """Yield a text file that replaces `path` by rename if the block succeeds; otherwise `path` stays as it is."""
+def replacing(path: Path, binary: bool = False) -> Iterator[IO[Any]]:
+    """Yield a file, of text or bytes, that replaces `path` by rename if the block succeeds; otherwise `path` stays as it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        with part.open("w", encoding="utf-8", newline="\n") as out:
+        with part.open("wb") if binary else part.open("w", encoding="utf-8", newline="\n") as out:
             yield out
             out.flush()
             os.fsync(out.fileno())

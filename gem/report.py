@@ -95,7 +95,7 @@ def differences_table(runs: Sequence[Run], base: str) -> Table:
         paired = [(ours[run.seed], run.metrics) for run in seeds if run.seed in ours]
         gaps = {key: [a[key] - b[key] for a, b in paired if key in a and key in b] for key in keys}
         if all(len(values) > 1 for values in gaps.values()):
-            rows.append([name, str(len(paired)), *(_difference(gaps[key]) for key in keys)])
+            rows.append([name, str(len(paired)), *(signed(gaps[key]) for key in keys)])
     return Table(["minus", "seeds", *(HEADLINE[key] for key in keys)], rows)
 
 
@@ -126,7 +126,8 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if value == 0 or 1e-3 <= abs(value) < 1e3 else f"{value:.4g}"
 
 
-def _difference(values: Sequence[float]) -> str:
+def signed(values: Sequence[float]) -> str:
+    """Return the mean of differences, with its sign, ± the half-width of its 95 % t-interval."""
     mean, half = t_interval(values)
     return f"{mean:+.3f} ± {half:.3f}"
 

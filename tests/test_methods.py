@@ -180,7 +180,29 @@ def test_rloo_refuses_prompts_that_trl_would_tokenize_otherwise(start: Any, tmp_
         train_rloo(start, start, TOKENIZER, [odd], majority_reward, ["####"], BUDGET, {"output_dir": str(tmp_path)})
 
 
-def test_the_reward_model_learns_the_pairs(start: Any, tmp_path: Path) -> None:
+def with_adapters(model: Any) -> Any:
+    """Return a copy under LoRA adapters that are not zero."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=8, target_modules="all-linear"))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-3)
+    return adapted
+
+
+@pytest.mark.parametrize("name", ["GEM", "DPO", "RLOO majority", "reward model + RLOO"])
+def test_a_method_trains_the_adapters_of_a_start(name: str, start: Any, tmp_path: Path) -> None:
+    adapted = with_adapters(start)
+    before = {key: value.clone() for key, value in adapted.state_dict().items()}
+    after = run(name, adapted, tmp_path).model.state_dict()
+    assert all(torch.equal(value, adapted.state_dict()[key]) for key, value in before.items())
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {k for k in before if "lora_" in k}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_reward_model_learns_the_pairs(lora: bool, start: Any, tmp_path: Path) -> None:
+    start = with_adapters(start) if lora else start
     settings = {
         "output_dir": str(tmp_path), "max_steps": 20, "learning_rate": 1e-3, "report_to": "none", "save_strategy": "no",
         "use_cpu": True, "disable_tqdm": True,

@@ -16,7 +16,7 @@ from gem.config import GuardArguments
 from gem.curves import COLOURS, LINE_STYLES
 from gem.evidence.plan import Job, Plan, Record, validation_accuracy
 from gem.files import read_text, replacing
-from gem.report import Table, markdown, t_interval
+from gem.report import Table, markdown, signed, t_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,16 +84,10 @@ def write_page(path: Path, plan: Plan, records: Mapping[Job, Record]) -> None:
     kept = read_text(path).partition(MARK)[0].rstrip() if path.exists() else "# Evidence"
     picture = path.with_suffix(".png")
     body = page(results, picture.name)
-    write_bytes(picture, plot(results))
+    with replacing(picture, binary=True) as out:
+        out.write(plot(results))
     with replacing(path) as out:
         out.write(f"{kept}\n\n{MARK}\n\n{body}")
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def page(results: Results, picture: str) -> str:
@@ -262,8 +256,7 @@ def _difference(results: Results, task: str, base: str, other: str, key: str, pa
     text = f"{paired[0]:+.3f}"
     if len(paired) > 1:
         centre, half = t_interval(paired)
-        text = f"{centre:+.3f} ± {half:.3f}"
-        text = f"**{text}**" if abs(centre) > half else text
+        text = f"**{signed(paired)}**" if abs(centre) > half else signed(paired)
     return text if len(paired) == len(asked) else f"{text} ({len(paired)} of {len(asked)} seeds)"
 
 

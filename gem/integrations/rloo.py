@@ -7,6 +7,7 @@ A reward function gets the examples of a step, each with its completions (ids an
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -66,29 +67,26 @@ def model_reward(
     """Train a reward model on human pairs with TRL's RewardTrainer, and return its reward.
 
     Args:
-        start: a transformers model: the reward model is its body with a new head.
+        start: a transformers model: the reward model is its body with a new head. Of a PeftModel, its body with the adapters
+            merged in, under new ones of the same rank.
         tokenizer: the model's tokenizer.
         pairs: as many as all steps take.
         batch: pairs of a step.
         settings: of TrainingArguments.
-
-    Raises:
-        ValueError: the start has adapters.
     """
-    if hasattr(start, "peft_config"):
-        raise ValueError(
-            "start must have no adapters for a reward model, which gets a head of its own, got a PeftModel"
-        )
+    adapters = _reward_adapters(start)
     with tempfile.TemporaryDirectory() as folder:
-        start.save_pretrained(folder)
+        (copy.deepcopy(start).merge_and_unload() if adapters else start).save_pretrained(folder)
         scorer = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=start.dtype)
     scorer.config.pad_token_id = _pad_id(tokenizer)
     rows = [{"chosen_ids": e.prompt_ids + e.chosen_ids, "rejected_ids": e.prompt_ids + e.rejected_ids} for e in pairs]
     args = RewardConfig(
         per_device_train_batch_size=batch, bf16=False, gradient_checkpointing=False, max_length=None, **settings
     )
-    RewardTrainer(scorer, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train()
-    scorer.eval()
+    data = Dataset.from_list(rows)
+    trainer: Any = RewardTrainer(scorer, args, train_dataset=data, processing_class=tokenizer, peft_config=adapters)
+    trainer.train()
+    scorer = trainer.model.eval()
 
     @torch.no_grad()
     def reward(example: Example, completions: Sequence[Sampled]) -> list[float]:
@@ -98,6 +96,16 @@ def model_reward(
         return scorer(ids.to(scorer.device), mask.to(scorer.device)).logits[:, 0].tolist()  # type: ignore[no-any-return]
 
     return reward
+
+
+def _reward_adapters(start: Any) -> Any:
+    """Return the LoraConfig of a reward model on a PeftModel, which makes the new head train too; None without adapters."""
+    if not hasattr(start, "peft_config"):
+        return None
+    from peft import LoraConfig  # an extra
+
+    own = start.peft_config[start.active_adapter]
+    return LoraConfig(task_type="SEQ_CLS", r=own.r, lora_alpha=own.lora_alpha, target_modules=own.target_modules)
 
 
 def train_rloo(
