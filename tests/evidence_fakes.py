@@ -36,6 +36,11 @@ def result_of(job: Job, **changes: Any) -> Record:
     }
 
 
+def sight(config: Config) -> Callable[[Job], Record]:
+    """Return what tells which GPU a process of the pool sees, and the device of its config."""
+    return lambda job: {"sees": os.environ.get("CUDA_VISIBLE_DEVICES"), "device": config.device}
+
+
 def fake_runner(config: Config) -> Callable[[Job], Record]:
     """Return what makes a run in a process of the pool; runs of seed 1 end in some other way."""
 

@@ -18,21 +18,30 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
-from evidence_fakes import fake_runner, result_of
+from evidence_fakes import fake_runner, result_of, sight
 from test_cli import refused, run
 
 from gem.data import Example
 from gem.evidence import harness
 from gem.evidence import run as evidence_run
 from gem.evidence.config import Config, read_config
-from gem.evidence.harness import LOCK_FILE, checked_records, duration, make_runs, status_table
+from gem.evidence.harness import (
+    LOCK_FILE,
+    checked_records,
+    duration,
+    gpus_of,
+    make_runs,
+    status_table,
+    worker_count,
+)
 from gem.evidence.page import (
     write_page,
 )
 from gem.evidence.plan import Cell, Job, Plan, Record, read_records, slug
 from gem.evidence.run import METHODS, Runner, Start, changed, curve_of, plain, settings_of, uses_score
-from gem.evidence.workers import processes
+from gem.evidence.workers import VISIBLE, cores, processes
 from gem.lock import locked
 from gem.methods import Trained
 from gem.stops import Diverged
@@ -425,6 +434,46 @@ def test_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(records) == 2 + 4 and "said" not in out and "said" in (tmp_path / "out/worker0.log").read_text()
     assert "out of luck" in "".join(log.read_text() for log in (tmp_path / "out").glob("worker*.log"))
     assert not any(psutil.pid_exists(record["pid"]) for record in records.values())
+
+
+@pytest.mark.parametrize("before", [None, "4,7,9"])
+def test_a_process_sees_one_gpu(before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with several, a trainer would put its model on all of them."""
+    monkeypatch.setenv(VISIBLE, before) if before else monkeypatch.delenv(VISIBLE, raising=False)
+    gpus = ["4", "GPU-5f"]
+    with processes(config_of(tmp_path, device="cuda:1"), sight, 3, tmp_path, gpus) as pool:
+        for seed in range(3):
+            pool.begin(Job("chain", seed))
+        seen = {}
+        while len(seen) < 3:
+            seen |= {job.seed: record for job, record, _ in pool.ended()}
+    assert [seen[i] for i in range(3)] == [{"sees": gpus[i % 2], "device": "cuda"} for i in range(3)]
+    assert os.environ.get(VISIBLE) == before
+    with processes(config_of(tmp_path, device="cpu"), sight, 1, tmp_path) as pool:
+        pool.begin(Job("chain", 0))
+        assert pool.ended()[0][1] == {"sees": before, "device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "gpus"),
+    [
+        ("cpu", None, []),
+        ("cuda", None, ["0", "1", "2"]),
+        (None, "", ["0", "1", "2"]),
+        ("cuda:1", None, ["1"]),
+        ("cuda", "4, GPU-5f,7", ["4", "GPU-5f", "7"]),
+        ("cuda:1", "4,GPU-5f,7", ["GPU-5f"]),
+    ],
+)
+def test_the_gpus_of_a_device(
+    device: str | None, visible: str | None, gpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VISIBLE, visible) if visible is not None else monkeypatch.delenv(VISIBLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(harness, "pick_device", lambda name: torch.device(name or "cuda"))
+    assert gpus_of(device) == gpus
+    plan = Plan(replace(config_of(tmp_path), device=device, workers=0))
+    assert worker_count(plan) == (len(gpus) or cores())
 
 
 HARNESS = """

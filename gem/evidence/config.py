@@ -65,7 +65,7 @@ class Config:
     sweep_seeds: tuple[int, ...]
     budget: dict[str, Any] = field(default_factory=dict)  # fields of gem.methods.Budget; what is absent has its default
     eval_samples: int = 8
-    workers: int = 0  # 0: one per core on a CPU, one with CUDA
+    workers: int = 0  # 0: one per GPU, or per core
     device: str | None = None
     tasks: dict[str, OwnTask] = field(default_factory=dict)
     plot: tuple[str, ...] = ()  # methods of the plot; (): the first ones

@@ -10,15 +10,18 @@ has a record that says so. A kill loses the runs in progress alone.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import datetime
 
+import torch
+
 from gem.evidence.plan import Cell, Job, Plan, Record, read_records, slug
 from gem.evidence.run import Runner, changed, plain, settings_of
-from gem.evidence.workers import Pool, cores, processes
+from gem.evidence.workers import VISIBLE, Pool, cores, processes
 from gem.files import check_writable, write_lines
 from gem.lock import locked
 from gem.models import pick_device
@@ -72,8 +75,8 @@ def make_runs(plan: Plan, command: str, pool: Callable[[], AbstractContextManage
         shutil.rmtree(folder / "scratch", ignore_errors=True)  # of runs that a kill has ended
         try:
             if plan.missing(records):
-                count = worker_count(plan)
-                with pool() if pool else processes(plan.config, Runner, count, folder) as workers:
+                count, gpus = worker_count(plan), gpus_of(plan.config.device)
+                with pool() if pool else processes(plan.config, Runner, count, folder, gpus) as workers:
                     _make(plan, records, failed, workers, command)
         finally:
             shutil.rmtree(folder / "scratch", ignore_errors=True)
@@ -158,6 +161,23 @@ def _wanted(item: Job | Cell) -> str:
 
 
 def worker_count(plan: Plan) -> int:
-    """Return the number of processes: the config's, else one with CUDA, else one per core."""
-    cuda = pick_device(plan.config.device).type == "cuda"
-    return plan.config.workers or (1 if cuda else cores())
+    """Return the number of processes: the config's, else one per GPU, else one per core."""
+    return plan.config.workers or len(gpus_of(plan.config.device)) or cores()
+
+
+def gpus_of(device: str | None) -> list[str]:
+    """Return the GPUs that runs on a device are made on, as in CUDA_VISIBLE_DEVICES: of "cuda:1" one, of "cuda" all.
+
+    Args:
+        device: as for pick_device.
+
+    Raises:
+        ValueError: as pick_device.
+    """
+    picked = pick_device(device)
+    if picked.type != "cuda":
+        return []
+    count = torch.cuda.device_count()
+    listed = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
+    names = listed[:count] or [str(i) for i in range(count)]
+    return names if picked.index is None else [names[picked.index]]

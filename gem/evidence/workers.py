@@ -16,8 +16,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -28,6 +29,7 @@ from gem.evidence.config import Config
 from gem.evidence.plan import Job, Record
 from gem.explain import explain
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 Runs = Callable[[Job], Record]
 Result = tuple[Job, Record | None, str]
 """A job with its result, or None and what went wrong."""
@@ -53,7 +55,9 @@ def cores() -> int:
 
 
 @contextmanager
-def processes(config: Config, make: Callable[[Config], Runs], count: int, logs: Path) -> Iterator[Pool]:
+def processes(
+    config: Config, make: Callable[[Config], Runs], count: int, logs: Path, gpus: Sequence[str] = ()
+) -> Iterator[Pool]:
     """Yield a pool of processes, which the end of the block kills.
 
     Args:
@@ -61,8 +65,9 @@ def processes(config: Config, make: Callable[[Config], Runs], count: int, logs: 
         make: called with the config in each process; returns what makes a run. The processes import it by its name.
         count: the number of processes, each of which gets its share of the cores as threads.
         logs: folder for worker0.log, ...: what a process prints, and the tracebacks of its errors.
+        gpus: as in CUDA_VISIBLE_DEVICES. A process sees one of them alone, as a trainer takes all that it sees.
     """
-    pool = _Processes(config, make, count, logs)
+    pool = _Processes(config, make, count, logs, gpus)
     try:
         yield pool
     finally:
@@ -72,19 +77,22 @@ def processes(config: Config, make: Callable[[Config], Runs], count: int, logs: 
 class _Worker:
     """A process that makes one run after the other, with the end of a pipe."""
 
-    def __init__(self, config: Config, make: Callable[[Config], Runs], threads: int, log: Path) -> None:
+    def __init__(self, config: Config, make: Callable[[Config], Runs], threads: int, log: Path, gpu: str) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA cannot be used in a fork
         self.connection, theirs = context.Pipe()
+        config = replace(config, device="cuda") if gpu else config  # the only one there, whatever its number here
         self.process = context.Process(target=_serve, args=(theirs, make, config, threads, log), daemon=True)
-        with _without_interrupts():
+        with _without_interrupts(), _seeing(gpu):
             self.process.start()
         theirs.close()
         self.job: Job | None = None
 
 
 class _Processes:
-    def __init__(self, config: Config, make: Callable[[Config], Runs], count: int, logs: Path) -> None:
-        self.config, self.make, self.count, self.logs = config, make, count, logs
+    def __init__(
+        self, config: Config, make: Callable[[Config], Runs], count: int, logs: Path, gpus: Sequence[str]
+    ) -> None:
+        self.config, self.make, self.count, self.logs, self.gpus = config, make, count, logs, gpus
         self.workers: dict[int, _Worker] = {}  # begun when they are needed
 
     @property
@@ -98,7 +106,8 @@ class _Processes:
             _kill(self.workers.pop(index))
         if index not in self.workers:
             threads, log = max(1, cores() // self.count), self.logs / f"worker{index}.log"
-            self.workers[index] = _Worker(self.config, self.make, threads, log)
+            gpu = self.gpus[index % len(self.gpus)] if self.gpus else ""
+            self.workers[index] = _Worker(self.config, self.make, threads, log, gpu)
         worker = self.workers[index]
         worker.job = job
         worker.connection.send(job)
@@ -145,6 +154,21 @@ def _without_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _seeing(gpu: str) -> Iterator[None]:
+    """Let a process that is begun in the block see one GPU; "": those that this one sees."""
+    before = os.environ.get(VISIBLE)
+    if gpu:
+        os.environ[VISIBLE] = gpu
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[VISIBLE] = before
+        elif gpu:
+            del os.environ[VISIBLE]
 
 
 def _serve(connection: Connection, make: Callable[[Config], Runs], config: Config, threads: int, log: Path) -> None:
