@@ -2,8 +2,9 @@
 
     model, tokenizer = make_start(TASKS["chain"], folder, seed=0)
 
-All are chain addition, one token per character: "3+8+5+9=" -> "3+8=11 11+5=16 16+9=25 #### 25". The tasks differ in how the
-supervised data errs, and so in what S of Eq. 1 says about an answer of the warm start. The human prefers right sums.
+All are chain addition, one token per character: "3+8+5+9=" -> "3+8=11 11+5=16 16+9=25 #### 25". The tasks differ in the
+number of terms and in how the supervised data errs, and so in what S of Eq. 1 says about an answer of the warm start. The human
+prefers right sums.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ from gem.pipeline import pair_group
 from gem.trainer import GEMTrainer
 
 LOW, HIGH = 1, 9  # of a term
-SHORTCUTS, RIGHT_SHORTCUTS = 0.5, 0.1  # shares: shortcuts in chain's supervised data, right ones among them
-SLIPS = 0.3  # share of chain's rejected answers that are worked with one wrong sum; the others are wrong shortcuts
+SHORTCUTS, RIGHT_SHORTCUTS = (
+    0.5,
+    0.1,
+)  # shares: shortcuts in the supervised data of chain and long, right ones among them
+SLIPS = 0.3  # share of their rejected answers that are worked with one wrong sum; the others are wrong shortcuts
 
 RUN_ON = 0.65  # share of run-on answers in misleading's supervised data
 OFF = (-1, 0, 1, 1)  # how far a sum of a run-on answer may be off, each as likely
@@ -118,16 +122,6 @@ def wrong_run_on(rng: random.Random, terms: list[int]) -> str:
     while answer.endswith(f" {sum(terms)}"):
         answer = run_on(rng, terms)
     return answer
-
-
-def careful(rng: random.Random, terms: list[int]) -> str:
-    """Return a worked answer, which is right."""
-    return worked(rng, terms, slip=False)
-
-
-def slip(rng: random.Random, terms: list[int]) -> str:
-    """Return a worked answer with a slip, which is wrong."""
-    return worked(rng, terms, slip=True)
 
 
 @dataclass(frozen=True)
@@ -224,12 +218,13 @@ MISLEADING = Task(
 )
 LONG = Task(
     "long",
-    "Chains of ten terms, worked and right in all supervised answers, that are too long for the warm start to be sure of.",
-    careful,
-    slip,
+    "The first task with ten terms, 75 tokens where an answer is worked: S tells right from wrong.",
+    half_shortcuts,
+    slip_or_shortcut,
     terms=10,
     positions=128,
     max_new_tokens=96,
+    warm_steps=800,
     warm_batch=32,
     warm_rate=2e-3,
 )

@@ -114,10 +114,10 @@ def test_the_data_is_read_and_fits_the_model(task: Task, written: Path) -> None:
             assert len(example.prompt_ids) + task.max_new_tokens <= task.positions
 
 
-def test_chains_of_the_long_task_have_60_tokens(written: Path) -> None:
+def test_worked_answers_of_the_long_task_have_60_tokens(written: Path) -> None:
     answers = [row["completion"] for row in rows(written / "long", "sft")]
     answers += [row[side] for row in rows(written / "long", "pairs") for side in ("chosen", "rejected")]
-    shortest = min(answers, key=len)
+    shortest = min((text for text in answers if not text.startswith("####")), key=len)
     assert len(build_tokenizer()(shortest, add_special_tokens=False).input_ids) >= 60
 
 
