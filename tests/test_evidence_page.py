@@ -12,6 +12,7 @@ from test_evidence import SMALL, STUDY, config_of, records_of
 from gem.evidence.page import (
     MARK,
     Results,
+    counted,
     differences,
     gate_table,
     rates_table,
@@ -51,6 +52,7 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     edit = measured(GEM4_0=0.6, SFT4_0=0.5, GEM4_1=0.3, SFT4_1=0.18, GEM16_0=0.9, SFT16_0=0.7, GEM16_1=0.5, SFT16_1=0.3)
     table = differences(Results(plan, records_of(plan, edit)), "chain", "GEM", ["SFT", "GEM"])
     assert table.header[:3] == ["GEM minus", "sampled, 4 pairs", "sampled, 16 pairs"]
+    assert counted(1) == "1 pair"
     assert table.rows[0][:3] == ["SFT", f"+0.110 ± {T_QUANTILES[0] * 0.01:.3f}", "**+0.200 ± 0.000**"]
     assert len(table.rows) == 1
 

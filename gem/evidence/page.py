@@ -174,10 +174,14 @@ def _task_tables(
     for pairs in results.pairs(task, among or methods):
         asked = [method for method in methods if (task, method, pairs) in results.seeds]
         begun = [method for method in asked if results.of(task, method, pairs)]
-        parts.append(f"{level} {task}, {pairs} pairs")
+        parts.append(f"{level} {task}, {counted(pairs)}")
         parts += [markdown(results_table(results, task, begun, pairs))] if begun else []
         parts += [f"Not run yet: {', '.join(m for m in asked if m not in begun)}."] if len(begun) < len(asked) else []
     return parts
+
+
+def counted(pairs: int) -> str:
+    return "1 pair" if pairs == 1 else f"{pairs} pairs"
 
 
 def _comparisons(
@@ -236,7 +240,7 @@ def differences(results: Results, task: str, base: str, methods: Sequence[str]) 
     """Return base minus each method, paired by seed: a column per accuracy and number of pairs of one of the methods."""
     begun = [pairs for pairs in results.pairs(task, methods) if results.of(task, base, pairs)]
     columns = list(product(ACCURACIES, begun))
-    header = [base + " minus", *(f"{METRICS[key]}, {pairs} pairs" for key, pairs in columns)]
+    header = [base + " minus", *(f"{METRICS[key]}, {counted(pairs)}" for key, pairs in columns)]
     others = [m for m in methods if m != base and any(results.of(task, m, pairs) for pairs in begun)]
     rows = [
         [other, *(_difference(results, task, base, other, key, pairs) for key, pairs in columns)] for other in others
