@@ -66,7 +66,11 @@ class Method:
 
 @dataclass(frozen=True)
 class Budget:
-    """What every method may spend."""
+    """What every method may spend.
+
+    Raises:
+        ValueError: micro_batch does not divide prompts.
+    """
 
     steps: int = 80  # of the optimizer
     prompts: int = 16  # of a step
@@ -74,6 +78,16 @@ class Budget:
     max_new_tokens: int = 32
     unlabeled_share: float = UnlabeledArguments().unlabeled_share  # most of the prompts without a human pair
     rollout_batch_size: int = 512  # completions that are sampled together
+    micro_batch: int = 0  # prompts of one forward and backward; 0: all of a step
+
+    def __post_init__(self) -> None:
+        if self.micro_batch and self.prompts % self.micro_batch:
+            raise ValueError(f"micro_batch must divide the prompts of a step, {self.prompts}, got {self.micro_batch}")
+
+    @property
+    def micro(self) -> int:
+        """The number of prompts of one forward and backward."""
+        return self.micro_batch or self.prompts
 
 
 @dataclass
@@ -261,7 +275,8 @@ def train_method(
 
     Args:
         method: one of METHODS, or another.
-        start: a transformers model; it stays as it is, and is the reference of every KL term.
+        start: a transformers model; it stays as it is, and is the reference of every KL term. The copy shares what is not
+            trained, as under adapters.
         tokenizer: the model's tokenizer.
         pairs: examples with a human pair.
         prompts: examples of which the prompt alone is read.
@@ -282,7 +297,8 @@ def train_method(
     began = time.perf_counter()
     set_seed(seed)
     bare = [replace(e, chosen_ids=[], rejected_ids=[], chosen_given=[], rejected_given=[]) for e in prompts]
-    arm = _Arm(method, budget, start, copy.deepcopy(start), tokenizer, list(pairs), bare)
+    frozen = {id(p): p for p in start.parameters() if not p.requires_grad}  # under adapters: most of the model
+    arm = _Arm(method, budget, start, copy.deepcopy(start, frozen), tokenizer, list(pairs), bare)
     settings = {
         "output_dir": str(folder),
         "seed": seed,
@@ -312,7 +328,11 @@ def _train(arm: _Arm, settings: dict[str, Any], evaluation: Any) -> Trained:
         data = arm.mixed(arm.pairs, arm.prompts if arm.method.unlabeled else [])
     trainer = GEMTrainer(
         arm.model,
-        TrainingArguments(per_device_train_batch_size=arm.budget.prompts, **settings),
+        TrainingArguments(
+            per_device_train_batch_size=arm.budget.micro,
+            gradient_accumulation_steps=arm.budget.prompts // arm.budget.micro,
+            **settings,
+        ),
         loss=arm.method.loss,
         guard=GuardArguments(stop_patience=0, stop_growth=0, stop_idle=0),  # a comparison needs equal budgets
         train_dataset=data or arm.groups(),
@@ -335,7 +355,7 @@ def _train_rloo(arm: _Arm, settings: dict[str, Any], answers: Mapping[str, str] 
                 raise ValueError("answers must be given for a perfect reward, got None")
             reward = perfect_reward(answers)
         case "model":
-            reward = model_reward(arm.start, arm.tokenizer, filled(arm.pairs, arm.draws), arm.budget.prompts, settings)
+            reward = model_reward(arm.start, arm.tokenizer, filled(arm.pairs, arm.draws), arm.budget, settings)
         case _:
             reward = majority_reward
     examples = arm.mixed(arm.pairs, arm.prompts)

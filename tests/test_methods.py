@@ -12,6 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
+from trl import RewardTrainer  # type: ignore[attr-defined]
 
 from gem.config import LossArguments, RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example, encode_records
@@ -19,6 +20,7 @@ from gem.group import Group, Member
 from gem.integrations.rloo import Sampled, majority_reward, model_reward, perfect_reward, train_rloo
 from gem.methods import METHODS, Budget, Method, ShuffledScores, best_and_worst, filled, train_method, voted_group
 from gem.pipeline import GroupMaker
+from gem.stops import Diverged
 from gem.tasks import build_model, build_tokenizer
 
 TOKENIZER = build_tokenizer()
@@ -200,6 +202,75 @@ def test_a_method_trains_the_adapters_of_a_start(name: str, start: Any, tmp_path
     assert {key for key in before if not torch.equal(before[key], after[key])} == {k for k in before if "lora_" in k}
 
 
+@pytest.mark.parametrize("name", ["GEM", "SFT", "DPO + SFT", "RFT", "RLOO majority"])
+def test_micro_batches_and_checkpointing_change_the_rounding_alone(name: str, start: Any, tmp_path: Path) -> None:
+    budget = replace(BUDGET, prompts=4, steps=1)
+    whole = run(name, start, tmp_path / "whole", budget=budget)
+    parts = run(name, start, tmp_path / "parts", budget=replace(budget, micro_batch=2), gradient_checkpointing=True)
+    steps = [next(entry for entry in trained.history if "loss" in entry) for trained in (whole, parts)]
+    assert steps[0]["grad_norm"] == pytest.approx(steps[1]["grad_norm"], rel=1e-4)
+    assert whole.spent["sampled_tokens"] == parts.spent["sampled_tokens"]
+    with pytest.raises(ValueError, match="micro_batch must divide the prompts of a step, 4, got 3"):
+        replace(budget, micro_batch=3)
+
+
+def test_a_copy_shares_what_is_not_trained(start: Any, tmp_path: Path) -> None:
+    adapted = with_adapters(start)
+    trained = run("SFT", adapted, tmp_path).model
+    own = dict(adapted.named_parameters())
+    assert {name for name, p in trained.named_parameters() if p is own[name]} == {n for n in own if "lora_" not in n}
+    full = run("SFT", start, tmp_path / "full").model
+    assert not {id(p) for p in full.parameters()} & {id(p) for p in start.parameters()}
+
+
+def test_a_reward_that_is_not_finite_is_a_divergence(start: Any, tmp_path: Path) -> None:
+    """TRL would make an advantage of 0 of it, and the run would count as one that learnt nothing."""
+    settings = {
+        "output_dir": str(tmp_path),
+        "max_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
+    model, inside = copy.deepcopy(start), []
+
+    def reward(example: Example, completions: Any) -> list[float]:
+        inside.append(Path(model.config._name_or_path))
+        assert (inside[0] / "config.json").is_file()  # the reference, while it is needed
+        return [math.nan] * len(completions)
+
+    with pytest.raises(Diverged, match=r"rewards of a prompt must be finite, got \[nan, nan, nan, nan\]"):
+        train_rloo(model, start, TOKENIZER, EXAMPLES, reward, ["####"], BUDGET, settings)
+    assert inside[0].parent == tmp_path and not inside[0].exists()
+
+
+def test_a_reward_model_sees_the_end_of_an_answer(start: Any, tmp_path: Path) -> None:
+    """Where padding is the end, as in Llama 3 without a pad token, transformers would read the token before it."""
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    settings = {
+        "output_dir": str(tmp_path), "max_steps": 2, "learning_rate": 1e-3, "report_to": "none", "save_strategy": "no",
+        "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    reward = model_reward(start, tokenizer, EXAMPLES[:2], replace(BUDGET, prompts=2), settings)
+    answer = EXAMPLES[0].chosen_ids
+    ended, cut = reward(EXAMPLES[0], [Sampled(answer, ""), Sampled(answer[:-1], "")])
+    assert answer[-1] == tokenizer.eos_token_id and ended != cut
+    assert tokenizer.pad_token == tokenizer.eos_token
+
+
+def test_the_head_of_a_reward_model_is_float32(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads = []
+    real = RewardTrainer.train
+    monkeypatch.setattr(RewardTrainer, "train", lambda self: (real(self), heads.append(self.model.score.weight.dtype)))
+    settings = {
+        "output_dir": str(tmp_path), "max_steps": 2, "report_to": "none", "save_strategy": "no", "use_cpu": True,
+    }  # fmt: skip
+    half = copy.deepcopy(start).to(torch.bfloat16)
+    reward = model_reward(half, TOKENIZER, EXAMPLES[:2], replace(BUDGET, prompts=2), settings)
+    assert heads == [torch.float32] and math.isfinite(*reward(EXAMPLES[0], [Sampled(EXAMPLES[0].chosen_ids, "")]))
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_reward_model_learns_the_pairs(lora: bool, start: Any, tmp_path: Path) -> None:
     start = with_adapters(start) if lora else start
@@ -207,7 +278,8 @@ def test_the_reward_model_learns_the_pairs(lora: bool, start: Any, tmp_path: Pat
         "output_dir": str(tmp_path), "max_steps": 20, "learning_rate": 1e-3, "report_to": "none", "save_strategy": "no",
         "use_cpu": True, "disable_tqdm": True,
     }  # fmt: skip
-    reward = model_reward(start, TOKENIZER, filled(EXAMPLES, 160), 8, settings)
+    budget = replace(BUDGET, prompts=8, micro_batch=4)
+    reward = model_reward(start, TOKENIZER, filled(EXAMPLES, 160), budget, settings)
     for e in EXAMPLES:
         chosen, rejected = reward(e, [Sampled(e.chosen_ids, ""), Sampled(e.rejected_ids, "")])
         assert chosen > rejected + 0.5

@@ -8,20 +8,26 @@ A reward function gets the examples of a step, each with its completions (ids an
 from __future__ import annotations
 
 import copy
+import gc
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainerCallback
 from trl import RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer  # type: ignore[attr-defined]
 
 from gem.answers import final_answer, most_frequent
+from gem.config import GuardArguments
 from gem.data import Example
 from gem.ends import Ends, model_ends
-from gem.guard import check_weights
+from gem.guard import SoundWeights, check_weights
 from gem.stops import Diverged
+
+GUARD = GuardArguments(stop_growth=0)  # of finite weights alone: a comparison needs equal budgets
 
 
 class Sampled(NamedTuple):
@@ -40,6 +46,8 @@ class Sampling(Protocol):
 
     @property
     def prompts(self) -> int: ...
+    @property
+    def micro(self) -> int: ...
     @property
     def group_size(self) -> int: ...
     @property
@@ -62,7 +70,7 @@ def perfect_reward(answers: Mapping[str, str]) -> Reward:
 
 
 def model_reward(
-    start: Any, tokenizer: Any, pairs: Sequence[Example], batch: int, settings: Mapping[str, Any]
+    start: Any, tokenizer: Any, pairs: Sequence[Example], budget: Sampling, settings: Mapping[str, Any]
 ) -> Reward:
     """Train a reward model on human pairs with TRL's RewardTrainer, and return its reward.
 
@@ -71,20 +79,39 @@ def model_reward(
             merged in, under new ones of the same rank.
         tokenizer: the model's tokenizer.
         pairs: as many as all steps take.
-        batch: pairs of a step.
+        budget: pairs of a step and of a micro-batch.
         settings: of TrainingArguments.
+
+    Raises:
+        Diverged: a weight is not finite after a step.
     """
     adapters = _reward_adapters(start)
-    with tempfile.TemporaryDirectory() as folder:
-        (copy.deepcopy(start).merge_and_unload() if adapters else start).save_pretrained(folder)
+    with _scratch(settings) as folder:
+        merged = copy.deepcopy(start).merge_and_unload() if adapters else start
+        merged.save_pretrained(folder)
+        del merged
+        gc.collect()  # a fused head and its model hold one another
         scorer = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=start.dtype)
+    scorer.score.float()  # a new head learns little in bfloat16, whose steps are coarser than the learning rate
+    half = start.dtype == torch.bfloat16
+    tokenizer = _padding_with_no_end(tokenizer, model_ends(start, tokenizer))
     scorer.config.pad_token_id = _pad_id(tokenizer)
     rows = [{"chosen_ids": e.prompt_ids + e.chosen_ids, "rejected_ids": e.prompt_ids + e.rejected_ids} for e in pairs]
     args = RewardConfig(
-        per_device_train_batch_size=batch, bf16=False, gradient_checkpointing=False, max_length=None, **settings
+        per_device_train_batch_size=budget.micro,
+        gradient_accumulation_steps=budget.prompts // budget.micro,
+        bf16=half,
+        max_length=None,
+        **{"gradient_checkpointing": False, **settings},
     )
-    data = Dataset.from_list(rows)
-    trainer: Any = RewardTrainer(scorer, args, train_dataset=data, processing_class=tokenizer, peft_config=adapters)
+    trainer: Any = RewardTrainer(
+        scorer,
+        args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=adapters,
+        callbacks=[SoundWeights(GUARD)],
+    )
     trainer.train()
     scorer = trainer.model.eval()
 
@@ -93,9 +120,28 @@ def model_reward(
         rows = [torch.tensor(example.prompt_ids + c.ids) for c in completions]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=_pad_id(tokenizer))
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        return scorer(ids.to(scorer.device), mask.to(scorer.device)).logits[:, 0].tolist()  # type: ignore[no-any-return]
+        device = scorer.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            logits = scorer(ids.to(device), mask.to(device)).logits
+        return logits[:, 0].tolist()  # type: ignore[no-any-return]
 
     return reward
+
+
+def _scratch(settings: Mapping[str, Any]) -> tempfile.TemporaryDirectory[str]:
+    """Return a folder for a model, in that of the run: who ends a run by force finds nothing elsewhere."""
+    inside = Path(settings["output_dir"])
+    inside.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(dir=inside)
+
+
+def _padding_with_no_end(tokenizer: Any, ends: Ends) -> Any:
+    """Return a copy whose padding is no end of an answer, if it has such a token: a reward model reads what precedes it."""
+    own = copy.deepcopy(tokenizer)
+    special = [own.pad_token, own.bos_token, own.unk_token, *map(str, own.added_tokens_decoder.values())]
+    free = (token for token in special if token and own.convert_tokens_to_ids(token) not in ends.ids)
+    own.pad_token = next(free, own.pad_token)
+    return own
 
 
 def _reward_adapters(start: Any) -> Any:
@@ -131,7 +177,7 @@ def train_rloo(
         settings: of TrainingArguments.
 
     Raises:
-        Diverged: TRL samples from NaN, or a weight is not finite.
+        Diverged: TRL samples from NaN, or a weight or a reward is not finite.
         ValueError: the tokenizer does not give an example's prompt_ids for any text that TRL could be handed.
     """
     by_text = {_text(e, tokenizer): e for e in examples}
@@ -139,7 +185,10 @@ def train_rloo(
     tokens = 0
 
     def of_group(example: Example, ids: list[list[int]]) -> list[float]:
-        return reward(example, [Sampled(own, _answer(own, tokenizer, ends, markers)) for own in ids])
+        given = reward(example, [Sampled(own, _answer(own, tokenizer, ends, markers)) for own in ids])
+        if not all(map(math.isfinite, given)):  # of which TRL would make an advantage of 0
+            raise Diverged(f"the rewards of a prompt must be finite, got {given} for {example.prompt[:60]!r}")
+        return given
 
     def rewards(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float | None]:
         nonlocal tokens
@@ -148,18 +197,22 @@ def train_rloo(
         return [r for at in starts for r in of_group(by_text[prompts[at]], completion_ids[at : at + k])]
 
     args = RLOOConfig(
-        per_device_train_batch_size=budget.prompts * k,
+        per_device_train_batch_size=budget.micro * k,
+        gradient_accumulation_steps=budget.prompts // budget.micro,
         num_generations=k,
         max_completion_length=budget.max_new_tokens,
         bf16=False,
-        gradient_checkpointing=False,
-        **settings,
+        **{"gradient_checkpointing": False, **settings},
     )
-    with tempfile.TemporaryDirectory() as folder:  # TRL loads the reference from where the model's config says
-        start.save_pretrained(folder)
-        model.config._name_or_path = folder
+    with _scratch(settings) as folder:
+        if not hasattr(start, "peft_config"):  # else the reference is a copy of the adapters
+            start.save_pretrained(folder)
+            model.config._name_or_path = folder  # from where TRL loads the reference
         dataset = Dataset.from_list([{"prompt": _text(e, tokenizer)} for e in examples])
-        trainer: Any = RLOOTrainer(model, rewards, args, train_dataset=dataset, processing_class=tokenizer)
+        sound: list[TrainerCallback] = [SoundWeights(GUARD)]
+        trainer: Any = RLOOTrainer(
+            model, rewards, args, train_dataset=dataset, processing_class=tokenizer, callbacks=sound
+        )
         try:
             trainer.train()
         except RuntimeError as error:
