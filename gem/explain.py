@@ -17,6 +17,7 @@ LOWER = {
     "rollout_batch_size or score_tokens; or use gradient_checkpointing, lora_rank or dtype=bfloat16",
     "score": "rollout_batch_size, score_tokens, max_new_tokens or max_length; or use dtype=bfloat16",
     "eval": "rollout_batch_size, score_tokens, max_new_tokens or max_length; or use dtype=bfloat16",
+    "evidence": "micro_batch, max_new_tokens or workers; or use gradient_checkpointing, lora_rank or dtype=bfloat16",
 }
 GOES_ON = {
     "sft": "the same command goes on from the last checkpoint",
@@ -26,22 +27,23 @@ GOES_ON = {
 }
 
 
-def explain(error: BaseException, command: str) -> str:
+def explain(error: BaseException, command: str, more: str = "--debug shows the traceback") -> str:
     """Return one line for the user of a command: the error, and what is kept or what to do if that is known.
 
     Args:
         error: its attribute `kept`, if it has one, says what is kept.
         command: of gem-kernels.
+        more: where there is more about an error that is not foreseen.
     """
     kept = getattr(error, "kept", "")
     if isinstance(error, (KeyboardInterrupt, Terminated)):
         text = " ".join(str(error).split()) or "interrupted"
         kept = kept or ("" if text not in ("interrupted", "terminated") else GOES_ON.get(command, ""))
         return f"{text}: {kept}" if kept else text
-    return "; ".join(filter(None, (_reason(error, command), kept)))
+    return "; ".join(filter(None, (_reason(error, command, more), kept)))
 
 
-def _reason(error: BaseException, command: str) -> str:
+def _reason(error: BaseException, command: str, more: str) -> str:
     """Return an error as one line, with advice for the common ones."""
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError):
@@ -65,4 +67,4 @@ def _reason(error: BaseException, command: str) -> str:
         return f"the disk is full ({text[:160]})"
     what = type(error).__name__
     text = f"{what}: {text}" if text else what
-    return f"{text[:400]} (--debug shows the traceback)"
+    return f"{text[:400]} ({more})"

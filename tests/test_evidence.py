@@ -167,6 +167,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tasks": {"own": {**OWN, "max_length": "2k"}}}, "tasks.own.max_length must be of type int, got '2k'"),
     ({"tasks": {"own": {**OWN, "max_new_tokens": 0}}}, "tasks.own.max_new_tokens must be an integer >= 1, got 0"),
     ({"tasks": {"own": {**OWN, "pairs": 4}}}, "tasks.own.pairs must be a text, got 4"),
+    ({"tasks": {"own": {**OWN, "micro_batch": 0}}}, "tasks.own.micro_batch must be an integer >= 1, got 0"),
+    (
+        {"tasks": {"own": {**OWN, "gradient_checkpointing": 1}}},
+        "tasks.own.gradient_checkpointing must be true or false",
+    ),
 ]
 
 
@@ -428,7 +433,7 @@ def test_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="2 runs failed"):
         make_runs(Plan(config), "", lambda: processes(config, fake_runner, 2, tmp_path / "out"))
     out = capsys.readouterr().out
-    assert "failed: chain/sft/pairs16-seed1-rate2e-05: RuntimeError: out of luck (--debug" in out
+    assert "failed: chain/sft/pairs16-seed1-rate2e-05: RuntimeError: out of luck (worker" in out
     assert "failed: chain/gem/pairs16-seed1-rate2e-05: its process ended with status 7\n" in out
     records = read_records(tmp_path / "out")
     assert len(records) == 2 + 4 and "said" not in out and "said" in (tmp_path / "out/worker0.log").read_text()
@@ -470,10 +475,36 @@ def test_the_gpus_of_a_device(
 ) -> None:
     monkeypatch.setenv(VISIBLE, visible) if visible is not None else monkeypatch.delenv(VISIBLE, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    monkeypatch.setattr(harness, "pick_device", lambda name: torch.device(name or "cuda"))
-    assert gpus_of(device) == gpus
+    assert gpus_of(device) == gpus  # without a context on one of them: there is no CUDA here
     plan = Plan(replace(config_of(tmp_path), device=device, workers=0))
     assert worker_count(plan) == (len(gpus) or cores())
+    assert worker_count(Plan(replace(plan.config, device="mps"))) == 1
+
+
+def test_what_is_not_there_is_told_before_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"device must be one of this machine .*, got 'cuda:7'"):
+        make_runs(Plan(config_of(tmp_path, device="cuda:7")), "", Fake())
+    with pytest.raises(ValueError, match="micro_batch must divide the prompts of a step, 16, got 3"):
+        make_runs(Plan(config_of(tmp_path, tasks={"mine": {**OWN, "micro_batch": 3}})), "", Fake())
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    study = {"tasks": ["chain"], "methods": ["SFT", "RLOO majority", "perfect reward"], "pairs": [4]}
+    with pytest.raises(ValueError, match="RLOO majority, perfect reward need TRL: pip install"):
+        make_runs(Plan(config_of(tmp_path, studies=[study])), "", Fake())
+    make_runs(Plan(config_of(tmp_path)), "", Fake())
+
+
+def test_how_a_run_fits_into_memory_may_change(tmp_path: Path) -> None:
+    study, files = {"tasks": ["mine"], "methods": ["GEM"], "pairs": [4]}, {}
+    for name in ("pairs", "validation", "test"):
+        (tmp_path / name).write_text("")
+        files[name] = str(tmp_path / name)
+    one, other = (
+        config_of(tmp_path, studies=[study], tasks={"mine": {"model": "m", **files, **more}})
+        for more in ({}, {"micro_batch": 2, "gradient_checkpointing": True})
+    )
+    job = Job("mine", 0, "GEM", 4, 1e-5)
+    assert changed(plain(settings_of(one, job)), settings_of(other, job)) == []
+    assert evidence_run.budget_of(other, "mine").micro == 2 and evidence_run.budget_of(one, "mine").micro == 16
 
 
 HARNESS = """
@@ -570,7 +601,7 @@ def trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str,
 
     def load(self: Runner, task: str, seed: int) -> Start:
         given.append({"loaded": (task, seed)})
-        prompts = [example(100)] if task == "own" else None
+        prompts = [example(i) for i in range(100, 110)] if task == "own" else None
         evaluations: Any = {"validation": Measured(0.25), "test": Measured(0.25)}
         return Start(0.5, None, [example(i) for i in range(40)], prompts, {"q0": "1"}, evaluations, {"model": "m"})
 
@@ -613,7 +644,9 @@ def test_own_tasks_load_once_for_all_seeds(tmp_path: Path, trainings: list[dict[
     for seed in (0, 1):
         runner(Job("own", seed, "SFT", 4, 1e-5))
     loaded, first, second = trainings
-    assert loaded == {"loaded": ("own", 0)} and first["prompts"] == ["q100"] and first["pairs"] != second["pairs"]
+    assert loaded == {"loaded": ("own", 0)} and first["pairs"] != second["pairs"]
+    assert sorted(first["prompts"]) == sorted(second["prompts"]) == [f"q{i}" for i in range(100, 110)]
+    assert first["prompts"] != second["prompts"]  # some methods take the first ones alone
     assert first["budget"].max_new_tokens == 99 and first["budget"].rollout_batch_size == 64
     with pytest.raises(ValueError, match="pairs of own must hold at least 41 records, got 40"):
         runner(Job("own", 0, "SFT", 41, 1e-5))

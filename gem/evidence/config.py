@@ -41,6 +41,8 @@ class OwnTask:
         validation, test: the same; the final answer of `chosen` is the right one.
         prompts: records with a prompt, unlabelled; "": the pairs that were not drawn, without their answers.
         max_new_tokens: limit on the tokens of a sampled answer.
+        micro_batch: prompts of one forward and backward, which divides those of a step; 0: all of a step.
+        gradient_checkpointing: compute the forward of a layer again in the backward, for memory.
     """
 
     model: ModelArguments
@@ -50,6 +52,8 @@ class OwnTask:
     test: str
     prompts: str = ""
     max_new_tokens: int = 256
+    micro_batch: int = 0
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,11 +146,12 @@ def _budget(value: Any) -> dict[str, Any]:
 
 
 def _own_task(value: Any, where: str) -> OwnTask:
-    """Return a task of the user; its keys are its files, max_new_tokens, and the settings of model and data."""
+    """Return a task of the user; its keys are its files, `own`, and the settings of model and data."""
+    own = ("max_new_tokens", "micro_batch", "gradient_checkpointing")
     kinds = {"ModelArguments": ModelArguments, "DataArguments": DataArguments}
     names = {kind: [f for f in fields(cls) if f.name not in ELSEWHERE] for kind, cls in kinds.items()}
     settings = [f.name for group in names.values() for f in group if f.name != "model"]
-    optional = ("prompts", "max_new_tokens", *settings)
+    optional = ("prompts", *own, *settings)
     task = _mapping(value, where, required=("model", "pairs", "validation", "test"), optional=optional)
     hints = {name: hint for cls in kinds.values() for name, hint in get_type_hints(cls).items() if name in task}
     for name, hint in hints.items():  # a bool is an int to isinstance
@@ -161,7 +166,10 @@ def _own_task(value: Any, where: str) -> OwnTask:
             raise ValueError(f"{where}.{error}") from None
     files = {name: _text(task[name], f"{where}.{name}") for name in TASK_FILES if name in task}
     tokens = _number(task.get("max_new_tokens", 256), f"{where}.max_new_tokens", least=1)
-    return OwnTask(model, data, max_new_tokens=tokens, **files)
+    micro = _number(task["micro_batch"], f"{where}.micro_batch", least=1) if "micro_batch" in task else 0
+    if not isinstance(checkpointing := task.get("gradient_checkpointing", False), bool):
+        raise ValueError(f"{where}.gradient_checkpointing must be true or false, got {checkpointing!r}")
+    return OwnTask(model, data, max_new_tokens=tokens, micro_batch=micro, gradient_checkpointing=checkpointing, **files)
 
 
 def _read_yaml(path: Path) -> Any:

@@ -16,14 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from datetime import datetime
+from importlib.util import find_spec
 
 import torch
 
 from gem.evidence.plan import Cell, Job, Plan, Record, read_records, slug
-from gem.evidence.run import Runner, changed, plain, settings_of
+from gem.evidence.run import Runner, budget_of, changed, plain, settings_of
 from gem.evidence.workers import VISIBLE, Pool, cores, processes
 from gem.files import check_writable, write_lines
 from gem.lock import locked
+from gem.methods import METHODS
 from gem.models import pick_device
 from gem.report import Table
 
@@ -75,7 +77,13 @@ def make_runs(plan: Plan, command: str, pool: Callable[[], AbstractContextManage
         shutil.rmtree(folder / "scratch", ignore_errors=True)  # of runs that a kill has ended
         try:
             if plan.missing(records):
-                count, gpus = worker_count(plan), gpus_of(plan.config.device)
+                gpus = gpus_of(plan.config.device)
+                if not gpus:
+                    pick_device(plan.config.device)  # which a machine without it refuses
+                for task in plan.config.tasks:
+                    budget_of(plan.config, task)
+                _check_trl(plan)
+                count = worker_count(plan)
                 with pool() if pool else processes(plan.config, Runner, count, folder, gpus) as workers:
                     _make(plan, records, failed, workers, command)
         finally:
@@ -161,23 +169,28 @@ def _wanted(item: Job | Cell) -> str:
 
 
 def worker_count(plan: Plan) -> int:
-    """Return the number of processes: the config's, else one per GPU, else one per core."""
-    return plan.config.workers or len(gpus_of(plan.config.device)) or cores()
+    """Return the number of processes: the config's, else one per GPU, without a GPU one per core."""
+    one_for_all = plan.config.device not in (None, "cpu")  # such as mps
+    return plan.config.workers or len(gpus_of(plan.config.device)) or (1 if one_for_all else cores())
 
 
 def gpus_of(device: str | None) -> list[str]:
     """Return the GPUs that runs on a device are made on, as in CUDA_VISIBLE_DEVICES: of "cuda:1" one, of "cuda" all.
 
+    [] without one. The GPUs are not used: a context would take memory of the first for as long as this process lives.
+
     Args:
         device: as for pick_device.
-
-    Raises:
-        ValueError: as pick_device.
     """
-    picked = pick_device(device)
-    if picked.type != "cuda":
-        return []
-    count = torch.cuda.device_count()
+    kind, _, index = ("cuda" if device is None else device).partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 0
     listed = [name.strip() for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
     names = listed[:count] or [str(i) for i in range(count)]
-    return names if picked.index is None else [names[picked.index]]
+    return [name for i, name in enumerate(names) if index in ("", str(i))]
+
+
+def _check_trl(plan: Plan) -> None:
+    """Raise ValueError if a method of the plan needs TRL, which is an extra, and it is not there."""
+    needing = sorted({cell.method for cell in plan.cells if METHODS[cell.method].kind == "rloo"})
+    if needing and find_spec("trl") is None:
+        raise ValueError(f"{', '.join(needing)} need TRL: pip install 'gem-kernels[trl]', or leave them out")

@@ -73,7 +73,7 @@ class Runner:
         began = time.perf_counter()
         start = self._start(job.task, job.seed)
         record = self._trained(job, start) if job.method else self._begun(job, start)
-        used = self.device if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        used = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device
         return {
             **record,
             "start": start.hashes,
@@ -93,7 +93,8 @@ class Runner:
         if job.pairs > len(start.pairs):
             raise ValueError(f"pairs of {job.task} must hold at least {job.pairs} records, got {len(start.pairs)}")
         pairs, rest = ([start.pairs[i] for i in part] for part in (order[: job.pairs], order[job.pairs :]))
-        prompts = rest if start.prompts is None else start.prompts
+        # In an order of the seed, as some methods take the first ones alone.
+        prompts = rest if start.prompts is None else random.Random(job.seed).sample(start.prompts, len(start.prompts))
         unknown = [example.prompt for example in (*pairs, *prompts) if example.prompt not in start.answers]
         if method.reward == "perfect" and unknown:
             raise ValueError(
@@ -113,6 +114,8 @@ class Runner:
                 rate=job.rate,
                 budget=budget_of(self.config, job.task),
                 answers=start.answers,
+                gradient_checkpointing=job.task in self.config.tasks
+                and self.config.tasks[job.task].gradient_checkpointing,
                 disable_tqdm=True,
             )
             metrics = self._metrics(start, trained.model)  # a model may give NaN only here
@@ -139,6 +142,7 @@ class Runner:
         key = self.config.start_of(task, seed)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # two models may not fit
+            gc.collect()
             load = self._load_own if task in self.config.tasks else self._load_built_in
             self._loaded = (key, load(*key))
         return self._loaded[1]
@@ -214,7 +218,9 @@ def _waiting(path: Path) -> Iterator[None]:
 def budget_of(config: Config, task: str) -> Budget:
     """Return the budget of a run: the config's, with the task's max_new_tokens."""
     if task in config.tasks:  # of any size: as many completions at once as a GPU with a large model can hold
-        return Budget(max_new_tokens=config.tasks[task].max_new_tokens, rollout_batch_size=64, **config.budget)
+        own = config.tasks[task]
+        at_once = {"rollout_batch_size": 64, "micro_batch": own.micro_batch}
+        return Budget(max_new_tokens=own.max_new_tokens, **at_once, **config.budget)
     return Budget(max_new_tokens=TASKS[task].max_new_tokens, **config.budget)
 
 
@@ -255,7 +261,9 @@ def _installed(package: str) -> bool:
 def settings_of(config: Config, job: Job) -> dict[str, Any]:
     """Return what the numbers of a run depend on, beside its start: dataclasses and plain values."""
     own = config.tasks.get(job.task)
-    trained = {"method": METHODS[job.method], "budget": budget_of(config, job.task)} if job.method else {}
+    own = own and replace(own, micro_batch=0, gradient_checkpointing=False)  # they change the rounding alone
+    budget = replace(budget_of(config, job.task), micro_batch=0)
+    trained = {"method": METHODS[job.method], "budget": budget} if job.method else {}
     files = {name: data_hash(getattr(own, name)) for name in TASK_FILES} if own else {}
     task = own or replace(TASKS[job.task], summary="")  # words change no number
     return {"task": task, "files": files, "eval_samples": config.eval_samples, **trained}

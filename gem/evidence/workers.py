@@ -125,7 +125,9 @@ class _Processes:
             record, error = worker.connection.recv()
         except (EOFError, OSError):
             worker.process.join()
-            record, error = None, f"its process ended with status {worker.process.exitcode}"
+            status = worker.process.exitcode
+            why = " (killed, as where memory runs out: lower workers)" if status == -signal.SIGKILL else ""
+            record, error = None, f"its process ended with status {status}{why}"
         if record is None:
             self.workers.pop(index)
             _kill(worker)
@@ -195,7 +197,7 @@ def _serve(connection: Connection, make: Callable[[Config], Runs], config: Confi
             answer = (run(job), "")
         except Exception as error:
             traceback.print_exc()
-            connection.send((None, explain(error, "evidence")))
+            connection.send((None, explain(error, "evidence", f"{log.name} has the traceback")))
             return  # memory or the device may be in a bad way: the next run gets a fresh process
         connection.send(answer)
 
