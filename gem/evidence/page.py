@@ -137,7 +137,7 @@ def _summary(results: Results, task: str) -> str:
     about = next((str(start.get("summary", "")) for start in starts), "")
     area = [start["validation"]["auroc"] for start in starts if "auroc" in start["validation"]]
     length = [start["test"]["preference_length"] for start in starts if "preference_length" in start["test"]]
-    said = [f"S tells right from wrong answers of the start with AUROC {mean(area)}"] if area else []
+    said = [f"S has an AUROC of {mean(area)} on answers of the start"] if area else []
     said += [f"length alone orders {mean(length)} of the test pairs"] if length else []
     return " ".join(filter(None, (about, f"{'; '.join(said)}." if said else "", _retrained(results, task))))
 
