@@ -64,7 +64,6 @@ GEM: list[set[str]] = [
         "results",
         "group_lines",
         "ema",
-        "calibration",
         "rails",
     },
     {
@@ -96,7 +95,7 @@ GEM: list[set[str]] = [
     {"head.attach"},
     {"head", "data"},
     {"spans", "rank", "sega", "losses", "mixing"},
-    {"answers"},
+    {"answers", "calibration"},
     {"generators", "score", "guard", "doctor"},
     {"reference", "server"},
     {"pipeline"},
