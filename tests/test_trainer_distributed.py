@@ -39,7 +39,7 @@ def records() -> list[Example]:
             [5, 3, 4, 6 + i % 8, EOS],
             [7, 5] * (1 + i % 3) + [EOS],
             [9, 10],
-            [3, 8 + i % 7, EOS],
+            [3, 6 + i % 8, EOS],  # the answer of the second
         ]
         pair = {} if i == 1 else {"rejected_ids": example.rejected_ids}
         chosen = [] if i == 1 else example.chosen_ids
