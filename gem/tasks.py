@@ -29,10 +29,8 @@ from gem.pipeline import pair_group
 from gem.trainer import GEMTrainer
 
 LOW, HIGH = 1, 9  # of a term
-SHORTCUTS, RIGHT_SHORTCUTS = (
-    0.5,
-    0.1,
-)  # shares: shortcuts in the supervised data of chain and long, right ones among them
+# Shares: shortcuts in the supervised data of chain and long, right ones among them.
+SHORTCUTS, RIGHT_SHORTCUTS = 0.5, 0.1
 SLIPS = 0.3  # share of their rejected answers that are worked with one wrong sum; the others are wrong shortcuts
 
 RUN_ON = 0.65  # share of run-on answers in misleading's supervised data

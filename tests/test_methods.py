@@ -151,6 +151,12 @@ def test_rewards_of_answers() -> None:
     assert perfect_reward({"1+2=": "4"})(EXAMPLES[0], sampled) == [1, 0, 0, 0, 0]
 
 
+def trl_settings(folder: Path, steps: int) -> dict[str, Any]:
+    """Return settings of TrainingArguments for one of TRL's trainers."""
+    kept = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    return {"output_dir": str(folder), "max_steps": steps, "learning_rate": 1e-3, **kept}
+
+
 def test_rloo_gets_the_examples_and_counts_their_tokens(start: Any, tmp_path: Path) -> None:
     asked: list[tuple[str, int]] = []
     lengths: list[int] = []
@@ -160,16 +166,9 @@ def test_rloo_gets_the_examples_and_counts_their_tokens(start: Any, tmp_path: Pa
         lengths.extend(len(c.ids) for c in completions)
         return [0.0] * len(completions)
 
-    settings = {
-        "output_dir": str(tmp_path),
-        "max_steps": 2,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-    }
     model = copy.deepcopy(start)
     _, tokens = train_rloo(
-        model, start, TOKENIZER, EXAMPLES, reward, ["####"], BUDGET, settings | {"disable_tqdm": True}
+        model, start, TOKENIZER, EXAMPLES, reward, ["####"], BUDGET, trl_settings(tmp_path, BUDGET.steps)
     )
     assert len(asked) == BUDGET.steps * BUDGET.prompts and {n for _, n in asked} == {BUDGET.group_size}
     assert {prompt for prompt, _ in asked} <= {e.prompt for e in EXAMPLES}
@@ -225,13 +224,6 @@ def test_a_copy_shares_what_is_not_trained(start: Any, tmp_path: Path) -> None:
 
 def test_a_reward_that_is_not_finite_is_a_divergence(start: Any, tmp_path: Path) -> None:
     """TRL would make an advantage of 0 of it, and the run would count as one that learnt nothing."""
-    settings = {
-        "output_dir": str(tmp_path),
-        "max_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-    }
     model, inside = copy.deepcopy(start), []
 
     def reward(example: Example, completions: Any) -> list[float]:
@@ -240,7 +232,7 @@ def test_a_reward_that_is_not_finite_is_a_divergence(start: Any, tmp_path: Path)
         return [math.nan] * len(completions)
 
     with pytest.raises(Diverged, match=r"rewards of a prompt must be finite, got \[nan, nan, nan, nan\]"):
-        train_rloo(model, start, TOKENIZER, EXAMPLES, reward, ["####"], BUDGET, settings)
+        train_rloo(model, start, TOKENIZER, EXAMPLES, reward, ["####"], BUDGET, trl_settings(tmp_path, 1))
     assert inside[0].parent == tmp_path and not inside[0].exists()
 
 
@@ -248,11 +240,7 @@ def test_a_reward_model_sees_the_end_of_an_answer(start: Any, tmp_path: Path) ->
     """Where padding is the end, as in Llama 3 without a pad token, transformers would read the token before it."""
     tokenizer = build_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    settings = {
-        "output_dir": str(tmp_path), "max_steps": 2, "learning_rate": 1e-3, "report_to": "none", "save_strategy": "no",
-        "use_cpu": True, "disable_tqdm": True,
-    }  # fmt: skip
-    reward = model_reward(start, tokenizer, EXAMPLES[:2], replace(BUDGET, prompts=2), settings)
+    reward = model_reward(start, tokenizer, EXAMPLES[:2], replace(BUDGET, prompts=2), trl_settings(tmp_path, 2))
     answer = EXAMPLES[0].chosen_ids
     ended, cut = reward(EXAMPLES[0], [Sampled(answer, ""), Sampled(answer[:-1], "")])
     assert answer[-1] == tokenizer.eos_token_id and ended != cut
@@ -263,23 +251,16 @@ def test_the_head_of_a_reward_model_is_float32(start: Any, tmp_path: Path, monke
     heads = []
     real = RewardTrainer.train
     monkeypatch.setattr(RewardTrainer, "train", lambda self: (real(self), heads.append(self.model.score.weight.dtype)))
-    settings = {
-        "output_dir": str(tmp_path), "max_steps": 2, "report_to": "none", "save_strategy": "no", "use_cpu": True,
-    }  # fmt: skip
     half = copy.deepcopy(start).to(torch.bfloat16)
-    reward = model_reward(half, TOKENIZER, EXAMPLES[:2], replace(BUDGET, prompts=2), settings)
+    reward = model_reward(half, TOKENIZER, EXAMPLES[:2], replace(BUDGET, prompts=2), trl_settings(tmp_path, 2))
     assert heads == [torch.float32] and math.isfinite(*reward(EXAMPLES[0], [Sampled(EXAMPLES[0].chosen_ids, "")]))
 
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_reward_model_learns_the_pairs(lora: bool, start: Any, tmp_path: Path) -> None:
     start = with_adapters(start) if lora else start
-    settings = {
-        "output_dir": str(tmp_path), "max_steps": 20, "learning_rate": 1e-3, "report_to": "none", "save_strategy": "no",
-        "use_cpu": True, "disable_tqdm": True,
-    }  # fmt: skip
     budget = replace(BUDGET, prompts=8, micro_batch=4)
-    reward = model_reward(start, TOKENIZER, filled(EXAMPLES, 160), budget, settings)
+    reward = model_reward(start, TOKENIZER, filled(EXAMPLES, 160), budget, trl_settings(tmp_path, 20))
     for e in EXAMPLES:
         chosen, rejected = reward(e, [Sampled(e.chosen_ids, ""), Sampled(e.rejected_ids, "")])
         assert chosen > rejected + 0.5

@@ -125,13 +125,11 @@ def read_config(path: Path, methods: Collection[str], tasks: Collection[str]) ->
 
 def _study(value: Any, where: str, methods: Collection[str], tasks: Collection[str]) -> Study:
     study = _mapping(value, where, required=("tasks", "methods", "pairs"), optional=("ablations",))
-    if not isinstance(study.get("ablations", False), bool):
-        raise ValueError(f"{where}.ablations must be true or false, got {study['ablations']!r}")
     return Study(
         tasks=_names(study["tasks"], f"{where}.tasks", tasks),
         methods=_names(study["methods"], f"{where}.methods", methods),
         pairs=_numbers(study["pairs"], f"{where}.pairs", least=1),
-        ablations=study.get("ablations", False),
+        ablations=_flag(study.get("ablations", False), f"{where}.ablations"),
     )
 
 
@@ -167,8 +165,7 @@ def _own_task(value: Any, where: str) -> OwnTask:
     files = {name: _text(task[name], f"{where}.{name}") for name in TASK_FILES if name in task}
     tokens = _number(task.get("max_new_tokens", 256), f"{where}.max_new_tokens", least=1)
     micro = _number(task["micro_batch"], f"{where}.micro_batch", least=1) if "micro_batch" in task else 0
-    if not isinstance(checkpointing := task.get("gradient_checkpointing", False), bool):
-        raise ValueError(f"{where}.gradient_checkpointing must be true or false, got {checkpointing!r}")
+    checkpointing = _flag(task.get("gradient_checkpointing", False), f"{where}.gradient_checkpointing")
     return OwnTask(model, data, max_new_tokens=tokens, micro_batch=micro, gradient_checkpointing=checkpointing, **files)
 
 
@@ -210,6 +207,12 @@ def _mapping(
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(f"{where} must be a text, got {value!r}")
+    return value
+
+
+def _flag(value: Any, where: str) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{where} must be true or false, got {value!r}")
     return value
 
 

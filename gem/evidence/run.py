@@ -88,7 +88,7 @@ class Runner:
         return {"outcome": "finished", **summary, **self._metrics(start, start.model)}
 
     def _trained(self, job: Job, start: Start) -> Record:
-        method = METHODS[job.method]
+        method, own = METHODS[job.method], self.config.tasks.get(job.task)
         order = random.Random(job.seed).sample(range(len(start.pairs)), len(start.pairs))
         if job.pairs > len(start.pairs):
             raise ValueError(f"pairs of {job.task} must hold at least {job.pairs} records, got {len(start.pairs)}")
@@ -114,8 +114,7 @@ class Runner:
                 rate=job.rate,
                 budget=budget_of(self.config, job.task),
                 answers=start.answers,
-                gradient_checkpointing=job.task in self.config.tasks
-                and self.config.tasks[job.task].gradient_checkpointing,
+                gradient_checkpointing=own is not None and own.gradient_checkpointing,
                 disable_tqdm=True,
             )
             metrics = self._metrics(start, trained.model)  # a model may give NaN only here
