@@ -12,12 +12,12 @@ NO_SPACE = ("no space left on device", "disk quota exceeded")
 NOT_WRITTEN = ("pytorchstreamwriter", "inline_container", "iostream error")  # torch.save, which swallows the reason
 LOWER = {
     "sft": "per_device_train_batch_size (and raise gradient_accumulation_steps), max_length or cache_mib; or use "
-    "gradient_checkpointing, lora_rank or dtype=bfloat16",
+    "gradient_checkpointing, or lora_rank with dtype=bfloat16",
     "train": "per_device_train_batch_size (and raise gradient_accumulation_steps), max_length, cache_mib, "
-    "rollout_batch_size or score_tokens; or use gradient_checkpointing, lora_rank or dtype=bfloat16",
+    "rollout_batch_size or score_tokens; or use gradient_checkpointing, or lora_rank with dtype=bfloat16",
     "score": "rollout_batch_size, score_tokens, max_new_tokens or max_length; or use dtype=bfloat16",
     "eval": "rollout_batch_size, score_tokens, max_new_tokens or max_length; or use dtype=bfloat16",
-    "evidence": "micro_batch, max_new_tokens or workers; or use gradient_checkpointing, lora_rank or dtype=bfloat16",
+    "evidence": "micro_batch, max_new_tokens or workers; or use gradient_checkpointing, or lora_rank with dtype=bfloat16",
 }
 GOES_ON = {
     "sft": "the same command goes on from the last checkpoint",

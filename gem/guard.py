@@ -39,6 +39,8 @@ from gem.stops import Diverged
 
 logger = logging.getLogger(__name__)
 
+LOST = 0.25  # share of the weights that 16 bits keep from moving; more is a trap
+
 
 class CollapseGuard(TrainerCallback):
     """Stop a training whose numbers say that going on is of no use, and have Trainer load the best weights saved.
@@ -145,6 +147,10 @@ class SoundWeights(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._norm, self._growth = check_weights(kwargs["model"], "before the first step, the model has"), 0.0
+        lost = lost_steps(kwargs["model"], args.learning_rate)
+        if lost and "adamw" in args.optim and "anyprecision" not in args.optim:  # which keeps what is rounded away
+            remedy = "dtype=float32 keeps it (bf16=true then computes in bfloat16), and so do adapters (lora_rank)"
+            logger.warning("the optimizer changes %s: %s", lost, remedy)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         before, step = self._norm, f"step {state.global_step}: the optimizer's step"
@@ -158,6 +164,25 @@ class SoundWeights(TrainerCallback):
         if "loss" in kwargs["logs"] and self._growth:
             state.log_history[-1]["weight_growth"] = self._growth
             self._growth = 0.0
+
+
+def lost_steps(model: nn.Module, learning_rate: float) -> str:
+    """Return what to say of weights that are trained in 16 bits, and too coarse for the steps of AdamW; "" if all is well.
+
+    Such a step is about the learning rate. Added to a weight of 16 bits, it is rounded away where it is less than half the
+    distance to the next number: in bfloat16, 1e-5 is lost on all weights above 0.004. fp32 weights under autocast keep it.
+
+    Args:
+        model: its parameters that require a gradient are looked at.
+        learning_rate: the largest of the training.
+    """
+    trained = [p.detach() for p in model.parameters() if p.requires_grad]
+    coarse = [p for p in trained if torch.finfo(p.dtype).bits <= 16]
+    lost = sum(int((p + learning_rate == p).sum()) for p in coarse) / max(sum(p.numel() for p in trained), 1)
+    if lost < LOST:
+        return ""
+    dtype = str(coarse[0].dtype).removeprefix("torch.")
+    return f"weights in {dtype}, where a step of {learning_rate:g} leaves {lost:.0%} of them as they are"
 
 
 def check_weights(model: nn.Module, what: str) -> float:

@@ -698,6 +698,9 @@ def test_the_whole_of_it_on_a_tiny_task(tmp_path: Path, monkeypatch: pytest.Monk
         checked_records(plan)
     with pytest.raises(ValueError, match="test of mine must hold questions that are not trained on, got 4 of 4"):
         Runner(config)(Job("mine", 0))
+    coarse = replace(config.tasks["mine"], model=replace(config.tasks["mine"].model, dtype="bfloat16"))
+    with pytest.raises(ValueError, match="dtype of mine must be float32, unless lora_rank is set, got weights in bfl"):
+        Runner(replace(config, tasks={"mine": coarse}))(Job("mine", 0))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import TrainerState
 from gem.config import GuardArguments, LossArguments, check
 from gem.data import Example
 from gem.groups import Group
-from gem.guard import CollapseGuard, warn_below_gate
+from gem.guard import CollapseGuard, lost_steps, warn_below_gate
 from gem.rails import explosion, has_fallen, idle_steps
 from gem.stops import Diverged
 
@@ -223,6 +224,40 @@ def test_a_step_that_throws_the_weights_away(rate: float, tmp_path: Path) -> Non
     with pytest.raises(Diverged, match=r"step 1: the optimizer's step has (made the norm of the weights|left weights)"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+# --- steps that are rounded away --------------------------------------------------------------------------------------
+
+
+def test_the_weights_that_16_bits_keep_from_moving() -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Linear(256, 256, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.normal_(weight.weight, std=0.02)
+    said = lost_steps(weight, 1e-5)
+    before = weight.weight.detach().clone()
+    weight.weight.grad = torch.randn_like(before)
+    torch.optim.AdamW(weight.parameters(), lr=1e-5, weight_decay=0.0).step()
+    share = float((weight.weight == before).float().mean())
+    told = re.fullmatch(r"weights in bfloat16, where a step of 1e-05 leaves (\d+)% of them as they are", said)
+    assert told and 0.8 < share < 0.9 and abs(int(told[1]) / 100 - share) < 0.01, (said, share)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("bfloat16", 2**-8), ("bfloat16", -(2**-8)), ("float16", 2**-5)])
+def test_the_weight_from_which_a_step_is_lost(dtype: str, value: float) -> None:
+    model = torch.nn.Linear(4, 4, bias=False, dtype=getattr(torch, dtype))
+    torch.nn.init.constant_(model.weight, value)
+    assert "100%" in lost_steps(model, 2**-17 * 0.99)
+    assert not lost_steps(model, 2**-15) and not lost_steps(model.float(), 2**-17)
+    assert not lost_steps(model.to(getattr(torch, dtype)).requires_grad_(False), 2**-18)  # beside adapters
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_a_training_whose_steps_are_lost_says_so(optim: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model()
+    data = groups_of(model, 4)
+    args = {"learning_rate": 1e-6, "max_steps": 1, "optim": optim}
+    make_trainer(tmp_path, LossArguments(loss="sft"), model=model.bfloat16(), data=data, args=args).train()
+    assert ("the optimizer changes weights in bfloat16" in caplog.text) == (optim == "adamw_torch")
 
 
 # --- nothing to learn -------------------------------------------------------------------------------------------------

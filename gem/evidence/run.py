@@ -29,6 +29,7 @@ from gem.evaluate import Evaluation
 from gem.evidence.config import TASK_FILES, Config
 from gem.evidence.plan import Job, Record
 from gem.fingerprint import data_hash, model_hash, source_hash
+from gem.guard import lost_steps
 from gem.lock import HeldError, locked
 from gem.methods import METHODS, Budget, Method, train_method
 from gem.mixing import shared_prompts
@@ -166,6 +167,8 @@ class Runner:
         hashes = {"data": " ".join(source_hash(getattr(task, file), examples) for file, examples in read.items())}
         set_seed(seed)  # of new adapters
         model = load_model(task.model, tokenizer, self.device)
+        if lost := lost_steps(model, min(self.config.rates)):
+            raise ValueError(f"dtype of {name} must be float32, unless lora_rank is set, got {lost}")
         return self._start_with(name, model, tokenizer, read, {"model": model_hash(model), **hashes})
 
     def _start_with(
