@@ -51,10 +51,10 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
     plan = Plan(config_of(tmp_path))
     edit = measured(GEM4_0=0.6, SFT4_0=0.5, GEM4_1=0.3, SFT4_1=0.18, GEM16_0=0.9, SFT16_0=0.7, GEM16_1=0.5, SFT16_1=0.3)
     table = differences(Results(plan, records_of(plan, edit)), "chain", "GEM", ["SFT", "GEM"])
-    assert table.header[:3] == ["GEM minus", "sampled, 4 pairs", "sampled, 16 pairs"]
+    assert table.header == ["GEM minus", "accuracy", "4 pairs", "16 pairs"]
     assert counted(1) == "1 pair"
-    assert table.rows[0][:3] == ["SFT", f"+0.110 ± {T_QUANTILES[0] * 0.01:.3f}", "**+0.200 ± 0.000**"]
-    assert len(table.rows) == 1
+    assert table.rows[0] == ["SFT", "sampled", f"+0.110 ± {T_QUANTILES[0] * 0.01:.3f}", "**+0.200 ± 0.000**"]
+    assert [row[:2] for row in table.rows] == [["SFT", name] for name in ("sampled", "greedy", "majority")]
 
 
 def test_missing_and_diverged_runs_are_said(tmp_path: Path) -> None:
@@ -70,8 +70,8 @@ def test_missing_and_diverged_runs_are_said(tmp_path: Path) -> None:
     assert rows["SFT"][1] == "not run" and rows["SFT"][-1] == "0 of 3 seeds" and rows["GEM"][-1] == "2 of 3 seeds"
     rows = {row[0]: row for row in results_table(results, "chain", ["SFT", "GEM"], 16).rows}
     assert rows["GEM"][-1] == "3, 1 diverged" and rows["GEM"][2].startswith("0.710 ± ")  # of seeds 0 and 2
-    (row,) = differences(results, "chain", "GEM", ["SFT", "GEM"]).rows
-    assert row[1] == "not run" and row[2] == "**+0.000 ± 0.000** (2 of 3 seeds)".replace("**", "")
+    row, *_ = differences(results, "chain", "GEM", ["SFT", "GEM"]).rows
+    assert row[2] == "not run" and row[3] == "**+0.000 ± 0.000** (2 of 3 seeds)".replace("**", "")
 
 
 def test_rates_and_budgets(tmp_path: Path) -> None:
@@ -140,6 +140,6 @@ def test_the_page_is_made_from_records_alone(tmp_path: Path) -> None:
         "#### GEM minus the others", "#### Learning rates", "#### What a run spends", "## Does the gate predict a collapse?",
         "## Making this page",
     ]  # fmt: skip
-    assert "| GEM with random S | +0.000 ± 0.000 |" in text and "Sums of some numbers." in text
+    assert "| GEM with random S | sampled | +0.000 ± 0.000 |" in text and "Sums of some numbers." in text
     assert f"--config {plan.config.path.as_posix()} --only 'chain/*'" in text
     assert f"{plan.total} of {plan.total} runs are done" in text

@@ -237,15 +237,14 @@ def mean(values: Sequence[float], digits: int = 3) -> str:
 
 
 def differences(results: Results, task: str, base: str, methods: Sequence[str]) -> Table:
-    """Return base minus each method, paired by seed: a column per accuracy and number of pairs of one of the methods."""
-    begun = [pairs for pairs in results.pairs(task, methods) if results.of(task, base, pairs)]
-    columns = list(product(ACCURACIES, begun))
-    header = [base + " minus", *(f"{METRICS[key]}, {counted(pairs)}" for key, pairs in columns)]
-    others = [m for m in methods if m != base and any(results.of(task, m, pairs) for pairs in begun)]
+    """Return base minus each method, paired by seed: a row per accuracy and method, a column per number of pairs."""
+    columns = [pairs for pairs in results.pairs(task, methods) if results.of(task, base, pairs)]
+    others = [m for m in methods if m != base and any(results.of(task, m, pairs) for pairs in columns)]
     rows = [
-        [other, *(_difference(results, task, base, other, key, pairs) for key, pairs in columns)] for other in others
+        [other, METRICS[key], *(_difference(results, task, base, other, key, pairs) for pairs in columns)]
+        for key, other in product(ACCURACIES, others)
     ]
-    return Table(header, rows)
+    return Table([f"{base} minus", "accuracy", *map(counted, columns)], rows)
 
 
 def _difference(results: Results, task: str, base: str, other: str, key: str, pairs: int) -> str:
