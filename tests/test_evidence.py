@@ -278,7 +278,10 @@ def test_each_run_is_made_once_and_recorded(tmp_path: Path, capsys: pytest.Captu
     plan, pool = Plan(config_of(tmp_path)), Fake()
     make_runs(plan, "the command", pool)
     assert len(pool.made) == len(set(pool.made)) == 12
-    out = capsys.readouterr().out.splitlines()
+    first, *out = capsys.readouterr().out.splitlines()
+    assert first.startswith("0 of 12 runs are done; ") and first.endswith(
+        f" at a time, whose output is in {tmp_path / 'out'}/worker*.log"
+    )
     assert out[0] == "1 of 12  starts/chain/seed0: greedy 0.600, sampled 0.500; 10 s"
     assert out[2].startswith("3 of 12  chain/sft/pairs16-seed0-rate1e-05: greedy 0.700, sampled 0.600; 10 s; about ")
     assert out[-1] == f"12 of 12 runs are in {tmp_path / 'out'}"
@@ -289,6 +292,18 @@ def test_each_run_is_made_once_and_recorded(tmp_path: Path, capsys: pytest.Captu
     again = Fake()
     make_runs(plan, "", again)
     assert again.made == [] and not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_a_start_whose_answers_are_cut_off_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Short(Fake):
+        def ended(self) -> list[Any]:
+            ((job, record, error),) = super().ended()
+            return [(job, {**record, "test": {**record["test"], "truncated": 0.9 - 0.8 * job.seed}}, error)]
+
+    make_runs(Plan(config_of(tmp_path, studies=[{**STUDY, "methods": ["SFT"]}])), "", Short())
+    told = [line for line in capsys.readouterr().out.splitlines() if "cut off" in line]
+    assert len(told) == 1 and "starts/chain/seed0" in told[0]
+    assert told[0].endswith("; 90% of its answers are cut off: raise max_new_tokens")
 
 
 @pytest.mark.parametrize("after", range(0, 12, 3))

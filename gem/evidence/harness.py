@@ -30,6 +30,7 @@ from gem.models import pick_device
 from gem.report import Table
 
 LOCK_FILE = "evidence.lock"
+CUT_OFF = 0.1  # share of a start's sampled answers that may be cut off, and count as wrong, without a word
 
 
 def checked_records(plan: Plan) -> dict[Job, Record]:
@@ -84,6 +85,7 @@ def make_runs(plan: Plan, command: str, pool: Callable[[], AbstractContextManage
                     budget_of(plan.config, task)
                 _check_trl(plan)
                 count = worker_count(plan)
+                print(f"{_done(plan, records)}; {count} at a time, whose output is in {folder}/worker*.log", flush=True)
                 with pool() if pool else processes(plan.config, Runner, count, folder, gpus) as workers:
                     _make(plan, records, failed, workers, command)
         finally:
@@ -130,7 +132,9 @@ def _progress(plan: Plan, records: Mapping[Job, Record], job: Job) -> str:
     reached = [f"{name} {test[key]:.3f}" for key, name in names.items() if key in test]
     said = ", ".join(reached) or record.get("message", record["outcome"])
     done = plan.total - len(plan.missing(records))
-    return f"{done} of {plan.total}  {job}: {said}; {duration(record['seconds'])}{_left(plan, records)}"
+    cut = test.get("truncated", 0.0)
+    short = f"; {cut:.0%} of its answers are cut off: raise max_new_tokens" if not job.method and cut > CUT_OFF else ""
+    return f"{done} of {plan.total}  {job}: {said}; {duration(record['seconds'])}{_left(plan, records)}{short}"
 
 
 def _left(plan: Plan, records: Mapping[Job, Record]) -> str:
@@ -158,8 +162,12 @@ def status_table(plan: Plan, records: Mapping[Job, Record]) -> tuple[Table, str]
         lacks = ", ".join(_wanted(item) for item in gone)
         chosen = "—" if rate is None else f"{rate:g}"
         rows.append([f"{task}/{slug(method) or 'start'}", f"{len(all_of) - len(gone)} of {len(all_of)}", chosen, lacks])
-    line = f"{plan.total - len(missing)} of {plan.total} runs are done{_left(plan, records)}"
-    return Table(["task/method", "runs", "rate", "missing: pairs/seed"], rows), line
+    return Table(["task/method", "runs", "rate", "missing: pairs/seed"], rows), _done(plan, records)
+
+
+def _done(plan: Plan, records: Mapping[Job, Record]) -> str:
+    """Return the words for what is done, and the time that is left."""
+    return f"{plan.total - len(plan.missing(records))} of {plan.total} runs are done{_left(plan, records)}"
 
 
 def _wanted(item: Job | Cell) -> str:
