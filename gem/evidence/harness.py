@@ -90,8 +90,7 @@ def make_runs(plan: Plan, command: str, pool: Callable[[], AbstractContextManage
                     _make(plan, records, failed, workers, command)
         finally:
             shutil.rmtree(folder / "scratch", ignore_errors=True)
-    missing = len(plan.missing(records))
-    print(f"{plan.total - missing} of {plan.total} runs are in {folder}")
+    print(f"{plan.done(records)} of {plan.total} runs are in {folder}")
     if failed:
         first, why = next(iter(failed.items()))
         raise ValueError(
@@ -131,10 +130,9 @@ def _progress(plan: Plan, records: Mapping[Job, Record], job: Job) -> str:
     names = {"accuracy_greedy": "greedy", "accuracy_sampled": "sampled", "accuracy_majority": "majority"}
     reached = [f"{name} {test[key]:.3f}" for key, name in names.items() if key in test]
     said = ", ".join(reached) or record.get("message", record["outcome"])
-    done = plan.total - len(plan.missing(records))
     cut = test.get("truncated", 0.0)
     short = f"; {cut:.0%} of its answers are cut off: raise max_new_tokens" if not job.method and cut > CUT_OFF else ""
-    return f"{done} of {plan.total}  {job}: {said}; {duration(record['seconds'])}{_left(plan, records)}{short}"
+    return f"{plan.done(records)} of {plan.total}  {job}: {said}; {duration(record['seconds'])}{_left(plan, records)}{short}"
 
 
 def _left(plan: Plan, records: Mapping[Job, Record]) -> str:
@@ -167,7 +165,7 @@ def status_table(plan: Plan, records: Mapping[Job, Record]) -> tuple[Table, str]
 
 def _done(plan: Plan, records: Mapping[Job, Record]) -> str:
     """Return the words for what is done, and the time that is left."""
-    return f"{plan.total - len(plan.missing(records))} of {plan.total} runs are done{_left(plan, records)}"
+    return f"{plan.done(records)} of {plan.total} runs are done{_left(plan, records)}"
 
 
 def _wanted(item: Job | Cell) -> str:

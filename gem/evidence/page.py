@@ -122,12 +122,11 @@ def _introduction(results: Results) -> str:
     budgets = [record["settings"]["budget"] for record in results.runs.values()]
     said = "{steps} steps of {prompts} prompts, {group_size} completions of a prompt"
     spent = " or ".join(sorted({said.format(**budget) for budget in budgets})) or "none yet"
-    done = plan.total - len(plan.missing(results.records))
     return (
-        f"{done} of {plan.total} runs are done, on {len(config.seeds)} seeds. A run: {spent}. Accuracy is that of the test "
-        f"questions, sampled with {config.eval_samples} completions of each. ± is the half-width of the 95 % t-interval of "
-        "the mean over the seeds; a difference is paired by seed, and bold where its interval excludes 0: one in twenty "
-        "would be bold by chance."
+        f"{plan.done(results.records)} of {plan.total} runs are done, on {len(config.seeds)} seeds. A run: {spent}. "
+        f"Accuracy is that of the test questions, sampled with {config.eval_samples} completions of each. ± is the "
+        "half-width of the 95 % t-interval of the mean over the seeds; a difference is paired by seed, and bold where its "
+        "interval excludes 0: one in twenty would be bold by chance."
     )
 
 

@@ -158,6 +158,10 @@ class Plan:
         """The number of runs, each counted once."""
         return len(self.missing({}))
 
+    def done(self, records: Mapping[Job, Record]) -> int:
+        """Return the number of runs that have a record, of `total`."""
+        return self.total - len(self.missing(records))
+
     def _swept(self, cell: Cell) -> bool:
         """Return True if the run of a cell is one of the sweep, whichever rate is chosen."""
         config = self.config
