@@ -39,7 +39,7 @@ from gem.stops import Diverged
 
 logger = logging.getLogger(__name__)
 
-LOST = 0.25  # share of the weights that 16 bits keep from moving; more is a trap
+LOST = 0.25  # share of the weights that 16 bits keep from moving, from which on a warning comes
 
 
 class CollapseGuard(TrainerCallback):
@@ -147,8 +147,9 @@ class SoundWeights(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._norm, self._growth = check_weights(kwargs["model"], "before the first step, the model has"), 0.0
-        lost = lost_steps(kwargs["model"], args.learning_rate)
-        if lost and "adamw" in args.optim and "anyprecision" not in args.optim:  # which keeps what is rounded away
+        if "adamw" not in args.optim or "anyprecision" in args.optim:  # which can keep what is rounded away
+            return
+        if lost := lost_steps(kwargs["model"], args.learning_rate):
             remedy = "dtype=float32 keeps it (bf16=true then computes in bfloat16), and so do adapters (lora_rank)"
             logger.warning("the optimizer changes %s: %s", lost, remedy)
 
@@ -167,10 +168,11 @@ class SoundWeights(TrainerCallback):
 
 
 def lost_steps(model: nn.Module, learning_rate: float) -> str:
-    """Return what to say of weights that are trained in 16 bits, and too coarse for the steps of AdamW; "" if all is well.
+    """Return what to say of weights that are trained in 16 bits, and too coarse for the steps of AdamW; "" below LOST of them.
 
-    Such a step is about the learning rate. Added to a weight of 16 bits, it is rounded away where it is less than half the
-    distance to the next number: in bfloat16, 1e-5 is lost on all weights above 0.004. fp32 weights under autocast keep it.
+    The first step is about the learning rate, and later ones are smaller: at least so much is lost. Added to a weight of 16
+    bits, a step is rounded away where it is less than half the distance to the next number: in bfloat16, 1e-5 is lost on all
+    weights above 0.004. fp32 weights under autocast keep it.
 
     Args:
         model: its parameters that require a gradient are looked at.
