@@ -40,6 +40,8 @@ from gem.stops import Diverged
 logger = logging.getLogger(__name__)
 
 LOST = 0.25  # share of the weights that 16 bits keep from moving, from which on a warning comes
+STEPS_OF_THE_RATE = ("adam", "lion")  # optimizers that change every weight by about the learning rate
+KEEPS_SMALL_STEPS = ("kahan", "stochastic")  # settings of optimizers that make up for the rounding of 16-bit weights
 
 
 class CollapseGuard(TrainerCallback):
@@ -147,7 +149,8 @@ class SoundWeights(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._norm, self._growth = check_weights(kwargs["model"], "before the first step, the model has"), 0.0
-        if "adamw" not in args.optim or "anyprecision" in args.optim:  # which can keep what is rounded away
+        told = args.optim_args or ""
+        if not any(name in args.optim for name in STEPS_OF_THE_RATE) or any(name in told for name in KEEPS_SMALL_STEPS):
             return
         if lost := lost_steps(kwargs["model"], args.learning_rate):
             remedy = "dtype=float32 keeps it (bf16=true then computes in bfloat16), and so do adapters (lora_rank)"
@@ -170,14 +173,16 @@ class SoundWeights(TrainerCallback):
 def lost_steps(model: nn.Module, learning_rate: float) -> str:
     """Return what to say of weights that are trained in 16 bits, and too coarse for the steps of AdamW; "" below LOST of them.
 
-    The first step is about the learning rate, and later ones are smaller: at least so much is lost. Added to a weight of 16
-    bits, a step is rounded away where it is less than half the distance to the next number: in bfloat16, 1e-5 is lost on all
-    weights above 0.004. fp32 weights under autocast keep it.
+    The first step is about the learning rate, and later ones are smaller: at least so much is lost, and "" is no proof that
+    nothing is. Added to a weight of 16 bits, a step is rounded away where it is less than half the distance to the next
+    number: in bfloat16, 1e-5 is lost on all weights above 0.004. fp32 weights under autocast keep it.
 
     Args:
         model: its parameters that require a gradient are looked at.
-        learning_rate: the largest of the training.
+        learning_rate: the largest of the training. 0 is no step.
     """
+    if not learning_rate:
+        return ""
     trained = [p.detach() for p in model.parameters() if p.requires_grad]
     coarse = [p for p in trained if torch.finfo(p.dtype).bits <= 16]
     lost = sum(int((p + learning_rate == p).sum()) for p in coarse) / max(sum(p.numel() for p in trained), 1)

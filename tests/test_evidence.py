@@ -713,9 +713,14 @@ def test_the_whole_of_it_on_a_tiny_task(tmp_path: Path, monkeypatch: pytest.Monk
         checked_records(plan)
     with pytest.raises(ValueError, match="test of mine must hold questions that are not trained on, got 4 of 4"):
         Runner(config)(Job("mine", 0))
-    coarse = replace(config.tasks["mine"], model=replace(config.tasks["mine"].model, dtype="bfloat16"))
-    with pytest.raises(ValueError, match="dtype of mine must be float32, unless lora_rank is set, got weights in bfl"):
-        Runner(replace(config, tasks={"mine": coarse}))(Job("mine", 0))
+    for rank, message in (
+        (0, "mine must set lora_rank.* in bfloat16, where a step of 1e-05"),
+        (4, "are not trained on"),
+    ):
+        coarse = replace(config.tasks["mine"].model, dtype="bfloat16", lora_rank=rank)
+        tasks = {"mine": replace(config.tasks["mine"], model=coarse)}
+        with pytest.raises(ValueError, match=message):
+            Runner(replace(config, rates=(1e-3, 1e-5), tasks=tasks))(Job("mine", 0))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -168,7 +168,10 @@ class Runner:
         set_seed(seed)  # of new adapters
         model = load_model(task.model, tokenizer, self.device)
         if lost := lost_steps(model, min(self.config.rates)):
-            raise ValueError(f"dtype of {name} must be float32, unless lora_rank is set, got {lost}")
+            raise ValueError(
+                f"with dtype={task.model.dtype}, {name} must set lora_rank (or dtype=float32, for full fine-tuning): "
+                f"it would train {lost}, at the lowest of rates"
+            )
         return self._start_with(name, model, tokenizer, read, {"model": model_hash(model), **hashes})
 
     def _start_with(
