@@ -49,7 +49,10 @@ def main() -> None:
     parser.add_argument("--prompt_format", default="auto", help="plain prompts: auto | chat (the user's turn) | text")
     parser.add_argument("--system", default="", help="system message for chats without one")
     parser.add_argument("--cot_prompt", nargs="?", const=COT_PROMPT, help="ask candidates for a chain of thought")
-    parser.add_argument("--dtype", default="float32", help="bfloat16 on a GPU")
+    parser.add_argument(
+        "--dtype", default="float32", help="of the weights; in bfloat16 the small steps of AdamW are lost"
+    )
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: for a GPU")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
 
@@ -73,22 +76,20 @@ def main() -> None:
             per_device_train_batch_size=a.batch_size,
             learning_rate=a.learning_rate,
             warmup_steps=steps // 10,
+            bf16=a.bf16,
             logging_steps=1,
             report_to="none",
             seed=a.seed,
             **more,
         )
 
-    # Warm start: -log pi(chosen), a mean over tokens. Each group holds the chosen answer alone.
-    chosen_only = [pair_group(example) for example in examples]
-    for group in chosen_only:
-        group.members = group.members[:1]
+    # Warm start: -log pi(chosen), a mean over tokens. The rejected answers are not read.
     GEMTrainer(
         model,
         arguments("warm-start", a.warm_steps, save_strategy="no"),
         loss=LossArguments(loss="sft"),
         guard=GuardArguments(),
-        train_dataset=chosen_only,
+        train_dataset=[pair_group(example) for example in examples],
         processing_class=tokenizer,
     ).train()
 

@@ -141,8 +141,6 @@ def _sft(argv: Sequence[str]) -> None:
     examples = read_examples(data, tokenizer, need=("chosen",), ends=ends)
     run.check_input("data", data.data, lambda: source_hash(data.data, examples))
     groups = [pair_group(example) for example in examples]
-    for group in groups:
-        group.members = group.members[:1]  # the chosen answer
     set_seed(training.seed)
     model = load_model(model_args, tokenizer, training.device)
     _check_model(run, model_args, model)

@@ -110,6 +110,22 @@ def group_loss(
     return parts
 
 
+def reads(arguments: LossArguments, role: Role) -> bool:
+    """Return True if `group_loss` reads the log-probs of members of this role, False if they need no forward.
+
+    Args:
+        arguments: the loss and its weights.
+        role: of the member.
+    """
+    match arguments.loss:
+        case "sft":
+            return role == "chosen"
+        case "dpo" | "ipo":
+            return role != "candidate"
+        case _:
+            return True
+
+
 def reads_reference(arguments: LossArguments, role: Role, fresh: bool) -> bool:
     """Return True if `group_loss` reads the reference log-probs of members of this role.
 
@@ -118,14 +134,11 @@ def reads_reference(arguments: LossArguments, role: Role, fresh: bool) -> bool:
         role: of the member.
         fresh: True if it was sampled from the policy as it is now.
     """
-    is_candidate = role == "candidate"
     match arguments.loss:
         case "sega":
-            return (is_candidate and arguments.kl_weight > 0) or (arguments.taper and not fresh)
-        case "listwise_dpo":
-            return True
-        case "dpo" | "ipo":
-            return not is_candidate
+            return (role == "candidate" and arguments.kl_weight > 0) or (arguments.taper and not fresh)
+        case "listwise_dpo" | "dpo" | "ipo":
+            return reads(arguments, role)
         case _:  # sft and pro
             return False
 

@@ -17,6 +17,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +39,7 @@ from gem.guard import CollapseGuard, SoundWeights, check_gradients, check_weight
 from gem.head import completion_stats, fuse_lm_head, fused_head, router_usage, unwrapped
 from gem.head.router import adds_router_loss
 from gem.health import Health, Progress, group_health
-from gem.losses import group_loss, reads_reference
+from gem.losses import group_loss, reads, reads_reference
 from gem.noise import active_noise
 from gem.pipeline import GroupMaker
 from gem.positions import check_positions
@@ -136,7 +137,10 @@ class GEMTrainer(Trainer):
         self._batches: list[dict[str, Any]] = []  # of this step
         self._usage: tuple[Tensor | None, ...] = ()  # of its experts, once it is known
         fuse_lm_head(model, cache_bytes=loss.cache_mib << 20)
-        check_positions(model, longest_row(train_dataset), "max_length: prompt and completion")
+        rows = (
+            train_dataset if make_groups else [_read_by(loss, group) for group in cast(Sequence[Group], train_dataset)]
+        )
+        check_positions(model, longest_row(rows), "max_length: prompt and completion")
         if adds_router_loss(unwrapped(model)) and not fused_head(model).router_top_k:
             logger.warning(
                 "the router loss of %s is not E sum f P: with several micro-batches or processes, each counts its own "
@@ -182,6 +186,8 @@ class GEMTrainer(Trainer):
             # One call for the whole step: generation runs in larger batches than training.
             fresh = iter(self._fresh_groups([example for batch in micro_batches for example in batch]))
             micro_batches = [[next(fresh) for _ in batch] for batch in micro_batches]
+        else:
+            micro_batches = [[_read_by(self.loss, group) for group in batch] for batch in micro_batches]
         groups = [group for batch in micro_batches for group in batch]
         if self.maker is None:
             FromFile().fill(groups, self._reads_reference)
@@ -451,6 +457,12 @@ class GEMTrainer(Trainer):
         if "loss" in logs:
             logs = {**self._health.means(), **logs}
         super().log(logs, start_time)
+
+
+def _read_by(loss: LossArguments, group: Group) -> Group:
+    """Return a group with the members that the loss reads, unchanged if it has none, which is for the loss to refuse."""
+    members = [member for member in group.members if reads(loss, member.role)]
+    return replace(group, members=members) if members else group
 
 
 def _cause(logprob: Tensor, ref_logprob: Tensor | None, terms: dict[str, float]) -> str:

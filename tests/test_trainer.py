@@ -183,10 +183,28 @@ def test_every_preference_loss_widens_the_gap(tmp_path: Path, name: str) -> None
     assert gap[-1] > gap[0] + 0.1
 
 
+@pytest.mark.parametrize(
+    ("name", "read"), [("sft", "C"), ("dpo", "CR"), ("ipo", "CR"), ("pro", "cCR"), ("sega", "cCR")]
+)
+def test_what_a_loss_does_not_read_is_not_forwarded(
+    name: str, read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest: list[int] = []
+    monkeypatch.setattr("gem.trainer.check_positions", lambda model, tokens, what: longest.append(tokens))
+    model = tiny_model()
+    data = groups_of(model, 4)
+    data[1].members[0].ids[1:1] = [5] * 900
+    data[1].members[0].logprobs[1:1] = [-1.0] * 900
+    trainer = make_trainer(tmp_path, LossArguments(loss=name), model=model, data=data)
+    assert (longest[0] > 900) == ("c" in read)
+    (batch,), _ = trainer.get_batch_samples(iter([data]), 1, torch.device("cpu"))
+    assert len(batch["input_ids"]) == 4 * len(read) and all(len(group.members) == 3 for group in data)
+    letters = {"chosen": "C", "rejected": "R", "candidate": "c"}
+    assert {"".join(letters[m.role] for m in group.members) for group in batch["groups"]} == {read}
+
+
 def test_sft_is_the_mean_negative_log_likelihood_of_the_tokens(tmp_path: Path) -> None:
     groups = [pair_group(e) for e in examples(5)]
-    for group in groups:
-        group.members = group.members[:1]
     trainer = make_trainer(tmp_path, LossArguments(loss="sft"), data=groups)
     (batch,), items = trainer.get_batch_samples(iter([groups]), 1, torch.device("cpu"))
     model: Any = trainer.model
