@@ -116,6 +116,15 @@ def test_the_example_is_read() -> None:
     assert config.sweep_pairs == 16 and config.sweep_seeds == (0,) and set(config.plot) < named
 
 
+@pytest.mark.parametrize("name", ["evidence-edges", "evidence-many-pairs"])
+def test_the_examples_beside_it_are_read(name: str) -> None:
+    """They have its budget and seeds among its own, so that their runs may be compared with its runs."""
+    config = read_config(EXAMPLE.with_stem(name), METHODS, ["chain", "misleading", "long"])
+    whole = read_config(EXAMPLE, METHODS, ["chain", "misleading", "long"])
+    assert (config.budget, config.eval_samples) == (whole.budget, whole.eval_samples)
+    assert set(config.seeds) <= set(whole.seeds) and config.output_dir != whole.output_dir
+
+
 def test_the_example_of_the_page_is_read(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     (tmp_path / "own.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])

@@ -88,6 +88,9 @@ def test_rates_and_budgets(tmp_path: Path) -> None:
         ["GEM", "0.600", "**0.700**"],
     ]
     assert spent_table(results, "chain", ["GEM"]).rows == [["GEM", "80", "1,500", "5"]]
+    write_page(tmp_path / "page.md", plan, records_of(plan, edit))
+    said = "It is the lowest for SFT, and the highest for GEM: a rate beyond might be better there."
+    assert said in (tmp_path / "page.md").read_text(encoding="utf-8")
     one = Plan(config_of(tmp_path, rates=[1e-5]))
     assert rates_table(Results(one, {}), "chain", ["SFT"]).rows == [["SFT", "**not swept**"]]
 
@@ -118,6 +121,7 @@ def test_the_gate_as_a_prediction(tmp_path: Path) -> None:
         "0.50",
         "0",
     ]  # one run of the sweep more
+    assert rows["methods that do not, chosen rate"] == ["4", "2", "0", "0", "0.00", "—", "0"]
     assert rows["all methods, every rate"] == ["10", "6", "2", "1", "0.17", "0.50", "0"]
 
 

@@ -123,10 +123,11 @@ def _introduction(results: Results) -> str:
     said = "{steps} steps of {prompts} prompts, {group_size} completions of a prompt"
     spent = " or ".join(sorted({said.format(**budget) for budget in budgets})) or "none yet"
     return (
-        f"{plan.done(results.records)} of {plan.total} runs are done, on {len(config.seeds)} seeds. A run: {spent}. "
+        f"{plan.done(results.records)} of {plan.total} runs are done, {len(plan.starts)} starts among them, on "
+        f"{len(config.seeds)} seeds. A run: {spent}. "
         f"Accuracy is that of the test questions, sampled with {config.eval_samples} completions of each. ± is the "
         "half-width of the 95 % t-interval of the mean over the seeds; a difference is paired by seed, and bold where its "
-        "interval excludes 0: one in twenty would be bold by chance."
+        "interval excludes 0: where there is no difference, one in twenty is bold by chance."
     )
 
 
@@ -136,7 +137,7 @@ def _summary(results: Results, task: str) -> str:
     about = next((str(start.get("summary", "")) for start in starts), "")
     area = [start["validation"]["auroc"] for start in starts if "auroc" in start["validation"]]
     length = [start["test"]["preference_length"] for start in starts if "preference_length" in start["test"]]
-    said = [f"S has an AUROC of {mean(area)} on answers of the start"] if area else []
+    said = [f"S has an AUROC of {mean(area)} on the start's answers to the validation questions"] if area else []
     said += [f"length alone orders {mean(length)} of the test pairs"] if length else []
     return " ".join(filter(None, (about, f"{'; '.join(said)}." if said else "", _retrained(results, task))))
 
@@ -153,7 +154,10 @@ def _retrained(results: Results, task: str) -> str:
     )
 
 
-RATES_NOTE = "Sampled accuracy on the validation questions in the sweep; the bold rate is the best, and used above."
+RATES_NOTE = (
+    "Sampled accuracy on the validation questions in the sweep, with {pairs}; the bold rate is the best, and used with every "
+    "number of pairs."
+)
 ABLATIONS_NOTE = "Each leaves out or changes a part of GEM, at the best rate of a sweep of its own."
 GATE_NOTE = (
     f"The gate warns if the AUROC of S at the start, on the validation questions, is below {GATE:g}. A run has collapsed if it "
@@ -198,7 +202,9 @@ def _comparisons(
     for base in (base for base in bases if base in begun and {*made} - {base}):
         parts += [f"{level} {base} minus the others", markdown(differences(results, task, base, made))]
     swept = [m for m in own if any(job in results.records for job in results.plan.sweep(task, m))]
-    parts += [f"{level} Learning rates", RATES_NOTE, markdown(rates_table(results, task, swept))] if swept else []
+    if swept:
+        note = RATES_NOTE.format(pairs=counted(results.plan.config.sweep_pairs)) + _edges(results, task, swept)
+        parts += [f"{level} Learning rates", note, markdown(rates_table(results, task, swept))]
     parts += [f"{level} What a run spends", markdown(spent_table(results, task, made))] if made else []
     return parts
 
@@ -276,6 +282,16 @@ def rates_table(results: Results, task: str, methods: Sequence[str]) -> Table:
     return Table(["method", *(f"{rate:g}" for rate in plan.config.rates)], rows)
 
 
+def _edges(results: Results, task: str, methods: Sequence[str]) -> str:
+    """Return a sentence on the methods whose best rate is the lowest or the highest of the sweep, "" without one."""
+    rates = results.plan.config.rates
+    said = []
+    for edge, rate in (("lowest", min(rates)), ("highest", max(rates))):
+        at = [method for method in methods if results.plan.rate(task, method, results.records) == rate]
+        said += [f"the {edge} for {', '.join(at)}"] if at else []
+    return f" It is {', and '.join(said)}: a rate beyond might be better there." if said else ""
+
+
 def _swept(records: Sequence[Record], asked: int) -> str:
     if not records:
         return "not run" if asked else "not swept"
@@ -306,6 +322,7 @@ def gate_table(results: Results) -> Table:
     rows = []
     for name, runs in (("chosen rate", chosen), ("every rate", everything)):
         rows.append([f"methods that use S, {name}", *_gate([run for run in runs if run["uses_score"]], results)])
+        rows.append([f"methods that do not, {name}", *_gate([run for run in runs if not run["uses_score"]], results)])
         rows.append([f"all methods, {name}", *_gate(runs, results)])
     return Table(["runs", "number", "warned of", "collapsed", "both", "precision", "recall", "no AUROC"], rows)
 
