@@ -49,9 +49,7 @@ def main() -> None:
     parser.add_argument("--prompt_format", default="auto", help="plain prompts: auto | chat (the user's turn) | text")
     parser.add_argument("--system", default="", help="system message for chats without one")
     parser.add_argument("--cot_prompt", nargs="?", const=COT_PROMPT, help="ask candidates for a chain of thought")
-    parser.add_argument(
-        "--dtype", default="float32", help="of the weights; in bfloat16 the small steps of AdamW are lost"
-    )
+    parser.add_argument("--dtype", default="float32", help="of the weights; bfloat16 loses small steps of AdamW")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16: for a GPU")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
