@@ -102,7 +102,7 @@ def group_loss(
     if counts:
         loss = loss + arguments.kl_weight * kl
     parts = {"loss": loss}
-    if counts or not bool(ref_logprob[sampled].isnan().any()):
+    if counts or (bool(candidate.any()) and not bool(ref_logprob[sampled].isnan().any())):
         parts["kl"] = kl
     parts |= {"weight_positive": weight.clamp(min=0).sum(), "weight_negative": -weight.clamp(max=0).sum()}
     if has_pair:

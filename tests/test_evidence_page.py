@@ -121,7 +121,7 @@ def test_the_gate_as_a_prediction(tmp_path: Path) -> None:
         "0.50",
         "0",
     ]  # one run of the sweep more
-    assert rows["methods that do not, chosen rate"] == ["4", "2", "0", "0", "0.00", "—", "0"]
+    assert rows["methods that do not use S, chosen rate"] == ["4", "2", "0", "0", "0.00", "—", "0"]
     assert rows["all methods, every rate"] == ["10", "6", "2", "1", "0.17", "0.50", "0"]
 
 

@@ -122,9 +122,10 @@ def _introduction(results: Results) -> str:
     budgets = [record["settings"]["budget"] for record in results.runs.values()]
     said = "{steps} steps of {prompts} prompts, {group_size} completions of a prompt"
     spent = " or ".join(sorted({said.format(**budget) for budget in budgets})) or "none yet"
+    starts = sum(job in results.records for job in plan.starts)
     return (
-        f"{plan.done(results.records)} of {plan.total} runs are done, {len(plan.starts)} starts among them, on "
-        f"{len(config.seeds)} seeds. A run: {spent}. "
+        f"{plan.done(results.records)} of {plan.total} runs are done, {starts} of them starts, on {len(config.seeds)} seeds. "
+        f"A run: {spent}. "
         f"Accuracy is that of the test questions, sampled with {config.eval_samples} completions of each. ± is the "
         "half-width of the 95 % t-interval of the mean over the seeds; a difference is paired by seed, and bold where its "
         "interval excludes 0: where there is no difference, one in twenty is bold by chance."
@@ -322,7 +323,9 @@ def gate_table(results: Results) -> Table:
     rows = []
     for name, runs in (("chosen rate", chosen), ("every rate", everything)):
         rows.append([f"methods that use S, {name}", *_gate([run for run in runs if run["uses_score"]], results)])
-        rows.append([f"methods that do not, {name}", *_gate([run for run in runs if not run["uses_score"]], results)])
+        rows.append(
+            [f"methods that do not use S, {name}", *_gate([run for run in runs if not run["uses_score"]], results)]
+        )
         rows.append([f"all methods, {name}", *_gate(runs, results)])
     return Table(["runs", "number", "warned of", "collapsed", "both", "precision", "recall", "no AUROC"], rows)
 
