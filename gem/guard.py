@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ from gem.stops import Diverged
 logger = logging.getLogger(__name__)
 
 LOST = 0.25  # share of the weights that 16 bits keep from moving, from which on a warning comes
-STEPS_OF_THE_RATE = ("adam", "lion")  # optimizers that change every weight by about the learning rate
-KEEPS_SMALL_STEPS = ("kahan", "stochastic")  # settings of optimizers that make up for the rounding of 16-bit weights
+SHORT_STEPS = ("sgd", "lomo")  # of every optimizer but these, a step of each weight is about the learning rate
+MAKES_UP = re.compile(r"stable_adamw|(kahan|stochastic)\w*=\s*(1|on|t|true|y|yes)\b", re.IGNORECASE)
+"""An optimizer, or a setting of one, that makes up for the rounding of 16-bit weights."""
 
 
 class CollapseGuard(TrainerCallback):
@@ -149,8 +151,8 @@ class SoundWeights(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._norm, self._growth = check_weights(kwargs["model"], "before the first step, the model has"), 0.0
-        told = args.optim_args or ""
-        if not any(name in args.optim for name in STEPS_OF_THE_RATE) or any(name in told for name in KEEPS_SMALL_STEPS):
+        optimizer = f"{args.optim.value} {args.optim_args or ''}"
+        if any(name in optimizer for name in SHORT_STEPS) or MAKES_UP.search(optimizer):
             return
         if lost := lost_steps(kwargs["model"], args.learning_rate):
             remedy = "dtype=float32 keeps it (bf16=true then computes in bfloat16), and so do adapters (lora_rank)"
@@ -171,11 +173,11 @@ class SoundWeights(TrainerCallback):
 
 
 def lost_steps(model: nn.Module, learning_rate: float) -> str:
-    """Return what to say of weights that are trained in 16 bits, and too coarse for the steps of AdamW; "" below LOST of them.
+    """Return what to say of weights that 16 bits make too coarse for steps of the learning rate; "" below LOST of them.
 
-    The first step is about the learning rate, and later ones are smaller: at least so much is lost, and "" is no proof that
-    nothing is. Added to a weight of 16 bits, a step is rounded away where it is less than half the distance to the next
-    number: in bfloat16, 1e-5 is lost on all weights above 0.004. fp32 weights under autocast keep it.
+    The first step of AdamW is about the learning rate, and later ones are as a rule smaller, so that more is lost: "" is no
+    proof that nothing is. Added to a weight of 16 bits, a step is rounded away where it is less than half the distance to the
+    next number: in bfloat16, 1e-5 is lost on all weights above 0.004. fp32 weights under autocast keep it.
 
     Args:
         model: its parameters that require a gradient are looked at.

@@ -104,7 +104,8 @@ def group_loss(
     parts = {"loss": loss}
     if counts or (bool(candidate.any()) and not bool(ref_logprob[sampled].isnan().any())):
         parts["kl"] = kl
-    parts |= {"weight_positive": weight.clamp(min=0).sum(), "weight_negative": -weight.clamp(max=0).sum()}
+    if reads(arguments, "candidate"):
+        parts |= {"weight_positive": weight.clamp(min=0).sum(), "weight_negative": -weight.clamp(max=0).sum()}
     if has_pair:
         parts |= {"logprob_chosen": log_pi[chosen].mean(), "logprob_rejected": log_pi[rejected].mean()}
     return parts

@@ -6,7 +6,7 @@ import logging
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -74,7 +74,7 @@ def sequence_length(sequence: Sequence[Any]) -> int:
     return len(prompt) + len(completion) + sum(len(ids) for _, ids in (given[0] if given else ()))
 
 
-def longest_row(items: Sequence[Group] | Sequence[Example]) -> int:
+def longest_row(items: Iterable[Group | Example]) -> int:
     """Return the tokens of the longest sequence, prompt and completion, of groups or examples; 0 if there are none."""
     lengths = [0]
     for item in items:

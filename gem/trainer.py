@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -137,9 +137,9 @@ class GEMTrainer(Trainer):
         self._batches: list[dict[str, Any]] = []  # of this step
         self._usage: tuple[Tensor | None, ...] = ()  # of its experts, once it is known
         fuse_lm_head(model, cache_bytes=loss.cache_mib << 20)
-        rows = (
-            train_dataset if make_groups else [_read_by(loss, group) for group in cast(Sequence[Group], train_dataset)]
-        )
+        rows: Iterable[Group | Example] = train_dataset
+        if make_groups is None:
+            rows = (_read_by(loss, group) for group in cast(Sequence[Group], train_dataset))
         check_positions(model, longest_row(rows), "max_length: prompt and completion")
         if adds_router_loss(unwrapped(model)) and not fused_head(model).router_top_k:
             logger.warning(
@@ -460,7 +460,9 @@ class GEMTrainer(Trainer):
 
 
 def _read_by(loss: LossArguments, group: Group) -> Group:
-    """Return a group with the members that the loss reads, unchanged if it has none, which is for the loss to refuse."""
+    """Return a group with the members that the loss reads, unchanged if it has none of them."""
+    if not isinstance(group, Group):
+        raise ValueError(f"train_dataset must hold groups, unless make_groups is given, got {type(group).__name__}")
     members = [member for member in group.members if reads(loss, member.role)]
     return replace(group, members=members) if members else group
 

@@ -270,8 +270,12 @@ def test_a_training_whose_steps_are_lost_says_so(optim: str, tmp_path: Path, cap
         ("lion_32bit", None, True),
         ("adamw_anyprecision", None, True),  # without Kahan's sum, the default of transformers
         ("adamw_anyprecision", "use_kahan_summation=True", False),
+        ("adamw_anyprecision", "use_kahan_summation=False", True),
         ("adamw_torch_8bit", "bf16_stochastic_round=True", False),
-        ("adafactor", None, False),
+        ("stable_adamw", None, False),  # which makes up for it by itself
+        ("ademamix", None, True),
+        ("adafactor", None, True),
+        ("schedule_free_sgd", None, False),
     ],
 )
 def test_the_optimizers_that_lose_small_steps(

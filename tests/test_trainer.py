@@ -199,8 +199,16 @@ def test_what_a_loss_does_not_read_is_not_forwarded(
     assert (longest[0] > 900) == ("c" in read)
     (batch,), _ = trainer.get_batch_samples(iter([data]), 1, torch.device("cpu"))
     assert len(batch["input_ids"]) == 4 * len(read) and all(len(group.members) == 3 for group in data)
+    trainer.train()
+    logged = {name for entry in trainer.state.log_history for name in entry}
+    assert all((curve in logged) == ("c" in read) for curve in ("kl", "weight_positive", "kept"))
     letters = {"chosen": "C", "rejected": "R", "candidate": "c"}
     assert {"".join(letters[m.role] for m in group.members) for group in batch["groups"]} == {read}
+
+
+def test_examples_alone_are_no_training_set(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train_dataset must hold groups, unless make_groups is given, got Example"):
+        make_trainer(tmp_path, LossArguments(), data=examples(4))
 
 
 def test_sft_is_the_mean_negative_log_likelihood_of_the_tokens(tmp_path: Path) -> None:
