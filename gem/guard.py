@@ -41,9 +41,8 @@ from gem.stops import Diverged
 logger = logging.getLogger(__name__)
 
 LOST = 0.25  # share of the weights that 16 bits keep from moving, from which on a warning comes
-SHORT_STEPS = ("sgd", "lomo")  # of every optimizer but these, a step of each weight is about the learning rate
-MAKES_UP = re.compile(r"stable_adamw|(kahan|stochastic)\w*=\s*(1|on|t|true|y|yes)\b", re.IGNORECASE)
-"""An optimizer, or a setting of one, that makes up for the rounding of 16-bit weights."""
+LOSES_LITTLE = re.compile(r"sgd|lomo|stable_adamw|(kahan|stochastic)\w*=\s*(1|on|t|true|y|yes)\b", re.IGNORECASE)
+"""Optimizers whose steps are not about the learning rate; an optimizer, and settings of others, that make up for rounding."""
 
 
 class CollapseGuard(TrainerCallback):
@@ -151,8 +150,7 @@ class SoundWeights(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._norm, self._growth = check_weights(kwargs["model"], "before the first step, the model has"), 0.0
-        optimizer = f"{args.optim.value} {args.optim_args or ''}"
-        if any(name in optimizer for name in SHORT_STEPS) or MAKES_UP.search(optimizer):
+        if LOSES_LITTLE.search(f"{args.optim.value} {args.optim_args or ''}"):
             return
         if lost := lost_steps(kwargs["model"], args.learning_rate):
             remedy = "dtype=float32 keeps it (bf16=true then computes in bfloat16), and so do adapters (lora_rank)"

@@ -69,14 +69,15 @@ class GEMTrainer(Trainer):
         loss: the loss and its weights.
         guard: AUROC gate and automatic stops. After one, `stopped` says why, `diverged` is True unless the run merely got worse
             than its best, and `restored` names the folder whose weights the model has again.
-        train_dataset: groups; with make_groups, examples.
+        train_dataset: groups, of which the members that the loss does not read are not forwarded; with make_groups, examples.
         processing_class: the tokenizer.
         make_groups: examples -> groups, called once per optimizer step with the examples of that step. The groups of a
             GroupMaker are weighed inside the training's own forward, unless GroupMaker.two_passes says why not.
         evaluation: model -> metrics, called by evaluate(); required if args has an eval strategy.
 
     Raises:
-        ValueError: a setting is out of range, would have no effect here, or asks for FSDP, DeepSpeed or DataParallel.
+        ValueError: a setting is out of range, would have no effect here, or asks for FSDP, DeepSpeed or DataParallel; or
+            train_dataset does not hold groups, without make_groups.
         Diverged: in train() and save_model(): a log-prob, loss, gradient or weight is NaN or infinite.
     """
 

@@ -322,11 +322,12 @@ def gate_table(results: Results) -> Table:
     everything = [*chosen, *(record for record in swept if not any(record is run for run in chosen))]
     rows = []
     for name, runs in (("chosen rate", chosen), ("every rate", everything)):
-        rows.append([f"methods that use S, {name}", *_gate([run for run in runs if run["uses_score"]], results)])
-        rows.append(
-            [f"methods that do not use S, {name}", *_gate([run for run in runs if not run["uses_score"]], results)]
-        )
-        rows.append([f"all methods, {name}", *_gate(runs, results)])
+        for whose, uses in (
+            ("methods that use S", (True,)),
+            ("methods that do not use S", (False,)),
+            ("all methods", (True, False)),
+        ):
+            rows.append([f"{whose}, {name}", *_gate([run for run in runs if run["uses_score"] in uses], results)])
     return Table(["runs", "number", "warned of", "collapsed", "both", "precision", "recall", "no AUROC"], rows)
 
 
