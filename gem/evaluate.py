@@ -6,7 +6,8 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,18 @@ from torch import Tensor, nn
 from gem.answers import final_answer
 from gem.config import EvalArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
+from gem.distributed import awaits_shards, gathered, processes, whole_weights
 from gem.ends import Ends, model_ends
 from gem.fingerprint import state_hash
-from gem.generators import Generator, TransformersGenerator, check_room, draw_completions
+from gem.generators import (
+    Completion,
+    Generator,
+    TransformersGenerator,
+    check_room,
+    draw_completions,
+    prompt_batches,
+    seeded,
+)
 from gem.group import Group, Member
 from gem.head import ensure_fused
 from gem.score import score_groups, token_stats
@@ -41,7 +51,8 @@ class Evaluation:
         truncated: sampled completions that were cut off. Means over them: final_entropy, branch_entropy (nats), length
             (tokens).
 
-    After a call, `completions` holds the first greedy completions.
+    After a call, `completions` holds the first greedy completions. With several processes each makes a part of the work, so
+    that all of them must build it and call it.
 
     Args:
         model: the reference, as a rule the model before training.
@@ -76,14 +87,23 @@ class Evaluation:
         ends = model_ends(model, tokenizer, rollout.stop)
         self.expected = [self._answer(e.chosen_ids, ends) for e in self.answered]
         self.completions: list[dict[str, str]] = []
-        ensure_fused(model)
         if generator is None:  # found out now, not after the training
             check_room(model, [e.sampled_from for e in self.answered], rollout)
+        self.reference: Tensor | None = None
+        self._start: str | None = None  # hash of the reference, until a call meets other weights
+        if not awaits_shards(model):
+            self.attach(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Take a model for the reference: GEMTrainer does so with one that FSDP2 has sharded by then. Collective."""
+        ensure_fused(model)
         self.reference = self._pair_logprobs(model)
-        self._start = state_hash(model) if self.pairs else None  # until a call meets other weights
+        self._start = state_hash(model) if self.pairs else None
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Return the metrics of the model, those with a finite value."""
+        """Return the metrics of the model, those with a finite value: the same on every process. Collective."""
+        if self.reference is None:
+            self.attach(model)
         ensure_fused(model)
         metrics = {**self._preference(model), **self._task(model)}
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -95,7 +115,7 @@ class Evaluation:
             for e in self.pairs
             for ids, given in ((e.chosen_ids, e.chosen_given), (e.rejected_ids, e.rejected_given))
         ]
-        stats = token_stats(model, sequences, batch_tokens=self.score.score_tokens)
+        stats = token_stats(model, sequences, batch_tokens=self.score.score_tokens, shared=True)
         return torch.tensor([float(s.logprob.sum()) for s in stats]).view(-1, 2)
 
     def _preference(self, model: nn.Module) -> dict[str, float]:
@@ -103,15 +123,16 @@ class Evaluation:
         if not self.pairs:
             return {}
         # The first evaluation is often that of the reference itself: before the first step, or by `gem-kernels eval`.
-        if self._start is not None and self._start != state_hash(model):
+        if self._start is not None and any(gathered(self._start != state_hash(model))):
             self._start = None
-        logprob = self.reference if self._start is not None else self._pair_logprobs(model)
+        reference = cast(Tensor, self.reference)
+        logprob = reference if self._start is not None else self._pair_logprobs(model)
         length = torch.tensor([[len(e.chosen_ids), len(e.rejected_ids)] for e in self.pairs])
         longer = preference_accuracy(length.float())
         return {
             "preference_sum": preference_accuracy(logprob),
             "preference_token": preference_accuracy(logprob / length),
-            "preference_reference": preference_accuracy(logprob - self.reference),
+            "preference_reference": preference_accuracy(logprob - reference),
             "preference_length": max(longer, 1 - longer),
         }
 
@@ -122,7 +143,7 @@ class Evaluation:
         ends = model_ends(model, self.tokenizer, self.rollout.stop)
         generator = self.generator or TransformersGenerator(model, self.tokenizer, self.rollout)
         prompts = [e.sampled_from for e in self.answered]
-        drawn = draw_completions(generator, prompts, 1, ends, self.tokenizer, greedy=True)
+        drawn = self._draw(generator, prompts, 1, ends, greedy=True)
         greedy = [completion.ids for (completion,) in drawn]
         right = [self._is_right(ids, expected, ends) for ids, expected in zip(greedy, self.expected, strict=True)]
         self.completions = [
@@ -141,7 +162,7 @@ class Evaluation:
         self, model: nn.Module, generator: Generator, prompts: Sequence[list[int]], ends: Ends
     ) -> dict[str, float]:
         """Return the metrics of `samples` completions per prompt: their accuracy, and how S orders them."""
-        drawn = draw_completions(generator, prompts, self.samples, ends, self.tokenizer)
+        drawn = self._draw(generator, prompts, self.samples, ends)
         groups = [
             Group(
                 e.prompt,
@@ -154,7 +175,7 @@ class Evaluation:
             for completion in completions
         ]
         expected = [answer for answer in self.expected for _ in range(self.samples)]
-        score_groups(groups, self.tokenizer, model, None, self.score, ends=ends)
+        score_groups(groups, self.tokenizer, model, None, self.score, ends=ends, shared=True)
         sampled = [group.members[0] for group in groups]
         given = ["" if m.truncated else m.answer for m in sampled]
         correct = [bool(answer) and own == answer for own, answer in zip(given, expected, strict=True)]
@@ -170,6 +191,32 @@ class Evaluation:
             "final_entropy": _mean([m.final_entropy for m in sampled]),
             "branch_entropy": _mean([m.branch_entropy for m in sampled]),
         }
+
+    def _draw(
+        self, generator: Generator, prompts: Sequence[list[int]], n: int, ends: Ends, *, greedy: bool = False
+    ) -> list[list[Completion]]:
+        """Return n completions of each prompt, of which every process draws a part: whole batches of one process.
+
+        The random numbers of a batch depend on torch's global generator and the batch alone, so any number of processes that
+        were seeded alike draws the same.
+        """
+        rank, count = processes()
+        if isinstance(generator, TransformersGenerator):
+            batches = prompt_batches(prompts, n, self.rollout.rollout_batch_size)
+        else:  # a server has its own
+            batches = [at for first in range(count) if (at := list(range(len(prompts)))[first::count])]
+        key = int(torch.randint(1 << 62, ()))
+        drawn: dict[int, list[Completion]] = {}
+        whole = whole_weights(generator.model) if isinstance(generator, TransformersGenerator) else nullcontext()
+        with whole:
+            for first in range(0, len(batches), count):
+                own = batches[first + rank] if first + rank < len(batches) else []
+                with seeded(key, first + rank):
+                    asked = [prompts[i] for i in own]
+                    found = draw_completions(generator, asked, n, ends, self.tokenizer, greedy=greedy)
+                drawn |= dict(zip(own, found, strict=True))
+        every = {i: completions for part in gathered(drawn) for i, completions in part.items()}
+        return [every[i] for i in range(len(prompts))]
 
     def _answer(self, ids: Sequence[int], ends: Ends) -> str:
         """Return the final answer of a completion, normalised."""

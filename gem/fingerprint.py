@@ -63,18 +63,23 @@ def model_hash(model: nn.Module) -> str:
     """
     import torch
 
+    from gem.distributed import local_part
+
     sums, seen = {}, set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.Tensor) and id(tensor) not in seen:
             seen.add(id(tensor))
-            sums[f"{name} {tuple(tensor.shape)} {tensor.dtype}"] = _checksum(tensor.detach())
+            sums[f"{name} {tuple(tensor.shape)} {tensor.dtype}"] = _checksum(local_part(tensor.detach()))
     configs = [getattr(model, name, None) for name in ("config", "generation_config")]
     texts = [json.dumps(_content(config), sort_keys=True, default=str) for config in configs if config is not None]
     return _text_hash([*(f"{what} {int(total)}" for what, total in sums.items()), *texts])
 
 
 def state_hash(model: nn.Module) -> str:
-    """Hash what a forward in evaluation mode depends on: model_hash, all buffers, and which adapters are on."""
+    """Hash what a forward in evaluation mode depends on: model_hash, all buffers, and which adapters are on.
+
+    Of a sharded model it is the hash of this process's part.
+    """
     buffers = [
         f"{name} {int(_checksum(buffer.detach().contiguous()))}"
         for name, buffer in model.named_buffers()

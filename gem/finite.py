@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
+
+from gem.distributed import local_part
 
 
 def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -48,7 +50,6 @@ def not_finite_weights(model: Any) -> str:
 
 def _local(tensor: Tensor) -> Tensor | None:
     """Return this process's part of a tensor; None if it has no numbers to look at."""
-    if hasattr(tensor, "to_local"):  # a DTensor
-        tensor = cast(Tensor, tensor.to_local())
+    tensor = local_part(tensor)
     plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta
     return tensor if plain and tensor.is_floating_point() and tensor.element_size() > 1 else None

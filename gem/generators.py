@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from gem.config import RolloutArguments
 from gem.decoding import decode
+from gem.distributed import is_sharded, most, whole_weights
 from gem.ends import Ends, model_ends
 from gem.positions import check_positions
 from gem.stops import Diverged
@@ -98,10 +99,12 @@ def draw_completions(
 ) -> list[list[Completion]]:
     """Return n completions per prompt from any backend, checked, and cut behind their first end.
 
+    A generator with a true attribute `collective` is called by all processes, also without a prompt.
+
     Raises:
         ValueError: the backend returned another number of completions, or one that is no non-empty list of token ids.
     """
-    if not prompts or not n:
+    if not n or (not prompts and not getattr(generator, "collective", False)):
         return [[] for _ in prompts]
     drawn = generator(prompts, n, greedy=greedy, progress=progress)
     if len(drawn) != len(prompts) or any(len(completions) != n for completions in drawn):
@@ -139,6 +142,11 @@ class TransformersGenerator:
     tokenizer: Any
     arguments: RolloutArguments
 
+    @property
+    def collective(self) -> bool:
+        """True for a model that FSDP2 has sharded: each process gets whole weights from the others, and then samples alone."""
+        return is_sharded(self.model)
+
     @torch.no_grad()
     def __call__(
         self, prompts: Sequence[Sequence[int]], n: int = 1, *, greedy: bool = False, progress: str | None = None
@@ -152,15 +160,25 @@ class TransformersGenerator:
         check_room(self.model, prompts, self.arguments)
         warn_of_top_p(self.arguments, greedy)
         completions: list[list[Completion]] = [[] for _ in prompts]
-        # Sorting by length leaves most batches without padding.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        step = max(1, self.arguments.rollout_batch_size // n)
-        with _sampling(self.model, self.tokenizer, self.arguments, greedy) as sampler:
-            for start in tqdm(range(0, len(order), step), desc=progress, disable=progress is None, leave=False):
-                batch = order[start : start + step]
+        batches = prompt_batches(prompts, n, self.arguments.rollout_batch_size)
+        if self.collective and not most(len(batches)):
+            return completions
+        with (
+            whole_weights(self.model),
+            _sampling(self.model, self.tokenizer, self.arguments, greedy) as sampler,
+            tqdm(batches, desc=progress, disable=progress is None, leave=False) as bar,
+        ):
+            for batch in bar:
                 for i, group in zip(batch, sampler.groups([prompts[i] for i in batch], n), strict=True):
                     completions[i] = group
         return completions
+
+
+def prompt_batches(prompts: Sequence[Sequence[int]], n: int, rows: int) -> list[list[int]]:
+    """Return the indices of the prompts of each batch, of max(1, rows // n) groups. They are of similar length: little pads."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    step = max(1, rows // n)
+    return [order[start : start + step] for start in range(0, len(order), step)]
 
 
 def generate(
@@ -264,7 +282,8 @@ class _Sampler:
         if self.base._is_stateful or config.is_encoder_decoder or config.get_text_config() is not config:
             return None
         prompts = {name: rows[:, :-1] for name, rows in inputs.items()}
-        out = self.model.generate(**prompts, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
+        options = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True}
+        out = self.model.generate(**prompts, **options, synced_gpus=False)
         cache, width = getattr(out, "past_key_values", None), prompts["input_ids"].shape[1]
         layers: list[Any] = cache.layers if type(cache) is DynamicCache else []
         whole = all(type(layer) in REPEATABLE and layer.get_seq_length() == width for layer in layers)
@@ -280,6 +299,7 @@ class _Sampler:
         logprobs = SampledLogprobs()
         out = self.model.generate(
             **options,
+            synced_gpus=False,  # with whole weights no process waits for another
             logits_processor=LogitsProcessorList([logprobs]),
             stopping_criteria=StoppingCriteriaList(
                 [StopTexts(self.ends, self.tokenizer, width)] if self.ends.texts else []

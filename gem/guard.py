@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from gem.checkpoints import manifest_flaw, steps_of
 from gem.config import GuardArguments
+from gem.distributed import gathered, local_part, whole_norm
 from gem.finite import not_finite
 from gem.group import Group
 from gem.rails import (
@@ -178,12 +179,12 @@ def lost_steps(model: nn.Module, learning_rate: float) -> str:
     next number: in bfloat16, 1e-5 is lost on all weights above 0.004. fp32 weights under autocast keep it.
 
     Args:
-        model: its parameters that require a gradient are looked at.
+        model: its parameters that require a gradient are looked at, of sharded ones the parts of this process.
         learning_rate: the largest of the training. 0 is no step.
     """
     if not learning_rate:
         return ""
-    trained = [p.detach() for p in model.parameters() if p.requires_grad]
+    trained = [local_part(p.detach()) for p in model.parameters() if p.requires_grad]
     coarse = [p for p in trained if torch.finfo(p.dtype).bits <= 16]
     lost = sum(int((p + learning_rate == p).sum()) for p in coarse) / max(sum(p.numel() for p in trained), 1)
     if lost < LOST:
@@ -207,13 +208,18 @@ def check_gradients(model: nn.Module, what: str) -> float:
 def _finite_norm(named: Sequence[tuple[str, Tensor]], message: str, overflow: str) -> float:
     """Return the norm of all tensors together: one pass, and one number read back from the device.
 
-    It is taken in fp32 at least: in fp16, that of healthy weights overflows.
+    It is taken in fp32 at least: in fp16, that of healthy weights overflows. All processes find the same.
     """
-    dtypes = [torch.promote_types(tensor.dtype, torch.float32) for _, tensor in named]
-    norms = [torch.linalg.vector_norm(t, dtype=dtype) for (_, t), dtype in zip(named, dtypes, strict=True)]
-    norm = float(torch.linalg.vector_norm(torch.stack([n.to(norms[0]) for n in norms]))) if norms else 0.0
+    tensors = [tensor for _, tensor in named]
+    parts = [(name, local_part(tensor)) for name, tensor in named]
+    wide = [torch.promote_types(part.dtype, torch.float32) for _, part in parts]
+    norms = [torch.linalg.vector_norm(part, dtype=dtype) for (_, part), dtype in zip(parts, wide, strict=True)]
+    norm = whole_norm(norms, tensors)
     if not math.isfinite(norm):
-        raise Diverged(message % (not_finite(named) or overflow))
+        found = not_finite(parts)
+        if any(part is not tensor for (_, part), tensor in zip(parts, tensors, strict=True)):
+            found = next(filter(None, gathered(found)), "")  # the shard of one process may be what is not finite
+        raise Diverged(message % (found or overflow))
     return norm
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import ProgressCallback, TrainerState
 
 from gem.group import Group, Member
+
+Part = tuple[float, int]
+"""The sum and the number of the values that a process has of a mean."""
 
 
 class Health:
@@ -25,6 +27,7 @@ class Health:
         self.mixed = mixed
         self._values: dict[str, list[float]] = {}
         self._largest: dict[str, float] = {}
+        self._steps: list[dict[str, Part]] = []  # of `group_health`, this process's part of each step
 
     def record(self, name: str, value: Tensor | float) -> float:
         """Keep a value for the mean that the next log shows, and return it."""
@@ -38,30 +41,40 @@ class Health:
             self._largest["sampler_gap_max"] = max(gap, self._largest.get("sampler_gap_max", 0.0))
 
     def record_groups(self, groups: Sequence[Group]) -> None:
-        """Record the means of `group_health` over the groups of a step."""
-        for name, values in group_health(groups, self.mixed).items():
-            self.record(name, torch.tensor(values).nanmean())
+        """Record `group_health` of this process's groups of a step: the log shows the mean over steps of its mean."""
+        self._steps.append({name: _part(values) for name, values in group_health(groups, self.mixed).items()})
 
     def means(self) -> dict[str, float]:
         """Return the mean over all processes of each value recorded since the last call, and the largest gap.
 
         A value that no process has recorded is absent.
         """
-        finite = {name: [x for x in values if math.isfinite(x)] for name, values in self._values.items()}
-        summed = {name: (math.fsum(values), len(values)) for name, values in finite.items()}
-        gathered: list[tuple[dict[str, tuple[float, int]], dict[str, float]]] = gather_object(
-            [(summed, dict(self._largest))]
+        own = {name: _part(values) for name, values in self._values.items()}
+        everyone: list[tuple[dict[str, Part], list[dict[str, Part]], dict[str, float]]] = gather_object(
+            [(own, self._steps, self._largest)]
         )
-        self._values.clear()
-        self._largest.clear()
-        found = [part for part, _ in gathered]
-        gaps = [part["sampler_gap_max"] for _, part in gathered if part]
-        largest = {"sampler_gap_max": max(gaps)} if gaps else {}
-        names = dict.fromkeys(name for part in found for name in part)
-        sums = {name: [part[name] for part in found if name in part] for name in names}
-        counts = {name: sum(n for _, n in parts) for name, parts in sums.items()}
-        means = {name: sum(total for total, _ in sums[name]) / n for name, n in counts.items() if n}
-        return {**means, **largest}
+        gaps = [largest["sampler_gap_max"] for _, _, largest in everyone if largest]
+        of_steps = [_means(parts) for parts in zip(*(steps for _, steps, _ in everyone), strict=True)]
+        names = dict.fromkeys(name for step in of_steps for name in step)
+        over_steps = {name: _part([step[name] for step in of_steps if name in step]) for name in names}
+        found = {**_means([values for values, _, _ in everyone]), **_means([over_steps])}
+        self._values, self._largest, self._steps = {}, {}, []
+        return {**found, **({"sampler_gap_max": max(gaps)} if gaps else {})}
+
+
+def _part(values: Sequence[float]) -> Part:
+    """Return the sum and the number of the finite values."""
+    finite = [x for x in values if math.isfinite(x)]
+    return math.fsum(finite), len(finite)
+
+
+def _means(parts: Iterable[dict[str, Part]]) -> dict[str, float]:
+    """Return the mean of each name over the parts that have values of it."""
+    sums: dict[str, list[Part]] = {}
+    for name, part in (item for own in parts for item in own.items()):
+        sums.setdefault(name, []).append(part)
+    counts = {name: sum(n for _, n in own) for name, own in sums.items()}
+    return {name: sum(total for total, _ in sums[name]) / n for name, n in counts.items() if n}
 
 
 def group_health(groups: Sequence[Group], mixed: bool = False) -> dict[str, list[float]]:

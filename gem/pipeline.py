@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gem.calibration import WINDOW, Calibration, Signals
 from gem.config import RankArguments, RolloutArguments, ScoreArguments, calibrates, comparator_weights
 from gem.data import Example
+from gem.distributed import awaits_shards
 from gem.ends import model_ends
 from gem.generators import Completion, Generator, TransformersGenerator, draw_completions
 from gem.group import Group, Member
@@ -97,7 +98,8 @@ class GroupMaker:
 
     def __post_init__(self) -> None:
         self.gap, self._warned = math.nan, False  # of the last scoring pass
-        ensure_fused(self.model)
+        if not awaits_shards(self.model):
+            ensure_fused(self.model)
         if isinstance(self.reference, nn.Module):
             self.reference = Frozen(self.reference, batch_tokens=self.score.score_tokens)
 
@@ -107,7 +109,7 @@ class GroupMaker:
         groups = [pair_group(example) for example in self.pairs if example.has_pair][:WINDOW]
         if not groups or not calibrates(self.rank):
             return None
-        score_groups(groups, self.tokenizer, self.model, None, self.score)
+        score_groups(groups, self.tokenizer, self.model, None, self.score, shared=True)
         calibration = Calibration(groups)
         trust = calibration.trust
         logger.info(

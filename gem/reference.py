@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gem.config import LossArguments, ScoreArguments
+from gem.distributed import awaits_shards, is_sharded, wake_up
 from gem.group import ROLES, Group, Member
 from gem.head import completion_stats, ensure_fused, undisturbed
 from gem.head.trial import trial_tokens
@@ -70,6 +71,13 @@ class Computed:
         self.batch_tokens, self.recurring = batch_tokens, True
         self._human: dict[bytes, list[Tensor]] = {}  # log-probs of the human answers of a group, by all their tokens
 
+    def attach(self, shard: Callable[[nn.Module], nn.Module]) -> None:
+        """Get ready once the policy has been sharded by FSDP2, and before it changes. Collective.
+
+        Args:
+            shard: shards a model that is not trained.
+        """
+
     def serving(self) -> AbstractContextManager[nn.Module]:
         """Return a context in which the model is that before training; it gives the fused model."""
         raise NotImplementedError
@@ -77,30 +85,38 @@ class Computed:
     def fill(self, groups: Sequence[Group], wanted: Wanted) -> None:
         missing = partial(_lacks, wanted)
         with self.serving() as model:
-            for group in groups if self.recurring else ():
-                self._fill_human(model, group, missing)
+            if self.recurring:
+                self._fill_human(model, groups, missing)
             members = [m for group in groups for m in group.members if missing(m)]
             computed = group_stats(model, groups, self.batch_tokens, wanted=missing)
             for member, stats in zip(members, computed, strict=True):
                 member.logprobs = stats.logprob.tolist()
 
-    def _fill_human(self, model: nn.Module, group: Group, missing: Wanted) -> None:
-        """Fill in the human answers of a group, in a batch of their own unless they are known."""
-        human = [m for m in group.members if m.role != "candidate" and missing(m)]
-        if not human:
-            return
-        key = hashlib.sha256(repr([group.sequence(member) for member in human]).encode()).digest()
-        if key not in self._human:
-            alone = group_stats(
-                model, [group], self.batch_tokens, wanted=lambda m: m.role != "candidate" and missing(m)
-            )
-            self._human[key] = [stats.logprob for stats in alone]
-        for member, logprob in zip(human, self._human[key], strict=True):
-            member.logprobs = logprob.tolist()
+    def _fill_human(self, model: nn.Module, groups: Sequence[Group], missing: Wanted) -> None:
+        """Fill in the human answers of each group, in a batch of their own unless they are known."""
+
+        def is_human(member: Member) -> bool:
+            return member.role != "candidate" and missing(member)
+
+        keyed = {_key(group, is_human): group for group in groups if any(map(is_human, group.members))}
+        unknown = {key: group for key, group in keyed.items() if key not in self._human}
+        alone = iter(group_stats(model, list(unknown.values()), self.batch_tokens, wanted=is_human, apart=True))
+        for key, group in unknown.items():
+            self._human[key] = [next(alone).logprob for member in group.members if is_human(member)]
+        for group in groups:
+            human = [member for member in group.members if is_human(member)]
+            for member, logprob in zip(human, self._human[_key(group, is_human)] if human else (), strict=True):
+                member.logprobs = logprob.tolist()
 
 
 def _lacks(wanted: Wanted, member: Member) -> bool:
     return not member.logprobs and wanted(member)
+
+
+def _key(group: Group, wanted: Wanted) -> bytes:
+    """Return what the log-probs of the wanted members of a group depend on, hashed."""
+    sequences = [group.sequence(member) for member in group.members if wanted(member)]
+    return hashlib.sha256(repr(sequences).encode()).digest()
 
 
 class AdapterOff(Computed):
@@ -127,7 +143,14 @@ class AdapterOff(Computed):
                 f"model must train its adapters alone for AdapterOff, got {outside[0]}, which stays as it is trained when the "
                 "adapters are off: take Frozen(copy.deepcopy(model))"
             )
-        ensure_fused(model)
+        if not awaits_shards(model):
+            ensure_fused(model)
+            self._check_new()
+
+    def attach(self, shard: Callable[[nn.Module], nn.Module]) -> None:
+        self._check_new()
+
+    def _check_new(self) -> None:
         with self.serving():
             off = _trial_logprobs(self.model)
         if not torch.equal(_trial_logprobs(self.model), off):
@@ -172,11 +195,17 @@ class Frozen(Computed):
     ) -> None:
         super().__init__(batch_tokens)
         self.model, self.policy = model, policy
-        ensure_fused(model)
+        if not awaits_shards(model):
+            ensure_fused(model)
+
+    def attach(self, shard: Callable[[nn.Module], nn.Module]) -> None:
+        self.model = shard(self.model)
+        wake_up(self.model)
+        ensure_fused(self.model)
 
     @contextmanager
     def serving(self) -> Iterator[nn.Module]:
-        if self.policy is not None:
+        if self.policy is not None and not is_sharded(self.model):
             self.model.to(next(self.policy.parameters()).device)
         yield self.model
 

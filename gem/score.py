@@ -7,6 +7,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from gem.answers import read_answer
 from gem.config import LAST_TOKENS, SAMPLER_GAP, ScoreArguments
 from gem.data import Example, TokenPair, pack
+from gem.distributed import gathered, is_sharded, most, processes
 from gem.ends import Ends, model_ends
 from gem.finite import not_finite
 from gem.group import Group, Member
@@ -35,6 +37,8 @@ def token_stats(
     batch_tokens: int,
     progress: str | None = None,
     names: Sequence[str] = (),
+    apart: Sequence[int] = (),
+    shared: bool = False,
 ) -> list[HeadStats]:
     """Return the statistics of the completion tokens of each sequence, on the CPU, in the order of the sequences.
 
@@ -45,27 +49,48 @@ def token_stats(
         batch_tokens: most tokens, padding included, that go through the model at once; a longer sequence goes alone.
         progress: label of a progress bar; None: no bar.
         names: of the sequences, for the message of Diverged; none: their numbers.
+        apart: sizes of runs of sequences whose batches hold no others, such as the answers of a pair; none: one run.
+        shared: every process has these sequences, and each computes the statistics of some batches for all. Collective.
+
+    A model that FSDP2 has sharded makes as many forwards on each process, so that all of them must call this, also without a
+    sequence.
 
     Raises:
         ValueError: a sequence is longer than the model has positions for.
         Diverged: the model gives a log-prob or an entropy that is not finite.
     """
     fused_head(model)
-    device = next(model.parameters()).device
-    results: list[HeadStats | None] = [None] * len(sequences)
     lengths = [sequence_length(sequence) for sequence in sequences]
     check_positions(model, max(lengths, default=0), "max_length: prompt and completion")
+    runs = _runs(apart or [len(sequences)])
+    batches = [[run[i] for i in at] for run in runs for at in _batches([lengths[i] for i in run], batch_tokens)]
+    rank, count = processes() if shared else (0, 1)
+    own = batches[rank::count]
+    idle = (
+        most(len(own)) - len(own) if is_sharded(model) else 0
+    )  # forwards that the others make, and this process must too
+    results: dict[int, HeadStats] = {}
     with undisturbed(model), tqdm(total=len(sequences), desc=progress, disable=progress is None, leave=False) as bar:
-        for at in _batches(lengths, batch_tokens):
-            batch = pack([[sequences[i] for i in at]], layout="right", pad_id=0)
-            _, stats = completion_stats(model, {name: t.to(device) for name, t in batch.items()})
-            scored = batch["cu_seqlens"].diff().tolist()
-            for i, *pieces in zip(at, *(field.cpu().split(scored) for field in stats), strict=True):
-                results[i] = HeadStats(*pieces)
-                if found := not_finite(results[i]._asdict().items()):
+        for at in own:
+            for i, stats in zip(at, _batch_stats(model, [sequences[i] for i in at]), strict=True):
+                results[i] = stats
+                if found := not_finite(stats._asdict().items()):
                     raise Diverged(f"the model gives {found} for {names[i] if names else f'sequence {i}'}")
             bar.update(len(at))
-    return [r for r in results if r is not None]
+        for _ in range(idle):
+            _batch_stats(model, [([0], [0])])
+    for part in gathered(results) if shared else ():
+        results |= part
+    return [results[i] for i in range(len(sequences))]
+
+
+def _batch_stats(model: nn.Module, sequences: Sequence[TokenPair]) -> list[HeadStats]:
+    """Return the statistics of each sequence of a batch, on the CPU."""
+    device = next(model.parameters()).device
+    batch = pack([list(sequences)], layout="right", pad_id=0)
+    _, stats = completion_stats(model, {name: t.to(device) for name, t in batch.items()})
+    scored = batch["cu_seqlens"].diff().tolist()
+    return [HeadStats(*pieces) for pieces in zip(*(field.cpu().split(scored) for field in stats), strict=True)]
 
 
 def sequence_length(sequence: Sequence[Any]) -> int:
@@ -99,6 +124,12 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
+def _runs(sizes: Sequence[int]) -> list[list[int]]:
+    """Return the indices of consecutive runs of these sizes."""
+    ends = list(accumulate(sizes))
+    return [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
+
 def score_groups(
     groups: Sequence[Group],
     tokenizer: Any,
@@ -108,6 +139,7 @@ def score_groups(
     progress: str | None = None,
     *,
     ends: Ends | None = None,
+    shared: bool = False,
 ) -> None:
     """Fill in logprobs, entropies, spans, flaws and S of every member, in place.
 
@@ -121,14 +153,15 @@ def score_groups(
         arguments: settings of Eq. 1.
         progress: label of a progress bar; None: no bar.
         ends: ends of a completion; None: the ends of the scorer and the tokenizer.
+        shared: every process has these groups, see token_stats.
 
     Raises:
         Diverged: a log-prob or an entropy is not finite; the message names the group.
     """
     read_members(groups, tokenizer, model_ends(scorer, tokenizer) if ends is None else ends, arguments)
     members = [member for group in groups for member in group.members]
-    stats = group_stats(scorer, groups, arguments.score_tokens, progress)
-    references = stats if reference is None else group_stats(reference, groups, arguments.score_tokens)
+    stats = group_stats(scorer, groups, arguments.score_tokens, progress, shared=shared)
+    references = stats if reference is None else group_stats(reference, groups, arguments.score_tokens, shared=shared)
     for member, own, ref in zip(members, stats, references, strict=True):
         member.entropies, member.logprobs = own.entropy.tolist(), ref.logprob.tolist()
     apply_eq1(members, torch.cat([s.entropy for s in stats]), arguments)
@@ -141,12 +174,20 @@ def group_stats(
     progress: str | None = None,
     *,
     wanted: Callable[[Member], bool] = lambda _: True,
+    apart: bool = False,
+    shared: bool = False,
 ) -> list[HeadStats]:
-    """Return `token_stats` of the wanted members of groups, one after the other; Diverged names the member and its group."""
+    """Return `token_stats` of the wanted members of groups, one after the other; Diverged names the member and its group.
+
+    apart: each group goes through the model alone.
+    """
     pairs = [(group, member) for group in groups for member in group.members if wanted(member)]
     names = [f"the {member.role} answer of {group.name}" for group, member in pairs]
     sequences = [group.sequence(member) for group, member in pairs]
-    return token_stats(model, sequences, batch_tokens=batch_tokens, progress=progress, names=names)
+    sizes = [sum(map(wanted, group.members)) for group in groups] if apart else []
+    return token_stats(
+        model, sequences, batch_tokens=batch_tokens, progress=progress, names=names, apart=sizes, shared=shared
+    )
 
 
 def read_members(groups: Sequence[Group], tokenizer: Any, ends: Ends, arguments: ScoreArguments) -> None:

@@ -1,5 +1,6 @@
 """GEMTrainer: transformers.Trainer over groups. It overrides public methods only, in the order in which a step calls them:
 
+    create_scheduler    FSDP2 has just sharded the model: fuse it
     get_batch_samples   examples or groups -> (online: fresh candidates) -> reference log-probs -> packed micro-batches
     training_step       Trainer's own; then the gradient must be finite
       compute_loss      micro-batch -> the model's fused forward: linear_group_loss, whose loss_fn turns the entropies of this
@@ -17,21 +18,25 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, save_fsdp_model
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.fsdp import get_fsdp_ckpt_kwargs
 
 from gem.calibration import Calibration, Signals, orders
 from gem.checkpoints import newest_checkpoint, write_manifest
 from gem.config import GuardArguments, LossArguments, check
 from gem.data import Example, pack
+from gem.distributed import check_engine, fsdp_is_on, saved_whole, set_up_fsdp, shard_frozen, wake_up
 from gem.ema import WeightAverage
-from gem.evaluate import pair_auroc
+from gem.evaluate import Evaluation, pair_auroc
 from gem.finite import is_finite, not_finite
 from gem.generators import seeded
 from gem.group import ROLES, Group, Member
@@ -63,9 +68,10 @@ class GEMTrainer(Trainer):
 
     Args:
         model: a transformers causal language model, or a peft model around one.
-        args: TrainingArguments; per_device_train_batch_size counts groups. Several processes (torchrun) train one model by
-            DistributedDataParallel. Losses are logged as they are (logging_nan_inf_filter is off), and old checkpoints are
-            deleted only once a newer one is whole (gem.saving.KeepWhole obeys save_total_limit).
+        args: TrainingArguments; per_device_train_batch_size counts groups. Several processes train one model: by
+            DistributedDataParallel (torchrun), or by FSDP2 (accelerate launch), which shards it before the first step. Losses
+            are logged as they are (logging_nan_inf_filter is off), and old checkpoints are deleted only once a newer one is
+            whole (gem.saving.KeepWhole obeys save_total_limit).
         loss: the loss and its weights.
         guard: AUROC gate and automatic stops. After one, `stopped` says why, `diverged` is True unless the run merely got worse
             than its best, and `restored` names the folder whose weights the model has again.
@@ -76,7 +82,7 @@ class GEMTrainer(Trainer):
         evaluation: model -> metrics, called by evaluate(); required if args has an eval strategy.
 
     Raises:
-        ValueError: a setting is out of range, would have no effect here, or asks for FSDP, DeepSpeed or DataParallel; or
+        ValueError: a setting is out of range, would have no effect here, or asks for FSDP1, DeepSpeed or DataParallel; or
             train_dataset does not hold groups, without make_groups.
         Diverged: in train() and save_model(): a log-prob, loss, gradient or weight is NaN or infinite.
     """
@@ -100,6 +106,11 @@ class GEMTrainer(Trainer):
         if args.eval_strategy != "no" and evaluation is None:
             raise ValueError(f"evaluation must be given with eval_strategy={args.eval_strategy}, got None")
         args = copy.copy(args)  # the caller's stay as they are
+        if fsdp_is_on():  # else gradients of whole weights pile up: 32 GB for 8 billion parameters in fp32
+            config: Any = copy.copy(args.accelerator_config)
+            own = config.gradient_accumulation_kwargs or {}
+            config.gradient_accumulation_kwargs = {**own, "sync_each_batch": True}
+            args.accelerator_config = config
         args.remove_unused_columns = False
         args.logging_nan_inf_filter = False  # it would log a NaN as the mean of the losses before it
         guessing = math.log(model.get_input_embeddings().weight.shape[0]) if loss.loss == "sft" else math.inf  # type: ignore[operator]
@@ -114,8 +125,9 @@ class GEMTrainer(Trainer):
             self.average = make_groups.average = WeightAverage(make_groups.score.ema_decay)
         plain = isinstance(make_groups, GroupMaker) and type(make_groups).__call__ is GroupMaker.__call__
         self.maker = cast(GroupMaker, make_groups) if plain else None
-        self.calibration = self.maker.calibration if self.maker is not None else None
-        saved: list[TrainerCallback] = [part for part in (self.average, self.calibration) if part is not None]
+        self.calibration: Calibration | None = None
+        self._keep_whole, self._attached = keep_whole, False
+        self._begun: Path | None = None  # the checkpoint that the training goes on from
         super().__init__(
             model,
             args,
@@ -123,13 +135,8 @@ class GEMTrainer(Trainer):
             train_dataset=train_dataset,  # type: ignore[arg-type]
             eval_dataset=[] if evaluation is not None else None,  # type: ignore[arg-type]
             processing_class=processing_class,
-            callbacks=[SoundWeights(guard), *saved, keep_whole, self.guard, KeepSpecialTokens(model), *callbacks],
+            callbacks=[SoundWeights(guard), keep_whole, self.guard, KeepSpecialTokens(model), *callbacks],
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or args.n_gpu > 1:
-            other = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else "DataParallel"
-            raise ValueError(
-                f"args must ask for one process a device (DistributedDataParallel) or for one, got {other}"
-            )
         if not args.disable_tqdm:
             self.pop_callback(ProgressCallback)
             self.add_callback(Progress())
@@ -137,17 +144,10 @@ class GEMTrainer(Trainer):
         self._evaluated: dict[int, dict[str, float]] = {}  # metrics of the last evaluation in training, by its step
         self._batches: list[dict[str, Any]] = []  # of this step
         self._usage: tuple[Tensor | None, ...] = ()  # of its experts, once it is known
-        fuse_lm_head(model, cache_bytes=loss.cache_mib << 20)
         rows: Iterable[Group | Example] = train_dataset
         if make_groups is None:
             rows = (_read_by(loss, group) for group in cast(Sequence[Group], train_dataset))
         check_positions(model, longest_row(rows), "max_length: prompt and completion")
-        if adds_router_loss(unwrapped(model)) and not fused_head(model).router_top_k:
-            logger.warning(
-                "the router loss of %s is not E sum f P: with several micro-batches or processes, each counts its own "
-                "by its share of the tokens",
-                type(unwrapped(model)).__name__,
-            )
         # What makes the training's forward another than that of the policy.
         neftune = f"neftune_noise_alpha={args.neftune_noise_alpha:g}" if args.neftune_noise_alpha else ""
         self._noise = neftune or active_noise(model)
@@ -161,6 +161,65 @@ class GEMTrainer(Trainer):
         self.layout = "packed" if flash else "right"
         items = cast(Sequence[Group | Example], train_dataset)
         self._health = Health(mixed=len({item.has_pair for item in items}) == 2)
+        if not self.is_fsdp_enabled:
+            self._attach()
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator as Trainer does, for DistributedDataParallel, FSDP2 or one process.
+
+        Raises:
+            ValueError: it is to be another engine.
+        """
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"args must ask for one process a device, got {self.args.n_gpu} devices for one, DataParallel: "
+                f"torchrun --nproc_per_node {self.args.n_gpu}, or CUDA_VISIBLE_DEVICES=0"
+            )
+        check_engine()
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = set_up_fsdp(self.accelerator)
+        if self.is_fsdp_enabled and self.average is not None:
+            raise ValueError("score_with must be policy or reference under FSDP2, got ema: the average is not sharded")
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the scheduler as Trainer does.
+
+        It is the first thing after the model is sharded, and comes before the weights of a checkpoint: now the model can be
+        fused, and is still that before training.
+        """
+        if self.is_fsdp_enabled and not self._attached:
+            wake_up(cast(nn.Module, self.model))
+            self._attach()
+        self._restart()
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _attach(self) -> None:
+        """Fuse the model, and look at it before it changes: the reference, the first trust in S."""
+        self._attached, model, maker = True, cast(nn.Module, self.model), self.maker
+        fuse_lm_head(model, cache_bytes=self.loss.cache_mib << 20)
+        if adds_router_loss(unwrapped(model)) and not fused_head(model).router_top_k:
+            logger.warning(
+                "the router loss of %s is not E sum f P: with several micro-batches or processes, each counts its own "
+                "by its share of the tokens",
+                type(unwrapped(model)).__name__,
+            )
+        if self.is_fsdp_enabled:
+            if isinstance(self.evaluation, Evaluation):
+                self.evaluation.attach(model)
+            if maker is not None and isinstance(maker.reference, Computed):
+                maker.reference.attach(partial(shard_frozen, self.accelerator))
+        self.calibration = maker.calibration if maker is not None else None
+        saved: list[TrainerCallback] = [part for part in (self.average, self.calibration) if part is not None]
+        callbacks = self.callback_handler.callbacks
+        at = callbacks.index(self._keep_whole)  # it writes the manifest of what they save
+        callbacks[at:at] = saved
+
+    def _restart(self) -> None:
+        """Let what follows the policy go on from the checkpoint that the training goes on from, or from the beginning."""
+        if self.average is not None:
+            self.average.restart(cast(nn.Module, self.model), self._begun)
+        if self.calibration is not None:
+            self.calibration.restart(self._begun)
 
     def _two_passes(self, maker: GroupMaker) -> str:
         """Return why the groups need a scoring pass of their own; "" if they do not."""
@@ -295,10 +354,14 @@ class GEMTrainer(Trainer):
         groups: list[Group] = inputs["groups"]
         tokens = inputs["cu_groups"].tolist()
         items = num_items_in_batch if num_items_in_batch is not None else len(groups)
-        share = self.accelerator.num_processes  # undoes DistributedDataParallel's mean over processes
+        share = self.accelerator.num_processes  # undoes the mean of the gradients over processes
         if not self._usage:  # not in get_batch_samples: a resumed run restores the random numbers only after it
             self._usage = (self._router_usage(),)
-        router = {"router_share": inputs["router"]["router_share"] * share, "router_usage": self._usage[0]}
+        usage = self._usage[0]  # as a list: FSDP2 rounds tensors of a call to the dtype of the computation
+        router = {
+            "router_share": inputs["router"]["router_share"] * share,
+            "router_usage": usage if usage is None else usage.tolist(),
+        }
         if self.loss.loss == "sft" and self.args.label_smoothing_factor:
             smooth = {"label_smoothing": self.args.label_smoothing_factor, "num_items_in_batch": items / share}
             result, stats = completion_stats(model, _of_chosen(inputs), **smooth, **router)
@@ -389,6 +452,9 @@ class GEMTrainer(Trainer):
         """
         folder = Path(str(self.args.output_dir)) / BEST_FOLDER
         self.save_model(str(folder))
+        if self.is_fsdp_enabled:  # in the form that Trainer restores
+            plugin: Any = self.accelerator.state.fsdp_plugin
+            save_fsdp_model(plugin, self.accelerator, self.model, str(folder), **get_fsdp_ckpt_kwargs())
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             self.state.save_to_json(str(folder / STATE_FILE))  # it says of which step the weights are
@@ -402,16 +468,12 @@ class GEMTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(Path(str(self.args.output_dir))) or True
-        if isinstance(resume_from_checkpoint, str):
-            load_weights(self.model, Path(resume_from_checkpoint))
-        begun = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
-        if self.average is not None:
-            self.average.restart(cast(nn.Module, self.model), begun)
-        if self.calibration is not None:
-            self.calibration.restart(begun)
+        self._begun = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+        if self._begun is not None and not self.is_fsdp_enabled:
+            load_weights(self.model, self._begun)
         self._evaluated = {}
         result = super().train(resume_from_checkpoint, *arguments, **keywords)
-        if self.restored:
+        if self.restored and not self.is_fsdp_enabled:
             load_weights(self.model, Path(self.restored))
         return result
 
@@ -431,11 +493,16 @@ class GEMTrainer(Trainer):
         return verdicts(log, guard, online=online, guessing=self.guard.guessing, error=error, **pairs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as Trainer does; raise Diverged if a weight is not finite, before anything is written."""
+        """Save as Trainer does; raise Diverged if a weight is not finite, before anything is written.
+
+        Of a sharded model all weights are saved, as of any other. The checkpoints of a training with SHARDED_STATE_DICT hold
+        the shards alone.
+        """
         check_weights(cast(nn.Module, self.model), "nothing is saved, as the model has")
         if output_dir is not None and self.is_world_process_zero():  # what lies there is no longer whole
             (Path(output_dir) / MANIFEST_FILE).unlink(missing_ok=True)
-        super().save_model(output_dir, _internal_call)
+        with nullcontext() if _internal_call else saved_whole(self.accelerator):
+            super().save_model(output_dir, _internal_call)
 
     @property
     def stopped(self) -> str:

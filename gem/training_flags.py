@@ -13,7 +13,10 @@ from dataclasses import fields
 from typing import Any
 
 EVALUATION = "evaluation is gem's own; eval_limit, eval_samples, rollout_batch_size and score_tokens steer it"
-DISTRIBUTED = "one process a device trains by DistributedDataParallel: torchrun --nproc_per_node N -m gem ..."
+DISTRIBUTED = (
+    "several processes train by DistributedDataParallel (torchrun --nproc_per_node N -m gem ...), or by FSDP2 "
+    "(accelerate launch --config_file fsdp2.yaml -m gem ...)"
+)
 COMMAND = "what is done is the command's business"
 
 # Settings that never have an effect: name -> reason, and what to use instead.

@@ -13,7 +13,7 @@ from test_one_pass import moved, with_lora
 from test_trainer import EOS, examples, groups_of, make_trainer, tiny_model
 from torch import nn
 
-from gem import reference as module
+from gem import score as scoring
 from gem.config import LossArguments, RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
 from gem.group import Group, Member
@@ -178,14 +178,14 @@ def test_the_copy_of_a_model_that_was_trained_in_mixed_precision_is_its_own(tmp_
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of sequences of each pass of a reference."""
     seen: list[int] = []
-    own = module.group_stats
+    own = scoring._batch_stats
 
-    def counted(*arguments: Any, **keywords: Any) -> Any:
-        found = own(*arguments, **keywords)
-        seen.extend([len(found)] if found else [])
+    def counted(*arguments: Any) -> Any:
+        found = own(*arguments)
+        seen.append(len(found))
         return found
 
-    monkeypatch.setattr(module, "group_stats", counted)
+    monkeypatch.setattr(scoring, "_batch_stats", counted)
     return seen
 
 
@@ -203,14 +203,14 @@ def test_human_answers_are_computed_once(forwards: list[int]) -> None:
 @pytest.fixture
 def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probs whose last bits depend on what else is in the batch, as on a GPU."""
-    own = module.group_stats
+    own = scoring._batch_stats
 
-    def rounded(*arguments: Any, **keywords: Any) -> Any:
-        found = own(*arguments, **keywords)
+    def rounded(*arguments: Any) -> Any:
+        found = own(*arguments)
         batch = 1e-6 * sum(len(stats.logprob) for stats in found)
         return [stats._replace(logprob=stats.logprob + batch) for stats in found]
 
-    monkeypatch.setattr(module, "group_stats", rounded)
+    monkeypatch.setattr(scoring, "_batch_stats", rounded)
 
 
 def test_the_bits_of_a_batch_depend_on_its_members(rounding: None) -> None:

@@ -38,6 +38,7 @@ KERNELS: list[set[str]] = [
 """Levels of gem_kernels, lowest first; "" is the package itself, and `dispatch` knows the implementations that ops ask for."""
 
 GEM: list[set[str]] = [
+    {"distributed"},
     {
         "config",
         "files",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from gem.distributed import local_part
 from gem_kernels import LowRank, VocabShard
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -191,11 +192,6 @@ def _lora_parts(lora: Any) -> tuple[list[Tensor], LowRank | None]:
     dtype = torch.float32 if any(t.dtype == torch.float32 for t in (*a, *b)) else a[0].dtype
     scaled = [lora.scaling[name] * t.to(dtype) for name, t in zip(active, a, strict=True)]
     return biases, LowRank(torch.cat(scaled), torch.cat([t.to(dtype) for t in b], 1), 1.0)
-
-
-def local_part(t: Any) -> Tensor:
-    """Return this rank's part of a DTensor; a plain tensor as it is."""
-    return cast(Tensor, t.to_local() if hasattr(t, "to_local") else t)
 
 
 def _is_dtensor(t: object) -> bool:

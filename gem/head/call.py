@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
 
@@ -69,7 +69,7 @@ class FusedHead:
         temperature: float | None = None,
         label_smoothing: float = 0.0,
         router_share: Tensor | float = 1.0,
-        router_usage: Tensor | None = None,
+        router_usage: Tensor | Sequence[float] | None = None,
         **kwargs: Any,
     ) -> Any:
         if args and args[0] is self.model:  # accelerate binds what it unwraps to the model
@@ -88,7 +88,8 @@ class FusedHead:
         output.aux_loss = getattr(own, "aux_loss", None)
         if output.aux_loss is not None:
             mask = {**self.__signature__.bind_partial(*args).arguments, **kwargs}.get("attention_mask")
-            router_loss = self._router_loss(own, output, mask, router_usage)
+            usage = router_usage if router_usage is None else torch.as_tensor(router_usage)
+            router_loss = self._router_loss(own, output, mask, usage)
             output.loss = cast(Tensor, output.loss) + router_weight(self.model) * router_share * router_loss
         return output
 
@@ -132,7 +133,7 @@ def _refuse_without_flag(
     temperature: float | None,
     label_smoothing: float,
     router_share: Tensor | float,
-    router_usage: Tensor | None,
+    router_usage: Tensor | Sequence[float] | None,
 ) -> None:
     """Raise ValueError if a keyword that only a fused call understands is set."""
     no_default = any(t is not None for t in (loss_fn, cu_groups, temperature, router_usage))

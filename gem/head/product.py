@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gem.head.adapters import HeadParts, local_part
+from gem.distributed import local_part
+from gem.head.adapters import HeadParts
 from gem.head.rounding import Arithmetic, Product, product_bounds
 
 LARGEST = 60.0  # largest logit of a known hidden state

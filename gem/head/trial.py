@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gem.head.adapters import local_part
+from gem.distributed import local_part
 from gem_kernels import IGNORE_INDEX
 
 TOKENS = 8  # that go through the model

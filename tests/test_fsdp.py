@@ -1,0 +1,343 @@
+"""GEMTrainer under FSDP2 (gloo, CPU) takes the steps that it takes on one process, and the commands give the same numbers.
+
+One spawn runs all cases and leaves the results in files. The first process alone has the weights of each model until FSDP2
+spreads them, as with cpu_ram_efficient_loading: in the others they are zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import LoraConfig, get_peft_model
+from test_router_loss import moe, unequal_groups
+from test_trainer import EOS, examples, groups_of, make_trainer
+from test_trainer_distributed import records
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gem.config import EvalArguments, LossArguments, RankArguments, RolloutArguments, ScoreArguments
+from gem.data import Example
+from gem.distributed import fsdp_is_on, is_sharded, processes
+from gem.evaluate import Evaluation
+from gem.generators import TransformersGenerator
+from gem.pipeline import GroupMaker
+from gem.reference import reference_for
+from gem.tasks import build_tokenizer
+from gem.trainer import GEMTrainer
+
+TIMEOUT = 150  # seconds; a process that waits for another would wait for ever
+STEPS, GROUPS = 2, 4  # groups of a step
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+
+
+def llama(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"vocab_size": 17, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
+    model = LlamaForCausalLM(LlamaConfig(**shape, **special, **changes))  # type: ignore[arg-type]
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def lora() -> Any:
+    model = llama()
+    torch.manual_seed(1)
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    return adapted
+
+
+def grown_lora() -> Any:
+    """Adapters that change the model already, the lm_head too."""
+    model = llama()
+    torch.manual_seed(1)
+    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    for name, p in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    return adapted
+
+
+# name: (loss, model, more settings of the trainer)
+CASES: dict[str, tuple[LossArguments, Callable[[], Any], dict[str, Any]]] = {
+    "sega": (LossArguments(), llama, {}),
+    "sega tied": (LossArguments(), partial(llama, tie_word_embeddings=True), {}),
+    "sft": (LossArguments(loss="sft"), llama, {}),
+    "sft smoothed": (LossArguments(loss="sft"), llama, {"label_smoothing_factor": 0.2}),
+    "dpo": (LossArguments(loss="dpo"), llama, {}),
+    "lora": (LossArguments(), lora, {}),
+    "lora on the head": (LossArguments(), grown_lora, {}),
+    "moe": (LossArguments(loss="sft"), partial(moe, "olmoe"), {}),
+    "checkpointed": (LossArguments(), llama, {}),
+    "online": (LossArguments(), llama, {}),
+    "online lora": (LossArguments(), lora, {}),
+    "calibrated": (LossArguments(), llama, {}),
+}
+ONLINE = ("online", "online lora", "calibrated")
+
+
+def whole(t: Any) -> torch.Tensor:
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
+
+
+def with_weights_of_the_first(model: Any) -> Any:
+    """Return the model, in the other processes with zeros for its weights."""
+    if fsdp_is_on() and processes()[0]:
+        for p in model.parameters():
+            p.data.zero_()
+    return model
+
+
+def data_of(name: str, model: Any) -> Any:
+    if name == "moe":
+        return unequal_groups()[:8]
+    if name in ONLINE:  # records bring their candidates, as what is sampled differs by process
+        return records()
+    base = copy.deepcopy(model)
+    data = groups_of(base.get_base_model() if hasattr(base, "get_base_model") else base, STEPS * GROUPS)
+    data[2].members[1].ids.extend([7, 7])  # the processes have unequally many tokens, and members
+    data[2].members[1].logprobs.extend([-1.0, -1.0])
+    if name == "sega":
+        data[3].members = [replace(data[3].members[0], ids=[5], logprobs=[-1.0])]
+    return data
+
+
+def run_steps(folder: Path, name: str, ranks: int, **settings: Any) -> dict[str, Any]:
+    """Return the weights after two steps, and what was logged."""
+    loss, make, args = CASES[name]
+    model = make()
+    more: dict[str, Any] = {"data": data_of(name, model)}
+    model = with_weights_of_the_first(model)
+    if name in ONLINE:
+        reference = reference_for(model, loss, ScoreArguments())
+        pairs = [record for record in records() if record.has_pair and name == "calibrated"]
+        tools = (build_tokenizer(), RolloutArguments(), ScoreArguments(), RankArguments(), reference)
+        more["make_groups"] = GroupMaker(model, *tools, pairs=pairs)
+    args = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": GROUPS // 2 // ranks,
+        "gradient_accumulation_steps": 2,
+        "optim": "sgd",  # Adam would make steps of roundings where a gradient is 0
+        "learning_rate": 0.1,
+        **args,
+        **settings,
+    }
+    trainer = make_trainer(folder / name, loss, model=model, args=args, **more)
+    trainer.train()
+    assert is_sharded(trainer.model) == (ranks > 1)  # type: ignore[arg-type]
+    return {
+        "log": trainer.state.log_history,
+        "trust": trainer.calibration.trust if trainer.calibration else None,
+        "weights": {n.replace("_checkpoint_wrapped_module.", ""): whole(p) for n, p in model.named_parameters()},
+    }
+
+
+def same_numbers(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for mine, theirs in zip(found["log"], expected["log"], strict=True):
+        timed = {k for k in mine if "runtime" in k or "per_second" in k or k in ("total_flos", "grad_norm")}
+        assert {k: v for k, v in mine.items() if k not in timed} == pytest.approx(
+            {k: v for k, v in theirs.items() if k not in timed}, abs=2e-5, nan_ok=True
+        )
+    assert found["trust"] == expected["trust"]
+    for n, p in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][n], p, atol=2e-6, rtol=1e-5)
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def in_process(rank: int, work: Callable[[Path, int], dict[str, Any]], ranks: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in found.items()})
+    os.environ.update(FSDP)
+    torch.save(work(Path(folder), ranks), f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def spawn(work: Callable[[Path, int], dict[str, Any]], ranks: int, folder: Path) -> list[dict[str, Any]]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = mp.spawn(in_process, (work, ranks, port, str(folder)), ranks, join=False)
+    deadline = time.monotonic() + TIMEOUT
+    while not context.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail(f"{work.__name__} was not done after {TIMEOUT} s: a process waits for another")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+# --- evaluation, sampling, bf16 ---------------------------------------------------------------------------------------
+
+
+def evaluated(folder: Path, ranks: int) -> dict[str, Any]:
+    """Return what a training logs that samples nothing itself and is evaluated before, between and after its steps."""
+    model = llama()
+    data = data_of("sega", model)
+    model = with_weights_of_the_first(model)
+    rollout = RolloutArguments(max_new_tokens=6, rollout_batch_size=8)
+    held_out = [Example("", [1, 7 + i % 9, *[5] * (i % 3)], *[[3, 4, 7 + i % 9, EOS], [3, 8, EOS]]) for i in range(7)]
+    held_out.append(Example("", [1, 8], [3, 8, EOS]))
+    evaluation = Evaluation(
+        model, build_tokenizer(), held_out, rollout, ScoreArguments(score_tokens=20), EvalArguments(eval_samples=4)
+    )
+    args = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": GROUPS // ranks,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_on_start": True,
+    }
+    trainer = make_trainer(folder, LossArguments(), model=model, data=data, args=args, evaluation=evaluation)
+    trainer.train()
+    entropies = [entry["eval_branch_entropy"] for entry in trainer.state.log_history if "eval_length" in entry]
+    assert len(set(entropies)) == STEPS + 1  # the weights that sampled were not those of an earlier step
+    weights = {n: whole(p) for n, p in model.named_parameters()}
+    return {"log": trainer.state.log_history, "trust": evaluation.completions, "weights": weights}
+
+
+def sampled(folder: Path, ranks: int) -> dict[str, Any]:
+    """Train on candidates that are sampled in the step; of four records, the third brings its own and the fourth no pair."""
+    model = with_weights_of_the_first(llama())
+    rows = examples(4)
+    rows[2] = replace(rows[2], candidate_ids=[[3, 6, EOS], [5, 5, 3, 7, EOS]])
+    rows[3] = Example("", [1, 9, 9], [])
+    loss = LossArguments()
+    rollout = RolloutArguments(group_size=3, max_new_tokens=8)
+    reference = reference_for(model, loss, ScoreArguments(score_with="reference"))
+    score = ScoreArguments(score_with="reference", score_tokens=30)
+    maker = GroupMaker(model, build_tokenizer(), rollout, score, RankArguments(), reference)
+    seen: list[int] = []
+    own = TransformersGenerator.__call__
+
+    def counted(self: Any, prompts: Any, *arguments: Any, **more: Any) -> Any:
+        seen.append(len(prompts))
+        return own(self, prompts, *arguments, **more)
+
+    TransformersGenerator.__call__ = counted  # type: ignore[method-assign]
+    args = {"max_steps": STEPS, "per_device_train_batch_size": 4 // ranks, "learning_rate": 0.1}
+    trainer = make_trainer(folder, loss, model=model, data=rows, make_groups=maker, args=args)
+    trainer.train()
+    TransformersGenerator.__call__ = own  # type: ignore[method-assign]
+    return {"seen": seen, "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e]}
+
+
+def in_bf16(folder: Path, ranks: int) -> dict[str, Any]:
+    """Return the first step's loss, and the log-probs that it was made of, with a computation in bf16."""
+    found: dict[str, Any] = {}
+
+    def noted(self: Any, group: Any, stats: Any, sequence: Any) -> Any:
+        found.setdefault(group.name + str(group.prompt_ids), stats.logprob.detach().clone())
+        return own(self, group, stats, sequence)
+
+    own, GEMTrainer._group_loss = GEMTrainer._group_loss, noted  # type: ignore[method-assign]
+    settings = {"bf16": True} if ranks > 1 else {"dtype": torch.bfloat16}
+    model = llama()
+    data = data_of("sega", model)
+    model = with_weights_of_the_first(model).to(settings.get("dtype"))
+    args = {"max_steps": 1, "per_device_train_batch_size": 4 // ranks, "optim": "sgd", "bf16": ranks > 1}
+    trainer = make_trainer(folder, LossArguments(), model=model, data=data[:4], args=args)
+    trainer.train()
+    GEMTrainer._group_loss = own  # type: ignore[method-assign]
+    masters = {p.dtype for p in model.parameters()}
+    return {"loss": trainer.state.log_history[0]["loss"], "logprobs": found, "masters": masters}
+
+
+def of_two(folder: Path, ranks: int) -> dict[str, Any]:
+    return {
+        **all_cases(folder, ranks),
+        "evaluated": evaluated(folder / "evaluated", ranks),
+        "bf16": in_bf16(folder / "bf16", ranks),
+    }
+
+
+def of_four(folder: Path, ranks: int) -> dict[str, Any]:
+    """The fourth process has one short group where the others have three answers each, and in turn no prompt to sample from."""
+    settings = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": GROUPS // ranks}
+    found = {name: run_steps(folder, name, ranks, **settings) for name in ("sega", "online")}
+    return {**found, "sampled": sampled(folder / "sampled", ranks)}
+
+
+def all_cases(folder: Path, ranks: int) -> dict[str, Any]:
+    found = {}
+    for name in CASES:
+        os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = str(name == "checkpointed").lower()
+        found[name] = run_steps(folder, name, ranks)
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return spawn(of_two, 2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return spawn(of_four, 4, tmp_path_factory.mktemp("four"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_take_the_steps_of_one(name: str, two: list[dict[str, Any]], tmp_path: Path) -> None:
+    expected = run_steps(tmp_path, name, 1)
+    start = dict(CASES[name][1]().named_parameters())
+    for found in two:
+        same_numbers(found[name], expected)
+        assert any(not torch.equal(p, start[n]) for n, p in found[name]["weights"].items())
+
+
+@pytest.mark.parametrize("name", ["sega", "online"])
+def test_four_processes_take_the_steps_of_one(name: str, four: list[dict[str, Any]], tmp_path: Path) -> None:
+    settings = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": GROUPS}
+    expected = run_steps(tmp_path, name, 1, **settings)
+    for found in four:
+        same_numbers(found[name], expected)
+
+
+def test_a_process_without_a_prompt_waits_for_none(four: list[dict[str, Any]]) -> None:
+    """Whole weights are gathered for those that sample, and scored together by all."""
+    drawn = [found["sampled"]["seen"] for found in four]
+    assert [sum(step) for step in zip(*drawn, strict=True)] == [3, 3] and any(0 in own for own in drawn)
+    assert all(found["sampled"]["losses"] == four[0]["sampled"]["losses"] for found in four)
+    assert all(map(math.isfinite, four[0]["sampled"]["losses"]))
+
+
+def test_an_evaluation_on_two_processes_is_that_of_one(two: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Also those samples are the same, and so are the steps between: sampling leaves the shards as they were."""
+    expected = evaluated(tmp_path, 1)
+    for found in two:
+        same_numbers(found["evaluated"], expected)
+
+
+def test_a_computation_in_bf16_has_log_probs_in_fp32(two: list[dict[str, Any]], tmp_path: Path) -> None:
+    """They are those of a model in bf16, whose head reads bf16 and gives fp32; the weights themselves stay in fp32."""
+    expected, found = in_bf16(tmp_path, 1), {name: x for part in two for name, x in part["bf16"]["logprobs"].items()}
+    assert found.keys() == expected["logprobs"].keys()
+    for name, logprob in expected["logprobs"].items():
+        torch.testing.assert_close(found[name], logprob, rtol=2**-8, atol=0)
+        assert not torch.equal(found[name], found[name].bfloat16().float())
+    for part in two:
+        assert part["bf16"]["masters"] == {torch.float32}
+        assert part["bf16"]["loss"] == pytest.approx(expected["loss"], rel=2**-8)
