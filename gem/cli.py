@@ -38,6 +38,7 @@ from gem.runs import RunFolder, train_to_end
 from gem.settings import DEBUG_HELP, SUMMARIES, never_used, parse, raise_error
 from gem.signals import die_by, terminating
 from gem.stops import Diverged, Terminated
+from gem.together import join, joining
 
 __all__ = ["SUMMARIES", "main", "parse"]
 
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n`gem-kernels COMMAND --help` explains every flag; --debug anywhere shows the traceback of an error.")
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     try:
-        with terminating():
+        with terminating(), joining(argv[0]):
             commands[argv[0]](argv[1:])
             sys.stdout.flush()  # a full disk or a closed pipe shows here
         return 0
@@ -132,6 +133,7 @@ def _sft(argv: Sequence[str]) -> None:
     from gem.trainer import GEMTrainer
 
     loss.loss = "sft"
+    join()
     run = RunFolder(training, "sft", settings)
     if run.finished:
         return
@@ -295,6 +297,7 @@ def _train(argv: Sequence[str]) -> None:
         raise ValueError(
             f"expected either groups (a file) or data (online), got groups={groups_args.groups!r}, data={data.data!r}"
         )
+    join()
     run = RunFolder(training, "train", settings)
     if run.finished:
         return

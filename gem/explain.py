@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 
-from gem.stops import Diverged, Terminated
+from gem.stops import Diverged, RankEnded, Terminated
 
 EXTRAS = ("transformers", "accelerate", "datasets", "peft", "matplotlib", "tqdm", "yaml", "requests")
 OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator")  # as in the messages of CUDA, and of torch on a CPU
@@ -40,17 +40,17 @@ def explain(error: BaseException, command: str, more: str = "--debug shows the t
         text = " ".join(str(error).split()) or "interrupted"
         kept = kept or ("" if text not in ("interrupted", "terminated") else GOES_ON.get(command, ""))
         return f"{text}: {kept}" if kept else text
-    return "; ".join(filter(None, (_reason(error, command, more), kept)))
+    return "; ".join(filter(None, (reason(error, command, more), kept)))
 
 
-def _reason(error: BaseException, command: str, more: str) -> str:
-    """Return an error as one line, with advice for the common ones."""
+def reason(error: BaseException, command: str, more: str) -> str:
+    """Return an error as one line, with advice for the common ones. The arguments are those of explain()."""
     text = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError):
         # `pip install gem-kernels` alone installs only torch
         package = "'gem-kernels[train]'" if str(error.name).split(".")[0] in EXTRAS else error.name or "it"
         return f"needs pip install {package} ({text})"
-    if isinstance(error, (ValueError, Diverged)) and not isinstance(error, UnicodeError):
+    if isinstance(error, (ValueError, Diverged, RankEnded)) and not isinstance(error, UnicodeError):
         return text
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])

@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -34,6 +35,7 @@ from gem.run_files import (
 )
 from gem.signals import graceful
 from gem.stops import Diverged, Terminated
+from gem.together import together
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -261,7 +263,8 @@ def train_to_end(trainer: Any, evaluation: Any, resume: str | None) -> None:
         Diverged: a guard rail ended the run because its numbers are no good. Its verdict and the log are in the folder.
     """
     try:
-        _train_to_end(trainer, evaluation, resume)
+        with together(on_stuck=partial(_leave_verdicts, trainer)):
+            _train_to_end(trainer, evaluation, resume)
     except Diverged as error:
         _leave_verdicts(trainer, error)
         raise
@@ -319,12 +322,12 @@ def _raise_diverged(trainer: Any) -> NoReturn:
     raise diverged
 
 
-def _leave_verdicts(trainer: Any, error: Diverged) -> None:
+def _leave_verdicts(trainer: Any, error: Exception) -> None:
     """Write the log and the verdicts of a run that stopped itself, which has no other results.
 
     A full disk must not hide why it stopped.
     """
-    if not trainer.is_world_process_zero():
+    if not isinstance(error, Diverged) or not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
     with suppress(OSError), _whole_or_none(folder):

@@ -18,6 +18,10 @@ class Diverged(RuntimeError):  # noqa: N818 - it names what happened to the run
         self.rail = rail
 
 
+class RankEnded(RuntimeError):  # noqa: N818 - it names what happened to the run
+    """Another rank ended by an error or a signal, or its process died (gem.together). The text names the rank and says why."""
+
+
 class Terminated(BaseException):
     """A signal ended the work in order. Its text says what is kept and how to go on; `signum` is the signal."""
 

@@ -55,6 +55,7 @@ from gem.saving import KeepWhole, load_weights
 from gem.score import longest_row
 from gem.special_tokens import KeepSpecialTokens
 from gem.stops import Diverged
+from gem.together import together
 from gem.training_flags import refuse_ignored
 from gem_kernels import IGNORE_INDEX, TokenStats
 
@@ -472,7 +473,8 @@ class GEMTrainer(Trainer):
         if self._begun is not None and not self.is_fsdp_enabled:
             load_weights(self.model, self._begun)
         self._evaluated = {}
-        result = super().train(resume_from_checkpoint, *arguments, **keywords)
+        with together():
+            result = super().train(resume_from_checkpoint, *arguments, **keywords)
         if self.restored and not self.is_fsdp_enabled:
             load_weights(self.model, Path(self.restored))
         return result
