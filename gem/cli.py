@@ -15,6 +15,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,12 +128,14 @@ def _sft(argv: Sequence[str]) -> None:
         "sft", argv, ModelArguments, DataArguments, LossArguments, GuardArguments, TrainingArguments
     )
     from gem.data import read_examples
+    from gem.distributed import check_engine, loading_device
     from gem.fingerprint import source_hash
     from gem.models import load_model, load_tokenizer
     from gem.pipeline import pair_group
     from gem.trainer import GEMTrainer
 
     loss.loss = "sft"
+    check_engine()
     join()
     run = RunFolder(training, "sft", settings)
     if run.finished:
@@ -144,7 +147,7 @@ def _sft(argv: Sequence[str]) -> None:
     run.check_input("data", data.data, lambda: source_hash(data.data, examples))
     groups = [pair_group(example) for example in examples]
     set_seed(training.seed)
-    model = load_model(model_args, tokenizer, training.device)
+    model = load_model(model_args, tokenizer, loading_device(training.device))
     _check_model(run, model_args, model)
     with run.claimed():
         trainer = GEMTrainer(model, training, loss=loss, guard=guard, train_dataset=groups, processing_class=tokenizer)
@@ -172,19 +175,20 @@ def _score(argv: Sequence[str]) -> None:
         "score", argv, ModelArguments, DataArguments, UnlabeledArguments, RolloutArguments, ScoreArguments, RankArguments,
         GuardArguments, OutputArguments,
     )  # fmt: skip
-    from tqdm.auto import tqdm
-
     from gem.data import read_examples
+    from gem.distributed import awaits_shards, decided, launched, shard_frozen
     from gem.fingerprint import model_hash, source_hash, tokenizer_hash
-    from gem.generators import check_room, seeded
+    from gem.generators import check_room
     from gem.groups import NO_INPUT, parse_shard
     from gem.groups_writer import GroupsWriter, batches, check_same
     from gem.lock import locked
     from gem.mixing import read_unlabeled, report_shared
-    from gem.models import load_model, load_tokenizer, pick_device
+    from gem.models import load_model, load_tokenizer
     from gem.pipeline import GroupMaker, sampling_prompts
 
-    path, device = Path(output.output or "groups.jsonl"), pick_device(output.device)
+    path, accelerator = Path(output.output or "groups.jsonl"), launched(output.device)
+    join()
+    device = _device(accelerator, output.device)
     check_file(path, "output")
     shard = "{}/{}".format(*parse_shard(output.shard))
     compared = {name: value for name, value in settings.items() if name not in NOT_IN_HEADER | never_used("score")}
@@ -209,22 +213,70 @@ def _score(argv: Sequence[str]) -> None:
     step = max(1, rollout.rollout_batch_size // max(1, rollout.group_size))
     starts = batches(len(examples), step, shard)
     prompts = [example.prompt_ids for example in examples[starts.start : starts.stop]]
-    with locked(path.with_name(f"{path.name}.lock"), "output"):
+    with ExitStack() as stack:
+        lock = locked(path.with_name(f"{path.name}.lock"), "output")
+        decided(lambda: stack.enter_context(lock))
         set_seed(output.seed)
         model = load_model(model_args, tokenizer, device)
         check_room(model, sampling_prompts(examples, rollout), rollout)
-        header["model"] = {"name": model_args.model, "hash": model_hash(model)}
+        header["model"] = {"name": model_args.model, "hash": decided(lambda: model_hash(model))}
+        if awaits_shards(model):
+            shard_frozen(accelerator, model)
         maker = GroupMaker(model, tokenizer, rollout, score, rank, pairs=examples)
-        with GroupsWriter(path, header, prompts, step) as out:
-            if out.finished:
-                print(f"{path} holds this run, finished:")
-            else:
-                maker.generator = _generator(rollout, model, tokenizer, ends, sampling_prompts(examples, rollout))
-                for start in tqdm(starts[out.batches :], desc="groups", initial=out.batches, total=len(starts)):
-                    with seeded(output.seed, "score", start):
-                        out.append(maker(examples[start : start + step]))
-                out.finish()
-    _print_groups(path, out.summary, guard)
+        out: GroupsWriter | None = None
+
+        def begin() -> tuple[int, bool]:
+            nonlocal out
+            out = stack.enter_context(GroupsWriter(path, header, prompts, step))
+            return out.batches, out.finished
+
+        begun, finished = decided(begin)
+        if finished and out is not None:
+            print(f"{path} holds this run, finished:")
+        if not finished:
+            maker.generator = _generator(rollout, model, tokenizer, ends, sampling_prompts(examples, rollout))
+            _write_in_turn(out, maker, examples, starts, begun, output.seed)
+    if out is not None:
+        _print_groups(path, out.summary, guard)
+
+
+def _write_in_turn(out: Any, maker: Any, examples: Sequence[Any], starts: range, begun: int, seed: int) -> None:
+    """Make a batch of groups on each process, round by round, and have the first process write them in their order.
+
+    Args:
+        out: the GroupsWriter of the first process; None in the others.
+        maker: examples -> groups.
+        examples: of all batches.
+        starts: the first example of each batch.
+        begun: number of batches that are written.
+        seed: of all that is sampled.
+    """
+    from tqdm.auto import tqdm
+
+    from gem.distributed import gathered, processes
+    from gem.generators import seeded
+
+    rank, count = processes()
+    maker.calibration  # noqa: B018 - all processes score the pairs together, not each with its first batch
+    with tqdm(total=len(starts), initial=begun, desc="groups", disable=out is None) as bar:
+        for first in range(begun, len(starts), count):
+            start = starts[first + rank] if first + rank < len(starts) else len(examples)
+            with seeded(seed, "score", start):
+                groups = maker(examples[start : start + starts.step])
+            for made in gathered(groups):
+                if made and out is not None:
+                    out.append(made)
+                    bar.update()
+    if out is not None:
+        out.finish()
+
+
+def _device(accelerator: Any, name: str | None) -> Any:
+    """Return where the model of a command that trains nothing is loaded."""
+    from gem.distributed import loading_device
+    from gem.models import pick_device
+
+    return pick_device(name) if accelerator is None else loading_device(accelerator.device)
 
 
 def _generator(rollout: RolloutArguments, model: Any, tokenizer: Any, ends: Any, prompts: Sequence[list[int]]) -> Any:
@@ -281,6 +333,7 @@ def _train(argv: Sequence[str]) -> None:
         RolloutArguments, ScoreArguments, RankArguments, EvalArguments, TrainingArguments,
     )  # fmt: skip
     from gem.data import read_examples
+    from gem.distributed import check_engine, loading_device
     from gem.evaluate import Evaluation, pair_auroc
     from gem.fingerprint import data_hash, source_hash
     from gem.generators import check_room
@@ -297,6 +350,7 @@ def _train(argv: Sequence[str]) -> None:
         raise ValueError(
             f"expected either groups (a file) or data (online), got groups={groups_args.groups!r}, data={data.data!r}"
         )
+    check_engine()
     join()
     run = RunFolder(training, "train", settings)
     if run.finished:
@@ -327,7 +381,7 @@ def _train(argv: Sequence[str]) -> None:
         if prompts:
             examples = _with_prompts(run, unlabeled, examples, prompts, held_out)
     set_seed(training.seed)
-    model: Any = load_model(model_args, tokenizer, training.device)
+    model: Any = load_model(model_args, tokenizer, loading_device(training.device))
     _check_model(run, model_args, model)
     make_groups = None
     if groups_args.groups:
@@ -374,23 +428,30 @@ def _eval(argv: Sequence[str]) -> None:
     import torch
 
     from gem.data import read_examples
+    from gem.distributed import awaits_shards, launched, processes, shard_frozen
     from gem.evaluate import Evaluation, answered, held_out
-    from gem.models import load_model, load_tokenizer, pick_device
+    from gem.models import load_model, load_tokenizer
 
+    accelerator = launched(output.device)
+    join()
     if output.output:
         check_file(Path(output.output), "output")
-    device, tokenizer = pick_device(output.device), load_tokenizer(model_args)
+    device, tokenizer = _device(accelerator, output.device), load_tokenizer(model_args)
     ends = _ends(model_args, tokenizer, rollout.stop)
     evaluated: Any = {"source": eval_args.eval_data or "", "split": eval_args.eval_split}
     examples = read_examples(data, tokenizer, need=("chosen",), rollout=rollout, ends=ends, **evaluated)
     torch.manual_seed(output.seed)
     model = load_model(model_args, tokenizer, device)
     prompts = [example.sampled_from for example in answered(held_out(examples, eval_args))]
+    if awaits_shards(model):
+        shard_frozen(accelerator, model)
     generator = _generator(rollout, model, tokenizer, ends, prompts)
     evaluation = Evaluation(model, tokenizer, examples, rollout, score, eval_args, generator=generator)
     torch.manual_seed(output.seed)  # new adapters have drawn some
     metrics = evaluation(model)
     metrics.pop("preference_reference", None)  # the model is its own reference here: all ties
+    if processes()[0]:
+        return
     print(json.dumps(metrics, indent=1))
     if output.output:
         write_lines(Path(output.output), [json.dumps(metrics, indent=1)])

@@ -31,8 +31,9 @@ LAUNCH = "accelerate launch --config_file fsdp2.yaml (examples/configs/llama3-8b
 
 
 def fsdp_is_on() -> bool:
-    """Return True if accelerate is to shard models in this process: until it does, their weights may not be here."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    """Return True if accelerate was launched to shard models over several processes."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -57,6 +58,31 @@ def check_engine() -> None:
         raise ValueError(f"parallelism_config is not supported, got a launch with it: FSDP2 alone is, {LAUNCH}")
     if fsdp_is_on():
         _check_version(int(os.environ.get("FSDP_VERSION", "1")))
+
+
+def launched(device: str | None) -> Accelerator | None:
+    """Return the accelerator of a command that trains nothing; None for one process.
+
+    Args:
+        device: the setting of that name.
+
+    Raises:
+        ValueError: from check_engine; or it names one device for several processes.
+    """
+    check_engine()
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return None
+    if device not in (None, "cpu"):
+        raise ValueError(f"device must be cpu, or left to the {count} processes of the launch, got {device!r}")
+    accelerator = Accelerator(cpu=device == "cpu")
+    set_up_fsdp(accelerator)
+    return accelerator
+
+
+def loading_device(device: torch.device) -> torch.device:
+    """Return where a model is loaded that goes to `device`: the CPU if FSDP2 moves it there layer by layer."""
+    return torch.device("cpu") if fsdp_is_on() else device
 
 
 def _check_version(version: int) -> None:
@@ -89,8 +115,9 @@ def set_up_fsdp(accelerator: Accelerator) -> bool:
 
 
 def shard_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
-    """Shard a model that is not trained, as accelerate does with one that is. Collective."""
+    """Shard a model that is not trained, in place, as accelerate does with one that is. Collective."""
     sharded: nn.Module = fsdp2_prepare_model(accelerator, model.requires_grad_(False))
+    wake_up(sharded)
     return sharded
 
 

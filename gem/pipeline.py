@@ -195,6 +195,8 @@ class GroupMaker:
         """Return the entropies (N,) of a scoring pass; the members keep them, and the log-probs if they are the reference's."""
         with self._scorer() as scorer:
             stats = group_stats(scorer, groups, self.score.score_tokens, "scores" if progress else None)
+        if not groups:  # of a process that has none, while others score theirs
+            return torch.zeros(0)
         members = [member for group in groups for member in group.members]
         if self.score.score_with == "policy":
             self.gap = self.compare(members, torch.cat([own.logprob for own in stats]))
@@ -246,8 +248,9 @@ def weigh(
         rank: settings of the ranking and of the weights.
         weights: as for `weight_groups`.
     """
-    apply_eq1([member for group in groups for member in group.members], entropy, score)
-    weight_groups(groups, rank, weights)
+    if groups:
+        apply_eq1([member for group in groups for member in group.members], entropy, score)
+        weight_groups(groups, rank, weights)
 
 
 def weight_groups(groups: Sequence[Group], arguments: RankArguments, weights: Signals | None = None) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gem.config import LossArguments, ScoreArguments
-from gem.distributed import awaits_shards, is_sharded, wake_up
+from gem.distributed import awaits_shards, is_sharded
 from gem.group import ROLES, Group, Member
 from gem.head import completion_stats, ensure_fused, undisturbed
 from gem.head.trial import trial_tokens
@@ -200,7 +200,6 @@ class Frozen(Computed):
 
     def attach(self, shard: Callable[[nn.Module], nn.Module]) -> None:
         self.model = shard(self.model)
-        wake_up(self.model)
         ensure_fused(self.model)
 
     @contextmanager

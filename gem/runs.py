@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from gem.checkpoints import WEIGHTS, check_steps_left, find_checkpoint, manifest_flaw, steps_of, write_manifest
+from gem.distributed import decided
 from gem.files import check_writable, read_text, write_lines
 from gem.lock import check_free, locked
 from gem.rails import as_metrics, write_rails
@@ -129,20 +130,8 @@ class RunFolder:
 
     def _decided(self, decide: Callable[[], T]) -> T:
         """Return on every process what the first one decides, or raise its error."""
-        verdict: list[Any] = [None, None]
-        if self._is_first:
-            try:
-                verdict[0] = decide()
-            except Exception as error:
-                verdict[1] = error
-        if self.training.world_size > 1:
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(verdict)
-        if verdict[1] is not None:
-            raise verdict[1]
-        result: T = verdict[0]
-        return result
+        assert self.training.world_size > 0  # asking for it sets the processes up
+        return decided(decide)
 
     def _start(self) -> tuple[str | None, bool]:
         """Return (checkpoint to go on from or None, True if the run is finished)."""
