@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from gem.config import (
     LossArguments,
     ModelArguments,
     OutputArguments,
+    PlanArguments,
     RankArguments,
     RolloutArguments,
     ScoreArguments,
@@ -35,6 +37,7 @@ from gem.config import (
 )
 from gem.explain import explain
 from gem.files import check_file, check_writable, write_lines
+from gem.launch import check_launched
 from gem.runs import RunFolder, train_to_end
 from gem.settings import DEBUG_HELP, SUMMARIES, never_used, parse, raise_error
 from gem.signals import die_by, terminating
@@ -124,9 +127,13 @@ def _ends(model: ModelArguments, tokenizer: Any, stop: Sequence[str] = ()) -> An
 def _sft(argv: Sequence[str]) -> None:
     from transformers import TrainingArguments, set_seed
 
-    (model_args, data, loss, guard, training), settings = parse(
-        "sft", argv, ModelArguments, DataArguments, LossArguments, GuardArguments, TrainingArguments
+    (model_args, data, loss, guard, training, planned), settings = parse(
+        "sft", argv, ModelArguments, DataArguments, LossArguments, GuardArguments, TrainingArguments, PlanArguments
     )
+    if planned.dry_run is not None:
+        _dry_run("sft", settings, planned, model_args, data, replace(loss, loss="sft"), training)
+        return
+    check_launched(planned.accelerate_config, ["sft", *argv])
     from gem.data import read_examples
     from gem.distributed import check_engine, loading_device
     from gem.fingerprint import source_hash
@@ -152,6 +159,12 @@ def _sft(argv: Sequence[str]) -> None:
     with run.claimed():
         trainer = GEMTrainer(model, training, loss=loss, guard=guard, train_dataset=groups, processing_class=tokenizer)
         train_to_end(trainer, None, run.resume)
+
+
+def _dry_run(*settings: Any, **more: Any) -> None:
+    from gem.dry_run import Request, dry_run
+
+    dry_run(Request(*settings, **more))
 
 
 def _check_tokenizer(run: RunFolder, arguments: ModelArguments, tokenizer: Any) -> None:
@@ -328,10 +341,11 @@ def _print_groups(path: Path, groups: Sequence[Any], guard: GuardArguments) -> N
 def _train(argv: Sequence[str]) -> None:
     from transformers import TrainingArguments, set_seed
 
-    (model_args, data, unlabeled, groups_args, loss, guard, rollout, score, rank, eval_args, training), settings = parse(
+    parsed, settings = parse(
         "train", argv, ModelArguments, DataArguments, UnlabeledArguments, GroupsArguments, LossArguments, GuardArguments,
-        RolloutArguments, ScoreArguments, RankArguments, EvalArguments, TrainingArguments,
+        RolloutArguments, ScoreArguments, RankArguments, EvalArguments, TrainingArguments, PlanArguments,
     )  # fmt: skip
+    model_args, data, unlabeled, groups_args, loss, guard, rollout, score, rank, eval_args, training, planned = parsed
     from gem.data import read_examples
     from gem.distributed import check_engine, loading_device
     from gem.evaluate import Evaluation, pair_auroc
@@ -350,6 +364,17 @@ def _train(argv: Sequence[str]) -> None:
         raise ValueError(
             f"expected either groups (a file) or data (online), got groups={groups_args.groups!r}, data={data.data!r}"
         )
+    if planned.dry_run is not None:
+        more = {
+            "groups": groups_args.groups or "",
+            "unlabeled": unlabeled,
+            "rollout": rollout,
+            "score": score,
+            "rank": rank,
+        }
+        _dry_run("train", settings, planned, model_args, data, loss, training, evaluation=eval_args, **more)
+        return
+    check_launched(planned.accelerate_config, ["train", *argv])
     check_engine()
     join()
     run = RunFolder(training, "train", settings)

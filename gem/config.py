@@ -205,6 +205,28 @@ class GroupsArguments:
 
 
 @dataclass
+class PlanArguments:
+    """The launch, and the dry run that plans it. None of them changes what a run computes."""
+
+    accelerate_config: str | None = setting(
+        None, "config file of accelerate that the run is launched with; one that asks for FSDP must have launched it"
+    )
+    dry_run: int | None = setting(
+        None,
+        "check everything, print memory and work of each device, and end: for so many processes, or without a value for "
+        "world_size; nothing is loaded or written",
+        nargs="?",
+        const=0,
+    )
+    world_size: int = setting(0, "processes of the dry run; 0: those of WORLD_SIZE or accelerate_config, else 1")
+    shape: str | None = setting(None, "config .json of the model, for a dry run where the model is not at hand")
+    longest: int = setting(
+        0, "tokens of the longest sequence, for a dry run; 0: of the data, or the limit of the settings"
+    )
+    device_memory: float = setting(0.0, "GiB of a device, for a dry run; 0: those of this machine's GPU, or 80")
+
+
+@dataclass
 class OutputArguments:
     output: str | None = setting(None, "file to write")
     seed: int = setting(0, "seed of the sampler")
@@ -273,6 +295,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "eval_limit": (0, float("inf")),
     "eval_samples": (0, float("inf")),
     "lora_rank": (0, float("inf")),
+    "world_size": (0, 1e6),
+    "longest": (0, float("inf")),
+    "device_memory": (0, 1e6),
 }
 
 
@@ -291,6 +316,8 @@ def check(arguments: Any) -> None:
             comparator_weights(arguments)
         if name == "server" and value is not None:
             check_url(name, value)
+        if name == "dry_run" and value is not None and value < 0:
+            raise ValueError(f"dry_run must be a number of processes, or have no value, got {value!r}")
         if name == "stop_growth" and 0 < value < 2:
             raise ValueError(f"stop_growth must be 0 (never) or at least 2, got {value!r}")
         if name in RANGES:

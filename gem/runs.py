@@ -11,11 +11,13 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from gem.checkpoints import WEIGHTS, check_steps_left, find_checkpoint, manifest_flaw, steps_of, write_manifest
+from gem.config import PlanArguments
 from gem.distributed import decided
 from gem.files import check_writable, read_text, write_lines
 from gem.lock import check_free, locked
@@ -41,8 +43,8 @@ from gem.together import together
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Settings that do not change what a run computes: where it lies, where it resumes, and a secret.
-NOT_COMPARED = ("output_dir", "resume_from_checkpoint", "hub_token")
+# Settings that do not change what a run computes: where it lies, where it resumes, a secret, and what a dry run reads.
+NOT_COMPARED = ("output_dir", "resume_from_checkpoint", "hub_token", *(f.name for f in fields(PlanArguments)))
 
 
 class RunFolder:

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -29,6 +30,7 @@ from gem.config import (
     check_url,
 )
 from gem.files import read_yaml
+from gem.launch import on_no_device
 from gem.training_flags import IGNORED, check_trackers, refuse_ignored, training_defaults
 
 logger = logging.getLogger(__name__)
@@ -150,6 +152,7 @@ UNUSED: tuple[Rule, ...] = (
         lambda s: str(s.logging_strategy) == "no",
         "the guard reads the log, and logging_strategy is no",
     ),
+    ("sft train", "world_size", lambda s: s.dry_run is None, "it is for a dry run; a launcher starts the processes"),
     (
         "train",
         "auroc_gate",
@@ -201,9 +204,13 @@ def parse(command: str, argv: Sequence[str], *classes: Any) -> tuple[list[Any], 
     if TrainingArguments in classes:
         _check_training(built, unset)
         refuse_ignored(SimpleNamespace(**built), loss, evaluates=evaluates, defaults=unset)
-    instances = list(parser.parse_dict(built, allow_extra_keys=True))
+    plans = settings.get("dry_run") is not None
+    with on_no_device() if plans else nullcontext():
+        instances = list(parser.parse_dict(built, allow_extra_keys=True))
     for instance in instances:
         if isinstance(instance, TrainingArguments):
+            if plans:
+                continue
             # Some conditions are known only now, such as the device.
             refuse_ignored(instance, loss, evaluates=evaluates)
         else:

@@ -93,6 +93,8 @@ IN_VAIN: list[tuple[str, str, str]] = [
     (f"train {ONLINE} {EVALUATED} --stop_patience 0 --stop_margin 0.2", "stop_margin", "never stops"),
     (f"train {ONLINE} {EVALUATED} --auroc_gate 0.7", "auroc_gate", "eval_on_start"),
     (f"train {ONLINE} --logging_strategy no --stop_idle 3", "stop_idle", "the guard reads the log"),
+    ("sft --world_size 8", "world_size", "a launcher starts the processes"),
+    (f"train {OFFLINE} --world_size 8", "world_size", "a launcher starts the processes"),
     (f"train {ONLINE} --server http://host:8000", "server", "weights do not follow the training"),
     ("score --server_timeout 9", "server_timeout", "there is no server"),
     ("eval --server_model m", "server_model", "there is no server"),

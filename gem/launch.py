@@ -1,0 +1,128 @@
+"""How many processes train, and how they share the model: from `accelerate launch`, or from the file that it would read.
+
+    accelerate launch --config_file fsdp2.yaml -m gem train --config train.yaml
+
+The setting accelerate_config names that file to a dry run, which starts no process. In a run it is checked: a file that asks
+for FSDP does nothing unless accelerate has read it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gem.files import read_yaml
+
+# Keys of an accelerate file whose variable is not their own name in capitals.
+_RENAMED = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
+# What starts or joins a process group, if it is in the environment.
+_OF_A_LAUNCH = (
+    "WORLD_SIZE",
+    "RANK",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "ACCELERATE_USE_FSDP",
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes of a training, one a device.
+
+    fsdp: the variables FSDP_* that accelerate sets; empty: each process has the whole model (DistributedDataParallel).
+    """
+
+    processes: int = 1
+    fsdp: Mapping[str, str] = field(default_factory=dict)
+    mixed_precision: str = "no"
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.fsdp.get("FSDP_ACTIVATION_CHECKPOINTING") == "true"
+
+
+def planned_launch(file: str | None, processes: int = 0) -> Launch:
+    """Return the launch that a dry run plans for: what accelerate has set already, else what the file says.
+
+    Args:
+        file: config file of accelerate; None: one process, or DistributedDataParallel.
+        processes: their number; 0: WORLD_SIZE, else that of the file, else 1.
+
+    Raises:
+        ValueError: there is no such file, or it asks for what the trainer cannot do.
+    """
+    found = _from_file(file) if file else Launch()
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        fsdp = {name: value for name, value in os.environ.items() if name.startswith("FSDP_")}
+        found = Launch(found.processes, fsdp, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    number = processes or int(os.environ.get("WORLD_SIZE", "0")) or found.processes
+    return Launch(number, found.fsdp, found.mixed_precision)
+
+
+def check_launched(file: str | None, command: Sequence[str]) -> None:
+    """Check that what an accelerate file asks for is what this process was started with.
+
+    Raises:
+        ValueError: the file asks for FSDP, and accelerate has not launched this process with it; the message has the command.
+    """
+    if file and _from_file(file).fsdp and os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+        line = " ".join(["accelerate launch --config_file", file, "-m gem", *command])
+        raise ValueError(f"accelerate_config must be what accelerate has read, got {file}, which asks for FSDP: {line}")
+
+
+def _from_file(path: str) -> Launch:
+    if not Path(path).is_file():
+        raise ValueError(f"accelerate_config must be an existing file, got {path!r}")
+    content, _ = read_yaml(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"accelerate_config must be a mapping, got {type(content).__name__} in {path}")
+    kind, processes = str(content.get("distributed_type", "NO")).upper(), content.get("num_processes", 1)
+    if type(processes) is not int or processes < 1:
+        raise ValueError(f"accelerate_config must have num_processes >= 1, got {processes!r} in {path}")
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP"):
+        raise ValueError(f"accelerate_config must ask for FSDP, MULTI_GPU or NO, got distributed_type {kind} in {path}")
+    fsdp = _variables(content.get("fsdp_config") or {}) if kind == "FSDP" else {}
+    if kind == "FSDP" and fsdp.get("FSDP_VERSION") != "2":
+        raise ValueError(f"accelerate_config must have fsdp_version 2, got {fsdp.get('FSDP_VERSION', '1')} in {path}")
+    return Launch(processes, fsdp, str(content.get("mixed_precision", "no")))
+
+
+def _variables(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the environment that `accelerate launch` makes of fsdp_config."""
+    named = {_RENAMED.get(name, name.upper()): value for name, value in settings.items() if value is not None}
+    return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in named.items()}
+
+
+@contextmanager
+def on_no_device() -> Iterator[None]:
+    """Let TrainingArguments be built for GPUs that are not there, and without a process group, for the block."""
+    import transformers.training_args
+
+    training_args: Any = transformers.training_args
+    own = training_args.is_torch_bf16_gpu_available
+    training_args.is_torch_bf16_gpu_available = lambda: True
+    try:
+        with alone():
+            yield
+    finally:
+        training_args.is_torch_bf16_gpu_available = own
+
+
+@contextmanager
+def alone(**variables: str) -> Iterator[None]:
+    """Hide a launch from the libraries for the block, so that none of them starts a process group; set these variables."""
+    own = dict(os.environ)
+    for name in _OF_A_LAUNCH:
+        os.environ.pop(name, None)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(own)
