@@ -514,11 +514,22 @@ def _doctor(argv: Sequence[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="sequences of a training step")
     parser.add_argument("--seq_len", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--device", help="where it runs: cpu, cuda, cuda:1, ...; default: CUDA if available")
-    arguments = parser.parse_args(list(argv))
-    from gem.doctor import diagnose, load
+    parser.add_argument(
+        "--world_size", type=int, default=1, help="devices of the plan; several share the model by FSDP2"
+    )
+    parser.add_argument("--optim", default="adamw_torch_fused", help="optimizer of the plan, as in `train`")
+    parser.add_argument("--bf16", action="store_true", help="plan mixed precision, as in `train`")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="plan it, as in `train`")
+    parser.add_argument("--lora_rank", type=int, default=0, help="plan new adapters, as in `train`")
+    arguments = vars(parser.parse_args(list(argv)))
+    from gem.doctor import diagnose, load, planned
 
-    model = load(arguments.model, arguments.device)
-    print("\n".join(diagnose(model, batch_size=arguments.batch_size, seq_len=arguments.seq_len).lines()))
+    model = load(arguments.pop("model"), arguments.pop("device"))
+    del arguments["debug"]
+    sizes = {name: arguments[name] for name in ("batch_size", "seq_len")}
+    print("\n".join(diagnose(model, **sizes).lines()))
+    checkpointing = arguments.pop("gradient_checkpointing")
+    print("\n".join(["", *planned(model, checkpointing=checkpointing, **arguments)]))
 
 
 def _demo(argv: Sequence[str]) -> None:

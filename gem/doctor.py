@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,8 +12,12 @@ from torch import nn
 
 from gem.head import ensure_fused, fused_head, unwrapped
 from gem.head.adapters import describe_adapter, head_parts, serving_module
+from gem.launch import FSDP2, Launch
 from gem.loading import loading
 from gem.models import pick_device, placed
+from gem.plan import Work as TrainingPlan
+from gem.plan import alike, plan
+from gem.plan_table import lines
 from gem.sources import MODEL_SOURCES, adapted, adapter_base, check_config, gguf_file, pretrained
 from gem_kernels import LogitTransform, choose_impl
 
@@ -102,6 +107,46 @@ def diagnose(model: nn.Module, *, batch_size: int = 8, seq_len: int = 2048) -> D
         seq_len=seq_len,
         logit_bytes=batch_size * (seq_len - 1) * fused.vocab * entry,
     )
+
+
+def planned(
+    model: nn.Module,
+    *,
+    batch_size: int = 8,
+    seq_len: int = 2048,
+    world_size: int = 1,
+    optim: str = TrainingPlan.optim,
+    bf16: bool = False,
+    checkpointing: bool = False,
+    lora_rank: int = 0,
+) -> list[str]:
+    """Return the plan of a training of this model as lines: memory of a device, and work of a step.
+
+    Args:
+        model: of transformers; adapters that it has are left out.
+        batch_size, seq_len: sequences of a step on each device, and their tokens.
+        world_size: devices; several share the model by FSDP2.
+        optim, bf16, checkpointing, lora_rank: as in TrainingArguments and ModelArguments.
+
+    Raises:
+        ValueError: a number is out of range, or the memory of the optimizer or of the model is not known.
+    """
+    for name, value, least in (("world_size", world_size, 1), ("lora_rank", lora_rank, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+    causal_lm: Any = unwrapped(model)
+    work = TrainingPlan(
+        build=partial(alike, causal_lm, lora_rank),
+        launch=Launch(world_size, FSDP2 if world_size > 1 else {}),
+        bf16=bf16,
+        checkpointing=checkpointing,
+        groups=batch_size,
+        length=seq_len,
+        labelled=seq_len,
+        optim=optim,
+        gpu=causal_lm.device.type != "cpu" or bf16,
+    )
+    return lines(plan(work))
 
 
 def load(source: str, device: str | None = None) -> nn.Module:

@@ -31,6 +31,14 @@ _OF_A_LAUNCH = (
 )
 
 
+# What FSDP2 is if no file says otherwise: whole layers, freed behind their forward.
+FSDP2 = {
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+
 @dataclass(frozen=True)
 class Launch:
     """The processes of a training, one a device.

@@ -7,6 +7,7 @@ time, their sum is taken: a plan is an upper bound, but for what the allocator l
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
 from transformers import AutoModelForCausalLM
 
 from gem.launch import Launch
@@ -119,10 +125,17 @@ def plan(work: Work) -> Plan:
     """Return the plan.
 
     Raises:
-        ValueError: an optimizer whose state is not known here.
+        ValueError: an optimizer whose state is not known here, or a model that does what depends on numbers.
     """
     if work.optim not in STATES:
         raise ValueError(f"optim must be one whose memory is known ({', '.join(STATES)}), got {work.optim!r}")
+    try:
+        return _planned(work)
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
+        raise ValueError(f"model must run on tensors without numbers to be planned, got {error!r}") from None
+
+
+def _planned(work: Work) -> Plan:
     # Mixed precision under FSDP2: fp32 masters, from which each unit is gathered in bf16. Without FSDP autocast alone casts.
     masters = work.sharded and work.bf16
     shards = shards_of(work.build(), work.launch.processes, work.launch.fsdp, masters=masters)
@@ -167,6 +180,16 @@ def on_meta(config: Any, dtype: str, lora_rank: int = 0) -> Any:
     """
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+    return _with_adapters(model, lora_rank)
+
+
+def alike(model: Any, lora_rank: int = 0) -> Any:
+    """Return a model without memory of the class, config and dtype of a transformers model, with new adapters on request."""
+    with torch.device("meta"):
+        return _with_adapters(type(model)(copy.deepcopy(model.config)).to(model.dtype), lora_rank)
+
+
+def _with_adapters(model: Any, lora_rank: int) -> Any:
     if not lora_rank:
         return model
     from peft import LoraConfig, get_peft_model
@@ -195,7 +218,7 @@ def head_buffers(hidden: Tensor, weight: Tensor, *, groups: int, cache_bytes: in
         slabs = -(-groups // together)
         cached = together * of_group if together * of_group * row <= cache_bytes else 0
     tile = _TILE_GPU if gpu else _TILE_CPU
-    tiled = tile if row < 4 * v or cached < n else 0  # fp32 logits that become bf16, or that nothing keeps
+    tiled = tile if row < 4 * v or not cached else 0  # fp32 logits that become bf16, or that nothing keeps
     wide = 4 * n * d + (4 * v * d if slabs > 1 and narrow and trained else tile if narrow and trained else 0)
     return [hidden.new_empty(size, dtype=torch.uint8) for size in (cached * row, min(tiled, 4 * n * v), wide)]
 
@@ -249,8 +272,8 @@ def _gathered(work: Work, shards: Shards, activations: int) -> int:
 
     Units that stay (the tail: last norm and lm_head) are whole until their backward. Of the layers the one that computes is
     whole, and the next one is fetched meanwhile. A unit's gradient is whole, in the compute dtype, until its reduction has
-    copied it into an fp32 buffer; that buffer stays until the next reduction begins. The embeddings come last, when there are no
-    activations any more: they count for what they take beyond these.
+    copied it into an fp32 buffer; that buffer stays until the next reduction begins. The embeddings come last, when the
+    activations are gone: they count for what they take beyond these.
     """
     width = partial(_width, work, shards=shards)
     tail = sum(width(u.numel) for u in shards.units if u.kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from gem.launch import FSDP2
 from gem.plan import GIB, Plan, Work, plan
 
 DEVICE_GIB = 80.0  # of an A100 or H100
@@ -38,10 +39,10 @@ def lines(of: Plan, device_gib: float | None = None) -> list[str]:
         f"step          {work.accumulation} x {_count(work.groups, 'group')} of {_count(work.members, 'sequence')} of at most "
         f"{work.length:,} tokens a device: at most {tokens * work.launch.processes:,} tokens on all"
     )
-    sent = ", ".join(f"{name} {size / 1e9:,.1f} GB" for name, size in of.sent.items())
-    said.append(f"work          {of.flop / 1e12:,.0f} TFLOP a device and step{'; it sends ' + sent if sent else ''}")
+    sent = ", ".join(f"{name} {_three(size / 1e9)} GB" for name, size in of.sent.items())
+    said.append(f"work          {_three(of.flop / 1e12)} TFLOP a device and step{'; it sends ' + sent if sent else ''}")
     said.append(
-        f"logits        {of.unfused / GIB:,.2f} GiB of a micro-batch, with what loss and gradient hold beside them, are not made"
+        f"logits        {of.unfused / GIB:,.2f} GiB with their log-probs and gradients, a micro-batch, are never made"
     )
     if device_gib is not None:
         worst = max(of.phases, key=lambda phase: phase.total)
@@ -50,6 +51,11 @@ def lines(of: Plan, device_gib: float | None = None) -> list[str]:
             f"{worst.total / GIB:.1f}"
         )
     return [*rows, "", *said]
+
+
+def _three(number: float) -> str:
+    """Return a number with three digits at least."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _gib(size: int) -> str:
@@ -104,8 +110,8 @@ def _remedies(of: Plan) -> Iterator[tuple[str, Work]]:
         fewer = max(1, work.rollouts // 4)
         yield f"rollout_batch_size={fewer}", replace(work, rollouts=fewer)
     if not work.sharded and work.launch.processes > 1:
-        yield "accelerate_config of FSDP (fsdp_version 2)", replace(work, launch=replace(work.launch, fsdp=_FSDP))
-        both = replace(work, launch=replace(work.launch, fsdp=_FSDP), checkpointing=True)
+        yield "accelerate_config of FSDP (fsdp_version 2)", replace(work, launch=replace(work.launch, fsdp=FSDP2))
+        both = replace(work, launch=replace(work.launch, fsdp=FSDP2), checkpointing=True)
         yield "accelerate_config of FSDP with fsdp_activation_checkpointing", both
     if not work.checkpointing:
         name = "fsdp_activation_checkpointing" if work.sharded else "activation_checkpointing"
@@ -123,13 +129,6 @@ def _remedies(of: Plan) -> Iterator[tuple[str, Work]]:
         yield "cache_mib=64", replace(work, cache_bytes=64 << 20)
     for factor in (2, 4, 8):
         number = factor * work.launch.processes
-        fsdp = work.launch.fsdp or _FSDP
+        fsdp = work.launch.fsdp or FSDP2
         more = replace(work, launch=replace(work.launch, processes=number, fsdp=fsdp))
         yield f"{number} processes{'' if work.sharded else ' under FSDP'}", more
-
-
-_FSDP = {
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}

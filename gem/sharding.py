@@ -47,7 +47,7 @@ class Shards:
 
 
 def upcast_trained(model: nn.Module) -> nn.Module:
-    """Give trained parameters fp32 masters, as accelerate does under FSDP2 with mixed precision; frozen ones stay as they are."""
+    """Give trained parameters fp32 masters, as accelerate does under FSDP2 with mixed precision; frozen ones stay."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

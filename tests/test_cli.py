@@ -25,11 +25,11 @@ from gem.settings import never_used
 from gem.tasks import build_tokenizer
 
 COMMANDS: dict[str, tuple[type, ...]] = {
-    "sft": (c.ModelArguments, c.DataArguments, c.LossArguments, c.GuardArguments),
+    "sft": (c.ModelArguments, c.DataArguments, c.LossArguments, c.GuardArguments, c.PlanArguments),
     "score": (c.ModelArguments, c.DataArguments, c.UnlabeledArguments, c.RolloutArguments, c.ScoreArguments, c.RankArguments,
               c.GuardArguments, c.OutputArguments),
     "train": (c.ModelArguments, c.DataArguments, c.UnlabeledArguments, c.GroupsArguments, c.LossArguments, c.GuardArguments,
-              c.RolloutArguments, c.ScoreArguments, c.RankArguments, c.EvalArguments),
+              c.RolloutArguments, c.ScoreArguments, c.RankArguments, c.EvalArguments, c.PlanArguments),
     "eval": (c.ModelArguments, c.DataArguments, c.RolloutArguments, c.ScoreArguments, c.EvalArguments,
              c.OutputArguments),
 }  # fmt: skip

@@ -90,7 +90,9 @@ def test_a_folder(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     build(name).save_pretrained(tmp_path)
     status, out, _ = run(capsys, str(tmp_path), "--batch_size", "4", "--seq_len", "128")
     assert status == 0
-    assert out.splitlines() == diagnose(load(str(tmp_path)), batch_size=4, seq_len=128).lines()
+    report, _, plan = out.partition("\n\n")
+    assert report.splitlines() == diagnose(load(str(tmp_path)), batch_size=4, seq_len=128).lines()
+    assert "on one device" in plan and "4 groups of 1 sequence of at most 128 tokens" in plan
     assert "self-check" in out and "4 x 128 tokens" in out
 
 
@@ -121,3 +123,25 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ):
         status, out, err = run(capsys, *argv)
         assert status == 2 and not out and err.count("\n") == 1 and message in err
+
+
+def test_the_plan_of_a_training(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "examples/configs/llama-tiny-neox.json")
+    more = "--batch_size 2 --seq_len 64 --world_size 4 --optim sgd --bf16 --gradient_checkpointing --lora_rank 4"
+    assert cli.main(["doctor", config, *more.split()]) == 0
+    plan = capsys.readouterr().out.partition("\n\n")[2]
+    assert "4 devices by FSDP2" in plan and "gathered units" in plan
+    assert next(line for line in plan.splitlines() if line.startswith("optimizer state")).split()[2:] == ["-", "-"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--world_size 0", "world_size must be >= 1, got 0"),
+        ("--lora_rank -1", "lora_rank must be >= 0, got -1"),
+        ("--optim lomo", "optim must be one whose memory is known"),
+    ],
+)
+def test_a_plan_that_cannot_be_made(flags: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", str(ROOT / "examples/configs/llama-tiny-neox.json"), *flags.split()]) == 2
+    assert words in capsys.readouterr().err
