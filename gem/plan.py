@@ -33,6 +33,7 @@ STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "adagrad": 1, "rmsprop": 1, 
 
 # On a GPU: fp32 logits that a product makes at a time (gem_kernels/tiles.py), and on a CPU.
 _TILE_GPU, _TILE_CPU = 66 << 20, 16 << 20
+_BLOCKS_CPU = 3 << 20  # what the row functions hold of a tile: six blocks of 2^17 entries
 _SHARED_CPU = 256 << 20  # small groups share so much of the cache on a CPU
 
 
@@ -218,9 +219,10 @@ def head_buffers(hidden: Tensor, weight: Tensor, *, groups: int, cache_bytes: in
         slabs = -(-groups // together)
         cached = together * of_group if together * of_group * row <= cache_bytes else 0
     tile = _TILE_GPU if gpu else _TILE_CPU
+    blocks = 0 if gpu else min(_BLOCKS_CPU, 24 * n * v)
     tiled = tile if row < 4 * v or not cached else 0  # fp32 logits that become bf16, or that nothing keeps
     wide = 4 * n * d + (4 * v * d if slabs > 1 and narrow and trained else tile if narrow and trained else 0)
-    return [hidden.new_empty(size, dtype=torch.uint8) for size in (cached * row, min(tiled, 4 * n * v), wide)]
+    return [hidden.new_empty(size, dtype=torch.uint8) for size in (cached * row, min(tiled, 4 * n * v), blocks, wide)]
 
 
 # --- the phases -------------------------------------------------------------------------------------------------------

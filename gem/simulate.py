@@ -42,11 +42,14 @@ class Cost:
 
 
 class Live(TorchDispatchMode):
-    """Mode that follows the storages that operators make, until they are freed."""
+    """Mode that follows the storages that operators make, until they are freed.
 
-    def __init__(self) -> None:
+    padded: the answer to the one question that models ask numbers, whether a mask of the attention is needed.
+    """
+
+    def __init__(self, padded: bool = True) -> None:
         super().__init__()
-        self.bytes, self.peak, self.flop = 0, 0, 0
+        self.bytes, self.peak, self.flop, self.padded = 0, 0, 0, padded
         self._known: dict[int, tuple[Any, int]] = {}  # storage -> (reference that sees its end, bytes)
 
     def overlook(self, tensor: Tensor) -> None:
@@ -69,7 +72,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 0  # "is no token padding?" is answered by no: with padding the attention has a mask, and holds more
+            return not self.padded  # of `padding_mask.all()`
         out = func(*args, **(kwargs or {}))
         for value in tree_iter(out):
             if isinstance(value, Tensor):
@@ -90,7 +93,10 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, live: Live, causal: bool) -> Tensor:
         if mask is not None and mask.dtype == torch.bool:
             mask = torch.empty(mask.shape, dtype=q.dtype, device=q.device)  # each call makes its own additive mask
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        heads, rows = q.shape[-3:-1]
+        out = q.new_empty(*q.shape[:-3], rows, heads, v.shape[-1]).transpose(
+            -3, -2
+        )  # the order that the next layer reads
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, lse, *([] if mask is None else [mask]))
         pairs = math.prod(q.shape[:-1]) * k.shape[-2] // (2 if causal else 1)
@@ -153,6 +159,20 @@ def _attention_by(live: Live) -> Iterator[None]:
 
 
 @contextmanager
+def _masks_as_in_a_run() -> Iterator[None]:
+    """Let transformers ask whether there is padding, for the block: it does not ask tensors without numbers."""
+    import transformers.masking_utils
+
+    masks: Any = transformers.masking_utils
+    own = masks.is_tracing
+    masks.is_tracing = lambda *_: False
+    try:
+        yield
+    finally:
+        masks.is_tracing = own
+
+
+@contextmanager
 def _experts_grouped() -> Iterator[None]:
     """Let a mixture of experts take one product a matrix for all experts, by the operator that any dtype has, for the block."""
     try:
@@ -169,15 +189,15 @@ def _experts_grouped() -> Iterator[None]:
 
 
 @contextmanager
-def _running(model: nn.Module, autocast: torch.dtype | None) -> Iterator[Live]:
+def _running(model: nn.Module, autocast: torch.dtype | None, masked: bool = True) -> Iterator[Live]:
     """Give the model fake memory for the block, in which what is made is counted."""
-    live = Live()
+    live = Live(masked)
     casting: AbstractContextManager[Any] = torch.autocast("cpu", autocast) if autocast else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = model.to_empty(device="cpu") if next(model.parameters()).is_meta else model
         for tensor in (*fake.parameters(), *fake.buffers()):
             live.overlook(tensor)
-        with _attention_by(live), _experts_grouped(), live, casting:
+        with _attention_by(live), _experts_grouped(), _masks_as_in_a_run(), live, casting:
             yield live
 
 
@@ -196,9 +216,9 @@ def _headless(model: Any, tokens: int, held: Held) -> Iterator[None]:
         del head.forward
 
 
-def _inputs(rows: int, length: int, masked: bool) -> dict[str, Tensor]:
+def _inputs(rows: int, length: int) -> dict[str, Tensor]:
     ids = torch.zeros(rows, length, dtype=torch.long)
-    return {"input_ids": ids, **({"attention_mask": torch.ones_like(ids)} if masked else {})}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def training_pass(
@@ -221,12 +241,12 @@ def training_pass(
         tokens: those with a label, at most rows * length.
         held: what the head holds while it computes.
         autocast: dtype of autocast; None: there is none.
-        masked: True if the sequences are padded, so that the attention has a mask.
+        masked: True if some sequence may be padded, so that the attention has a mask.
         gradients: "grow": they are made in this backward, and counted | "present": they are there already, and not counted |
             "leave": each leaves when it is whole, as FSDP reduces it and keeps a part.
     """
     model.train()
-    with _running(model, autocast) as live, _headless(model, tokens, held):
+    with _running(model, autocast, masked) as live, _headless(model, tokens, held):
         hooks = []
         for parameter in model.parameters():
             if not parameter.requires_grad:
@@ -237,7 +257,7 @@ def training_pass(
             elif gradients == "leave":
                 hooks.append(parameter.register_post_accumulate_grad_hook(_leave))
         live.peak = live.bytes
-        model(**_inputs(rows, length, masked), use_cache=False).logits.sum().backward()
+        model(**_inputs(rows, length), use_cache=False).logits.sum().backward()
         for hook in hooks:
             hook.remove()
         model.zero_grad(set_to_none=True)
@@ -254,7 +274,7 @@ def forward_pass(
     """Return the cost of a forward without gradients; `cached` keeps keys and values, as the prefill of a generation does."""
     model.eval()
     with torch.no_grad(), _running(model, autocast) as live, _headless(model, rows * length, held):
-        out = model(**_inputs(rows, length, True), use_cache=cached)
+        out = model(**_inputs(rows, length), use_cache=cached)
         cache = (getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)) if cached else None
         del out
         kept = live.bytes if cache is not None else 0

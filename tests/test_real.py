@@ -500,13 +500,13 @@ print("PEAK", status("VmHWM") - before)
 def test_a_training_takes_the_memory_that_is_planned(
     checkpoint: Path, tmp_path: Path, rows: int, length: int, checkpointing: bool
 ) -> None:
-    """Two steps with AdamW in fp32, in a fresh process: within 15 % of the plan.
+    """Two steps with AdamW in fp32, in a fresh process: within 10 % of the plan.
 
     glibc keeps freed blocks below its threshold, which it raises up to 32 MiB, in a heap that does not shrink: with
     checkpointing, whose blocks come and go, half as much memory again. A fixed one gives each tensor a mapping of its own.
     """
     config = AutoConfig.from_pretrained(checkpoint)
-    sizes = {"groups": rows, "length": length, "labelled": length - 16}
+    sizes = {"groups": rows, "length": length, "labelled": length - 16, "masked": False}  # rows of one length need no mask
     planned = plan(Work(partial(on_meta, config, "float32"), checkpointing=checkpointing, gpu=False, **sizes)).total  # type: ignore[arg-type]
     command = [sys.executable, "-c", TRAINING, str(checkpoint), str(tmp_path), str(rows), str(length)]
     done = subprocess.run(
@@ -522,4 +522,4 @@ def test_a_training_takes_the_memory_that_is_planned(
     print(
         f"\n{rows} x {length}, checkpointing={checkpointing}: planned {planned / GIB:.3f} GiB, measured {peak / GIB:.3f}"
     )
-    assert abs(peak / planned - 1) < 0.15, (planned / GIB, peak / GIB)
+    assert abs(peak / planned - 1) < 0.1, (planned / GIB, peak / GIB)
