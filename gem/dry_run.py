@@ -258,7 +258,7 @@ def _config(request: Request) -> Any:
         ValueError: neither is at hand.
     """
     source, shape = request.model.model, request.plan.shape
-    if source.endswith(".json") and _is_there(source):
+    if source.endswith(".json") and (_is_there(source) or not shape):
         return _config_file("model", source)
     try:
         return configs_of(source).config
