@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from test_cli import write_files
+from test_cli import COMMANDS, write_files
 from transformers import TrainingArguments
 
 from gem import cli
@@ -241,3 +241,17 @@ def test_bf16_is_planned_where_it_cannot_run() -> None:
 def test_the_flag_takes_a_number() -> None:
     (planned,), _ = parse("sft", ["--dry-run", "8"], PlanArguments)
     assert planned.dry_run == 8
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("examples/configs/llama3-*/*.yaml")), ids=str)
+def test_the_recipes_parse(file: Path) -> None:
+    if file.stem == "fsdp2":
+        return
+    dry = ["--dry-run"] if file.stem in ("sft", "train") else []
+    instances, settings = parse(
+        file.stem, ["--config", str(file), *dry], *COMMANDS[file.stem], *TRAINED.get(file.stem, ())
+    )
+    assert settings["model"] and instances
+
+
+TRAINED = {"sft": (TrainingArguments,), "train": (TrainingArguments,)}

@@ -506,7 +506,12 @@ def test_a_training_takes_the_memory_that_is_planned(
     checkpointing, whose blocks come and go, half as much memory again. A fixed one gives each tensor a mapping of its own.
     """
     config = AutoConfig.from_pretrained(checkpoint)
-    sizes = {"groups": rows, "length": length, "labelled": length - 16, "masked": False}  # rows of one length need no mask
+    sizes = {
+        "groups": rows,
+        "length": length,
+        "labelled": length - 16,
+        "masked": False,
+    }  # rows of one length need no mask
     planned = plan(Work(partial(on_meta, config, "float32"), checkpointing=checkpointing, gpu=False, **sizes)).total  # type: ignore[arg-type]
     command = [sys.executable, "-c", TRAINING, str(checkpoint), str(tmp_path), str(rows), str(length)]
     done = subprocess.run(

@@ -40,6 +40,7 @@ OURS = {
     "top_m", "branch_weight", "final_weight", "entropy_clip", "markers", "score_with", "score_tokens",  # test_settings.py
     "ema_decay",  # test_ema.py
     "tau", "prior_sd", "human_weight", "reward", "weight_norm", "min_spread", "filter_groups",  # test_settings.py
+    "dry_run", "world_size", "shape", "longest", "device_memory", "accelerate_config",  # test_dry_run.py
     "filter_members", "comparators", "agreement_filter", "calibrate",  # test_settings.py, test_pipeline.py
     "unlabeled", "unlabeled_split", "unlabeled_share",  # test_unlabeled.py
 }  # fmt: skip
