@@ -18,6 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from gem.distributed import state_form
 from gem.files import write_lines
 from gem.fingerprint import file_hash
 from gem.run_files import MANIFEST_FILE, STATE_FILE, has_manifest, numbered_checkpoints, read_object
@@ -25,6 +26,9 @@ from gem.run_files import MANIFEST_FILE, STATE_FILE, has_manifest, numbered_chec
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+OPTIMIZER = {"": "optimizer.pt", "FULL_STATE_DICT": "optimizer.bin", "SHARDED_STATE_DICT": "optimizer_0/.metadata"}
+"""The file of the optimizer's state, by the form in which FSDP2 saves it; "": without FSDP2."""
+SHARDS = "pytorch_model_fsdp_0/*"
 
 
 def find_checkpoint(folder: Path, asked: str | None, world_size: int = 1) -> str | None:
@@ -58,7 +62,7 @@ def find_checkpoint(folder: Path, asked: str | None, world_size: int = 1) -> str
     else:
         found = asked
     if found is not None:
-        _check_processes(Path(found), world_size)
+        _check_launch(Path(found), world_size)
     return found
 
 
@@ -104,10 +108,20 @@ def _set_aside(checkpoint: Path) -> Path:
     return checkpoint.rename(next(path for path in map(checkpoint.with_name, names) if not path.exists()))
 
 
-def _check_processes(checkpoint: Path, world_size: int) -> None:
-    began = read_object(checkpoint / MANIFEST_FILE).get("world_size")
-    if began != world_size:
+def _check_launch(checkpoint: Path, world_size: int) -> None:
+    """Raise ValueError if a checkpoint is of another number of processes, or saved in another form, than this launch's."""
+    manifest = read_object(checkpoint / MANIFEST_FILE)
+    if (began := manifest.get("world_size")) != world_size:
         raise ValueError(f"the number of processes must be that of {checkpoint}, {began}, got {world_size}")
+    then, now = _form(manifest["files"]), state_form()
+    if then != now:
+        names = [f"FSDP2 with {form}" if form else "no FSDP" for form in (then, now)]
+        raise ValueError(f"the launch must be that of {checkpoint}, {names[0]}, got one of {names[1]}")
+
+
+def _form(files: Iterable[str]) -> str:
+    """Return the form of a checkpoint's state by its files; "" if FSDP2 did not save it."""
+    return next((form for form, name in OPTIMIZER.items() if form and name in files), "")
 
 
 def steps_of(checkpoint: Path) -> tuple[int, int]:
@@ -149,10 +163,11 @@ def _flaw(checkpoint: Path) -> str:
     if type(processes) is not int:
         return f'{checkpoint / MANIFEST_FILE}: expected "world_size" to be an integer, got {processes!r}'
     states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-    missing = [name for name in (STATE_FILE, "optimizer.pt", "scheduler.pt", *states) if name not in files]
+    optimizer = OPTIMIZER[_form(files)]
+    missing = [name for name in (STATE_FILE, optimizer, "scheduler.pt", *states) if name not in files]
     if missing:
-        return f"it has no {missing[0]}" + (", as save_only_model leaves it" if missing[0] == "optimizer.pt" else "")
-    if not any(fnmatch(name, pattern) for name in files for pattern in WEIGHTS):
+        return f"it has no {missing[0]}" + (", as save_only_model leaves it" if missing[0] == optimizer else "")
+    if not any(fnmatch(name, pattern) for name in files for pattern in (*WEIGHTS, SHARDS)):
         return "it has no file of weights"
     try:
         steps_of(checkpoint)

@@ -41,6 +41,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def state_form() -> str:
+    """Return the form in which FSDP2 saves its state in this launch, FULL_STATE_DICT or SHARDED_STATE_DICT; "" without it."""
+    return os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT") if fsdp_is_on() else ""
+
+
 def awaits_shards(model: nn.Module) -> bool:
     """Return True for a model that accelerate has yet to shard: only the first process is sure to have its weights."""
     return fsdp_is_on() and not is_sharded(model)
@@ -125,6 +130,7 @@ def wake_up(model: nn.Module) -> None:
     """Run a sharded model once, on two tokens: FSDP2 takes the module that runs first for the root. Collective."""
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
+    reshard(model)
 
 
 @contextmanager
@@ -162,13 +168,19 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
             unit.unshard()
         yield
     finally:
-        for unit in units:  # the root too: the optimizer changes the shards, and its whole weights would stay behind
-            unit.reshard()
+        reshard(model)
         for group, mesh in zip(groups, before, strict=True):
             group.post_forward_mesh_info = mesh
             # The next backward would gather what ran here, too, on each process something else.
             group._post_forward_indices.clear()
             group.comm_ctx.post_forward_order.clear()
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole weights that a forward without a backward has left: what is loaded or stepped next are the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _groups(unit: FSDPModule) -> list[Any]:

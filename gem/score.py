@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from gem.answers import read_answer
 from gem.config import LAST_TOKENS, SAMPLER_GAP, ScoreArguments
 from gem.data import Example, TokenPair, pack
-from gem.distributed import gathered, is_sharded, most, processes
+from gem.distributed import gathered, is_sharded, most, processes, reshard
 from gem.ends import Ends, model_ends
 from gem.finite import not_finite
 from gem.group import Group, Member
@@ -79,6 +79,7 @@ def token_stats(
             bar.update(len(at))
         for _ in range(idle):
             _batch_stats(model, [([0], [0])])
+    reshard(model)
     for part in gathered(results) if shared else ():
         results |= part
     return [results[i] for i in range(len(sequences))]

@@ -34,7 +34,7 @@ from gem.calibration import Calibration, Signals, orders
 from gem.checkpoints import newest_checkpoint, write_manifest
 from gem.config import GuardArguments, LossArguments, check
 from gem.data import Example, pack
-from gem.distributed import check_engine, fsdp_is_on, saved_whole, set_up_fsdp, shard_frozen, wake_up
+from gem.distributed import check_engine, fsdp_is_on, reshard, saved_whole, set_up_fsdp, shard_frozen, wake_up
 from gem.ema import WeightAverage
 from gem.evaluate import Evaluation, pair_auroc
 from gem.finite import is_finite, not_finite
@@ -191,6 +191,7 @@ class GEMTrainer(Trainer):
         if self.is_fsdp_enabled and not self._attached:
             wake_up(cast(nn.Module, self.model))
             self._attach()
+            reshard(cast(nn.Module, self.model))
         self._restart()
         return super().create_scheduler(num_training_steps, optimizer)
 

@@ -171,8 +171,13 @@ def command(
     return Running(argv, folder, {"plants": list(plants), "environment": dict(environment or {}), "disk": disk})
 
 
-def ranks(*argv: str, folder: Path, plants: Mapping[int, Sequence[Plant]] | None = None) -> list[Running]:
-    """Start a command on two ranks, as torchrun does; `plants` go to their rank."""
+def ranks(
+    *argv: str,
+    folder: Path,
+    plants: Mapping[int, Sequence[Plant]] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> list[Running]:
+    """Start a command on two ranks, as torchrun does; `plants` go to their rank, `environment` is accelerate's, if it did."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -182,7 +187,7 @@ def ranks(*argv: str, folder: Path, plants: Mapping[int, Sequence[Plant]] | None
             *argv,
             folder=folder,
             plants=(plants or {}).get(rank, ()),
-            environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            environment={**shared, **(environment or {}), "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]

@@ -38,7 +38,8 @@ def test_a_killed_command_goes_on(mode: str, folder: Path, row: Callable[[str, s
             status = of.start(folder, plants=[plant]).end().quiet().status
             assert status == -signal.SIGKILL, f"it ended before it could be killed: {plant}"
             continue
-        ends = [rank.end().quiet() for rank in ranks(*of.argv, folder=folder, plants={victim: [plant]})]
+        both = ranks(*of.argv, folder=folder, plants={victim: [plant]}, environment=of.launch)
+        ends = [rank.end().quiet() for rank in both]
         assert ends[victim].status == -signal.SIGKILL, f"it ended before it could be killed: {plant}"
         ends[1 - victim].line(2)  # the other one does not wait for ever
     same(of.finish(folder), mode)

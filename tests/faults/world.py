@@ -56,6 +56,15 @@ class Mode:
     argv: tuple[str, ...]
     output: str  # a run's folder, or a file
     ranks: int = 1
+    state: str = ""  # FULL or SHARDED: how FSDP2 saves its state; "": the ranks run DistributedDataParallel
+
+    @property
+    def launch(self) -> dict[str, str]:
+        """What accelerate sets for its processes."""
+        if not self.state:
+            return {}
+        wrap = {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_STATE_DICT_TYPE": f"{self.state}_STATE_DICT"}
+        return {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", **wrap}
 
     @property
     def trains(self) -> bool:
@@ -75,7 +84,7 @@ class Mode:
         if self.ranks == 1:
             self.start(folder).end().ended()
         else:
-            for rank in ranks(*self.argv, folder=folder):
+            for rank in ranks(*self.argv, folder=folder, environment=self.launch):
                 rank.end().ended()
         return results(folder / self.output)
 
@@ -89,6 +98,8 @@ MODES = {
         ("train", "--config", "online.yaml", "--output_dir", "runs/ema", "--score_with", "ema"), "runs/ema"
     ),
     "train online, two ranks": Mode(("train", "--config", "online.yaml"), "runs/online", ranks=2),
+    "train online, FSDP2 on two ranks": Mode(("train", "--config", "online.yaml"), "runs/online", 2, "SHARDED"),
+    "sft, FSDP2 on two ranks": Mode(("sft", "--config", "sft.yaml"), "runs/sft", 2, "FULL"),
 }
 
 
