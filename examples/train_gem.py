@@ -1,6 +1,7 @@
 """Reference training script: all of GEM (arXiv 2511.13007) on a Hugging Face model, in plain calls.
 
     python examples/train_gem.py --model Qwen/Qwen2.5-0.5B --data pairs.jsonl --output_dir runs/gem
+    accelerate launch --config_file examples/configs/llama3-8b-8xa100/fsdp2.yaml examples/train_gem.py ...  # sharded
 
 pairs.jsonl: one {"prompt": ..., "chosen": ..., "rejected": ...} per line, texts or chat messages; the last tenth is held out.
 First a supervised warm start; then, per step: candidates -> entropies and Eq. 1 -> ranking with the human pair -> Eq. 2.
@@ -8,6 +9,7 @@ First a supervised warm start; then, per step: candidates -> entropies and Eq. 1
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def main() -> None:
     parser.add_argument("--output_dir", default="runs/gem")
     parser.add_argument("--warm_steps", type=int, default=200, help="supervised steps on the chosen answers")
     parser.add_argument("--steps", type=int, default=200, help="GEM steps")
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts per step")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts per step and process")
     parser.add_argument("--learning_rate", type=float, default=1e-5)
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--max_length", type=int, default=2048)
@@ -67,29 +69,25 @@ def main() -> None:
     held_out = examples[-max(1, len(examples) // 10) :]
     examples = examples[: len(examples) - len(held_out)]
 
+    shared = {"per_device_train_batch_size": a.batch_size, "learning_rate": a.learning_rate, "logging_steps": 1}
+
     def arguments(name: str, steps: int, **more: Any) -> TrainingArguments:
-        return TrainingArguments(
-            output_dir=f"{a.output_dir}/{name}",
-            max_steps=steps,
-            per_device_train_batch_size=a.batch_size,
-            learning_rate=a.learning_rate,
-            warmup_steps=steps // 10,
-            bf16=a.bf16,
-            logging_steps=1,
-            report_to="none",
-            seed=a.seed,
-            **more,
-        )
+        more |= {"output_dir": f"{a.output_dir}/{name}", "report_to": "none", "bf16": a.bf16, "seed": a.seed}
+        return TrainingArguments(max_steps=steps, warmup_steps=steps // 10, **shared, **more)
 
     # Warm start: -log pi(chosen), a mean over tokens. The rejected answers are not read.
-    GEMTrainer(
+    warm_start = GEMTrainer(
         model,
         arguments("warm-start", a.warm_steps, save_strategy="no"),
         loss=LossArguments(loss="sft"),
         guard=GuardArguments(),
         train_dataset=[pair_group(example) for example in examples],
         processing_class=tokenizer,
-    ).train()
+    )
+    warm_start.train()
+    warm_start.save_model()  # under FSDP2 the model is in shards now: the next phase begins with a whole one
+    warm_start.accelerator.wait_for_everyone()
+    model = load_model(replace(model_arguments, model=warm_start.args.output_dir), tokenizer)
 
     # GEM. Each step samples k candidates per prompt, scores them with Eq. 1, ranks them together with the human pair
     # (Bradley-Terry posterior) and turns the ranks into the weights of Eq. 2. The reference is the frozen warm start.
@@ -109,9 +107,10 @@ def main() -> None:
     trainer.train()
     trainer.save_model()
     trainer.save_state()
-    metrics = evaluation(model)
-    (Path(a.output_dir) / "gem" / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    print(json.dumps(metrics, indent=1))  # `gem-kernels report runs/gem/gem` draws the curves
+    metrics = json.dumps(evaluation(model), indent=1)
+    if trainer.is_world_process_zero():
+        (Path(a.output_dir) / "gem" / "metrics.json").write_text(metrics)
+        print(metrics)  # `gem-kernels report runs/gem/gem` draws the curves
 
 
 if __name__ == "__main__":

@@ -34,7 +34,16 @@ from gem.calibration import Calibration, Signals, orders
 from gem.checkpoints import newest_checkpoint, write_manifest
 from gem.config import GuardArguments, LossArguments, check
 from gem.data import Example, pack
-from gem.distributed import check_engine, fsdp_is_on, reshard, saved_whole, set_up_fsdp, shard_frozen, wake_up
+from gem.distributed import (
+    check_engine,
+    fsdp_is_on,
+    is_sharded,
+    reshard,
+    saved_whole,
+    set_up_fsdp,
+    shard_frozen,
+    wake_up,
+)
 from gem.ema import WeightAverage
 from gem.evaluate import Evaluation, pair_auroc
 from gem.finite import is_finite, not_finite
@@ -103,6 +112,11 @@ class GEMTrainer(Trainer):
     ) -> None:
         check(loss)
         check(guard)
+        if is_sharded(model):
+            raise ValueError(
+                "model must be whole when a training begins, got one in the shards of an earlier training: save that with "
+                "save_model, and load it again"
+            )
         refuse_ignored(args, loss.loss, evaluates=evaluation is not None)
         if args.eval_strategy != "no" and evaluation is None:
             raise ValueError(f"evaluation must be given with eval_strategy={args.eval_strategy}, got None")

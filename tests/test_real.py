@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from planted_faults import refusal
+from test_fsdp import FSDP
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, LlamaModel
 
@@ -528,3 +530,90 @@ def test_a_training_takes_the_memory_that_is_planned(
         f"\n{rows} x {length}, checkpointing={checkpointing}: planned {planned / GIB:.3f} GiB, measured {peak / GIB:.3f}"
     )
     assert abs(peak / planned - 1) < 0.1, (planned / GIB, peak / GIB)
+
+
+# --- FSDP2 ------------------------------------------------------------------------------------------------------------
+
+IN_TURN = """
+import json
+import sys
+import torch
+from gem import cli
+
+torch.set_num_threads(1)
+for command in json.loads(sys.argv[1]):
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")  # the peak begins anew
+    if status := cli.main(command):
+        sys.exit(status)
+    with open("/proc/self/status") as lines:
+        print("PEAK", next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")))
+"""
+
+
+def on_ranks(count: int, commands: list[list[str]]) -> list[list[float]]:
+    """Run commands in turn on ranks, under FSDP2 if there are several, and return their peaks on each rank, GiB."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"PYTHONPATH": str(Path(__file__).parent.parent), "MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
+    if count > 1:
+        shared |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **FSDP}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", IN_TURN, json.dumps(commands)],
+            env={**os.environ, **shared, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {})},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+    ends = [process.communicate(timeout=300) for process in started]
+    assert not any(process.returncode for process in started), [err[-3000:] for _, err in ends]
+    return [[int(line.split()[1]) / GIB for line in out.splitlines() if line.startswith("PEAK")] for out, _ in ends]
+
+
+def logged(folder: str) -> list[dict[str, float]]:
+    """Return the training losses of a run and what stands beside them, without times."""
+    history = json.loads(Path(folder, "trainer_state.json").read_text())["log_history"]
+    return [{k: v for k, v in entry.items() if k != "total_flos"} for entry in history if "loss" in entry]
+
+
+def test_two_ranks_under_fsdp2_give_the_numbers_of_one(checkpoint: Path, folder: Path) -> None:
+    """Warm start, score, train, evaluate: each rank holds half of the state, and the numbers are those of one process."""
+    rows = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
+    Path("held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[::-1]]))
+    model, sampling = ["--model", str(checkpoint)], ["--max_new_tokens", "8", "--rollout_batch_size", "2"]
+    data = ["--data", "pairs.jsonl"]
+    training = ["--max_steps", "2", "--use_cpu", "true", "--optim", "sgd", "--learning_rate", "1e-2"]
+    training += ["--save_strategy", "no", "--disable_tqdm", "true", "--gradient_accumulation_steps", "2"]
+    peaks = {}
+    for ranks in (1, 2):
+        batch = ["--per_device_train_batch_size", str(2 // ranks)]
+        scored = [*model, *data, *sampling, "--group_size", "2", "--device", "cpu", "--output", f"groups-{ranks}.jsonl"]
+        trained = [*model, *training, *batch, "--groups", "groups-1.jsonl", "--output_dir", f"gem-{ranks}"]
+        evaluated = ["--model", f"gem-{ranks}", "--data", "held_out.jsonl", *sampling, "--device", "cpu"]
+        commands = [
+            ["sft", *model, *data, *training, *batch, "--output_dir", f"sft-{ranks}"],
+            ["score", *scored],
+            ["train", *trained],
+            ["eval", *evaluated, "--output", f"eval-{ranks}.json"],
+        ]
+        peaks[ranks] = on_ranks(ranks, commands)
+    shown = [
+        f"{of} rank(s): " + "; ".join(" ".join(f"{p:.2f}" for p in own) for own in all_) for of, all_ in peaks.items()
+    ]
+    print("\npeaks of sft, score, train, eval, GiB, on " + ", on ".join(shown))
+    for name in ("sft", "gem"):
+        one, two = logged(f"{name}-1"), logged(f"{name}-2")
+        assert len(one) == 2
+        for mine, theirs in zip(two, one, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    for mine, theirs in zip(*(load_groups(Path(f"groups-{ranks}.jsonl")) for ranks in (2, 1)), strict=True):
+        for a, b in zip(mine.members, theirs.members, strict=True):
+            assert a.ids == b.ids and a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+            assert (a.score, a.weight) == pytest.approx((b.score, b.weight), abs=1e-3, nan_ok=True)
+    one, two = (json.loads(Path(f"eval-{ranks}.json").read_text()) for ranks in (1, 2))
+    assert two == pytest.approx(one, rel=1e-4)
+    assert max(own[0] for own in peaks[2]) < peaks[1][0][0] - 0.2  # half of the weights and gradients each, in sft
