@@ -87,7 +87,7 @@ def main() -> None:
     warm_start.train()
     warm_start.save_model()  # under FSDP2 the model is in shards now: the next phase begins with a whole one
     warm_start.accelerator.wait_for_everyone()
-    model = load_model(replace(model_arguments, model=warm_start.args.output_dir), tokenizer)
+    model = load_model(replace(model_arguments, model=f"{a.output_dir}/warm-start"), tokenizer)
 
     # GEM. Each step samples k candidates per prompt, scores them with Eq. 1, ranks them together with the human pair
     # (Bradley-Terry posterior) and turns the ranks into the weights of Eq. 2. The reference is the frozen warm start.

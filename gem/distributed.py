@@ -46,6 +46,12 @@ def state_form() -> str:
     return os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT") if fsdp_is_on() else ""
 
 
+def takes_weights() -> bool:
+    """Return True for a process whose part of the weights comes from the first one: it need not read them."""
+    efficient = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
+    return fsdp_is_on() and efficient and int(os.environ.get("RANK", "0")) > 0
+
+
 def awaits_shards(model: nn.Module) -> bool:
     """Return True for a model that accelerate has yet to shard: only the first process is sure to have its weights."""
     return fsdp_is_on() and not is_sharded(model)
@@ -101,7 +107,7 @@ def set_up_fsdp(accelerator: Accelerator) -> bool:
     accelerate itself leaves processes on CPUs without FSDP, and rounds gradients and outputs to the dtype of the computation.
 
     Raises:
-        ValueError: it is to run DeepSpeed or FSDP1.
+        ValueError: it is to run DeepSpeed or FSDP1, or has no devices for FSDP2.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(f"DeepSpeed is not supported, got an accelerator with it: FSDP2 shards the same, {LAUNCH}")
@@ -110,6 +116,11 @@ def set_up_fsdp(accelerator: Accelerator) -> bool:
             shared["distributed_type"] = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # type: ignore[attr-defined]
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None and fsdp_is_on():
+        raise ValueError(
+            f"FSDP2 must have a GPU for each process, got {accelerator.device.type}: ACCELERATE_USE_CPU=true before the launch "
+            "lets the processes run on CPUs"
+        )
     if plugin is None:
         return False
     _check_version(plugin.fsdp_version)
@@ -127,10 +138,12 @@ def shard_frozen(accelerator: Accelerator, model: nn.Module) -> nn.Module:
 
 
 def wake_up(model: nn.Module) -> None:
-    """Run a sharded model once, on two tokens: FSDP2 takes the module that runs first for the root. Collective."""
+    """Run a sharded model once, on two tokens: FSDP2 takes the module that runs first for the root. Collective.
+
+    The weights that are the root's own stay whole, as what is inside a wrapper of peft needs them to be fused.
+    """
     with torch.no_grad():
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device))
-    reshard(model)
 
 
 @contextmanager

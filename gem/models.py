@@ -12,10 +12,19 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gem.config import ModelArguments
+from gem.distributed import takes_weights
 from gem.ends import Ends, ends_of, model_ends
 from gem.finite import not_finite_weights
 from gem.loading import loading
-from gem.sources import MODEL_SOURCES, configs_of, pretrained, tokenizer_of
+from gem.sources import (
+    MODEL_SOURCES,
+    adapter_base,
+    configs_of,
+    gguf_file,
+    pretrained,
+    tokenizer_of,
+    without_weights,
+)
 from gem.special_tokens import check_savable, settle_ends
 
 logger = logging.getLogger(__name__)
@@ -105,7 +114,10 @@ def load_model(arguments: ModelArguments, tokenizer: Any, device: torch.device |
             config = AutoConfig.from_pretrained(arguments.model, trust_remote_code=False)
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **options)
     else:
-        model = pretrained(arguments.model, dtype=dtype, **options)
+        # What reads adapters or a GGUF file makes weights of its own.
+        is_plain = adapter_base(arguments.model) is None and gguf_file(arguments.model) is None
+        load = without_weights if takes_weights() and is_plain else pretrained
+        model = load(arguments.model, dtype=dtype, **options)
     _check_vocabulary(model, tokenizer)
     settle_ends(model, tokenizer, scratch=scratch, add_end=arguments.eos_token is not None)
     check_savable(model)
@@ -115,7 +127,7 @@ def load_model(arguments: ModelArguments, tokenizer: Any, device: torch.device |
         lora = LoraConfig(r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, target_modules="all-linear")
         model = get_peft_model(model, lora)
     model = placed(model, device)
-    if problem := not_finite_weights(model):
+    if not takes_weights() and (problem := not_finite_weights(model)):
         raise ValueError(f"model must have finite weights, got {problem} in {arguments.model!r}")
     return cast(nn.Module, model)
 

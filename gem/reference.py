@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gem.config import LossArguments, ScoreArguments
-from gem.distributed import awaits_shards, is_sharded
+from gem.distributed import awaits_shards, is_sharded, takes_weights
 from gem.group import ROLES, Group, Member
 from gem.head import completion_stats, ensure_fused, undisturbed
 from gem.head.trial import trial_tokens
@@ -234,7 +234,9 @@ def _copied(model: nn.Module) -> nn.Module:
     In mixed precision accelerate puts a function around the forward. A copied function still calls the model that it was made
     for, so the copy gets the forward below it, which is its own.
     """
-    copied = copy.deepcopy(model).requires_grad_(False)
+    # Where the weights are still to come, a copy of them would only take memory.
+    memo = {id(p): nn.Parameter(torch.empty_like(p)) for p in model.parameters()} if takes_weights() else {}
+    copied = copy.deepcopy(model, memo).requires_grad_(False)
     own = vars(copied).pop("_original_forward", None)
     if own is not None:
         copied.forward = own

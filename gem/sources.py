@@ -8,7 +8,9 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import nn
@@ -21,6 +23,7 @@ logger = logging.getLogger(__name__)
 MODEL_SOURCES = "a folder, a hub name, a GGUF file or a config .json"
 # The weights that make a folder an ordinary checkpoint; a config alone may lie beside a GGUF file.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json")
+KEPT_WIDE = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")  # of models that load some weights in fp32 always
 
 
 def gguf_file(source: str, what: str = "model") -> Path | None:
@@ -104,6 +107,31 @@ def pretrained(source: str, model_class: Any = AutoModelForCausalLM, **options: 
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise ValueError(f"its weights lack {missing[0]}{more}, which its config.json asks for")
         return model
+
+
+def without_weights(source: str, **options: Any) -> Any:
+    """Return the model of a folder or hub name with weights of any content, which take memory only once they are touched.
+
+    Args:
+        source: the `model` that the user gave.
+        options: for from_config.
+
+    Raises:
+        ValueError: there is no such model, or its config does not load.
+    """
+    configs = configs_of(source)
+    with loading("model", source, MODEL_SOURCES), init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(configs.config, trust_remote_code=False, **options)
+    if options.get("dtype") != torch.float32 and any(getattr(model, name, None) for name in KEPT_WIDE):
+        return pretrained(source, **options)  # it alone knows which
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                empty = torch.empty_like(parameter, device="cpu")
+                setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+    model.tie_weights()
+    model.generation_config = configs.generation_config or model.generation_config
+    return model
 
 
 class Configs(NamedTuple):

@@ -10,6 +10,8 @@ import copy
 import math
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,14 +24,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
+from test_readme import ROOT, write_inputs
 from test_router_loss import moe, unequal_groups
 from test_trainer import EOS, examples, groups_of, make_trainer
 from test_trainer_distributed import records
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from gem.config import EvalArguments, LossArguments, RankArguments, RolloutArguments, ScoreArguments
+from gem.config import EvalArguments, GuardArguments, LossArguments, RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
-from gem.distributed import fsdp_is_on, is_sharded, processes
+from gem.distributed import check_engine, fsdp_is_on, is_sharded, launched, processes
 from gem.evaluate import Evaluation
 from gem.generators import TransformersGenerator
 from gem.pipeline import GroupMaker
@@ -266,8 +269,39 @@ def in_bf16(folder: Path, ranks: int) -> dict[str, Any]:
     return {"loss": trainer.state.log_history[0]["loss"], "logprobs": found, "masters": masters}
 
 
+def stopped(folder: Path, ranks: int) -> dict[str, Any]:
+    """Return the weights of a training that a guard has stopped after its third step, and those at its best, the first."""
+    model = llama()
+    data = data_of("sega", model)
+    model = with_weights_of_the_first(model)
+    shares, seen = iter([0.5, 0.9, 0.1, 0.1]), []
+
+    def evaluation(model: Any) -> dict[str, float]:
+        seen.append({n: whole(p) for n, p in model.named_parameters()})
+        return {"accuracy_sampled": next(shares)}
+
+    args = {
+        "max_steps": 8,
+        "per_device_train_batch_size": GROUPS // ranks,
+        "learning_rate": 0.1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "eval_on_start": True,
+        "save_strategy": "steps",
+        "save_steps": 100,
+    }
+    guard = GuardArguments(stop_patience=2)
+    trainer = make_trainer(
+        folder, LossArguments(), model=model, data=data, args=args, evaluation=evaluation, guard=guard
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3 and trainer.restored.endswith("checkpoint-best")
+    return {"best": seen[1], "last": seen[-1], "end": {n: whole(p) for n, p in model.named_parameters()}}
+
+
 def of_two(folder: Path, ranks: int) -> dict[str, Any]:
     return {
+        "stopped": stopped(folder / "stopped", ranks),
         **all_cases(folder, ranks),
         "evaluated": evaluated(folder / "evaluated", ranks),
         "bf16": in_bf16(folder / "bf16", ranks),
@@ -341,3 +375,67 @@ def test_a_computation_in_bf16_has_log_probs_in_fp32(two: list[dict[str, Any]], 
     for part in two:
         assert part["bf16"]["masters"] == {torch.float32}
         assert part["bf16"]["loss"] == pytest.approx(expected["loss"], rel=2**-8)
+
+
+def test_a_guard_restores_the_best_weights_into_the_shards(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        best, last, end = (found["stopped"][name] for name in ("best", "last", "end"))
+        assert all(torch.equal(end[name], p) for name, p in best.items())
+        assert not all(torch.equal(end[name], p) for name, p in last.items())
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+LAUNCHES = {
+    "fsdp_version must be 2, got 1": {"ACCELERATE_USE_FSDP": "true"},
+    "DeepSpeed is not supported": {"ACCELERATE_USE_DEEPSPEED": "true"},
+    "parallelism_config is not supported": {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
+}
+
+
+@pytest.mark.parametrize("said", LAUNCHES)
+def test_another_engine_is_refused_by_name(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in LAUNCHES[said].items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=rf"^{said}.*accelerate launch --config_file fsdp2\.yaml"):
+        check_engine()
+
+
+def test_several_devices_for_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 4))
+    said = "args must ask for one process a device, got 4 devices for one, DataParallel: torchrun --nproc_per_node 4"
+    with pytest.raises(ValueError, match=said):
+        make_trainer(tmp_path, LossArguments(), model=llama(), data=groups_of(llama(), 4))
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_one_device_for_several_processes_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ValueError, match=rf"^device must be cpu, or left to the 2 processes of the launch, got '{name}'"
+    ):
+        launched(name)
+
+
+# --- the reference script ---------------------------------------------------------------------------------------------
+
+
+def test_the_reference_script_runs_in_shards(tmp_path: Path) -> None:
+    """As a user types it, with the file of the recipe."""
+    write_inputs(tmp_path)
+    config = ROOT / "examples" / "configs" / "llama3-8b-8xa100" / "fsdp2.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2"]
+    flags = "--model MODEL --data pairs.jsonl --warm_steps 2 --steps 2 --batch_size 4 --max_new_tokens 6"
+    done = subprocess.run(
+        [sys.executable, *launch, str(ROOT / "examples" / "train_gem.py"), *flags.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("accuracy_greedy") == 1  # of the first process
+    assert (tmp_path / "runs/gem/gem/checkpoint-2/pytorch_model_fsdp_0/.metadata").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "runs/gem/gem")

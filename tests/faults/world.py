@@ -99,6 +99,7 @@ MODES = {
     ),
     "train online, two ranks": Mode(("train", "--config", "online.yaml"), "runs/online", ranks=2),
     "train online, FSDP2 on two ranks": Mode(("train", "--config", "online.yaml"), "runs/online", 2, "SHARDED"),
+    "score, two ranks": Mode(("score", "--config", "score.yaml"), "scored/groups.jsonl", ranks=2),
     "sft, FSDP2 on two ranks": Mode(("sft", "--config", "sft.yaml"), "runs/sft", 2, "FULL"),
 }
 
