@@ -14,7 +14,8 @@ demo: $(VENV)/.train
 # whose work is done by processes of their own.
 KERNEL_TESTS := $(patsubst %,tests/test_%.py,kernels compile linear_logprob linear_logprob_oracles linear_logprob_calls \
 	logprob group_loss group_loss_calls sega_loss vocab_parallel vocab_parallel_alone scoring layouts launches)
-PROCESS_TESTS := $(patsubst %,tests/test_%.py,aot gpu_driver fuse_distributed trainer_distributed evidence methods tasks)
+PROCESS_TESTS := $(patsubst %,tests/test_%.py,aot gpu_driver fuse_distributed trainer_distributed fsdp together memory_plan dry_run \
+	evidence methods tasks)
 
 test: $(VENV)/.test $(VENV)/.bench
 	@(trap 'kill $$running' TERM; \

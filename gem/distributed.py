@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -86,7 +86,7 @@ def launched(device: str | None) -> Accelerator | None:
         return None
     if device not in (None, "cpu"):
         raise ValueError(f"device must be cpu, or left to the {count} processes of the launch, got {device!r}")
-    accelerator = Accelerator(cpu=device == "cpu")
+    accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
     set_up_fsdp(accelerator)
     return accelerator
 
@@ -262,7 +262,7 @@ def decided(decide: Callable[[], T]) -> T:
         except Exception as error:
             verdict[1] = error
     if count > 1:
-        broadcast_object_list(verdict)
+        dist.broadcast_object_list(verdict)
     if verdict[1] is not None:
         raise verdict[1]
     result: T = verdict[0]
