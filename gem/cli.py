@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from gem.config import (
     DataArguments,
@@ -127,6 +127,9 @@ def _ends(model: ModelArguments, tokenizer: Any, stop: Sequence[str] = ()) -> An
 def _sft(argv: Sequence[str]) -> None:
     from transformers import TrainingArguments, set_seed
 
+    from gem.distributed import check_engine, fsdp_is_on, loading_device
+
+    check_engine()  # before TrainingArguments begin with it
     (model_args, data, loss, guard, training, planned), settings = parse(
         "sft", argv, ModelArguments, DataArguments, LossArguments, GuardArguments, TrainingArguments, PlanArguments
     )
@@ -135,14 +138,15 @@ def _sft(argv: Sequence[str]) -> None:
         return
     check_launched(planned.accelerate_config, ["sft", *argv])
     from gem.data import read_examples
-    from gem.distributed import check_engine, loading_device
     from gem.fingerprint import source_hash
     from gem.models import load_model, load_tokenizer
     from gem.pipeline import pair_group
     from gem.trainer import GEMTrainer
+    from gem.training_flags import check_sharded
 
     loss.loss = "sft"
-    check_engine()
+    if fsdp_is_on():
+        check_sharded(training, averages=False)
     join()
     run = RunFolder(training, "sft", settings)
     if run.finished:
@@ -189,7 +193,7 @@ def _score(argv: Sequence[str]) -> None:
         GuardArguments, OutputArguments,
     )  # fmt: skip
     from gem.data import read_examples
-    from gem.distributed import awaits_shards, decided, launched, shard_frozen
+    from gem.distributed import awaits_shards, decided, fsdp_is_on, launched, shard_frozen
     from gem.fingerprint import model_hash, source_hash, tokenizer_hash
     from gem.generators import check_room
     from gem.groups import NO_INPUT, parse_shard
@@ -199,7 +203,7 @@ def _score(argv: Sequence[str]) -> None:
     from gem.models import load_model, load_tokenizer
     from gem.pipeline import GroupMaker, sampling_prompts
 
-    path, accelerator = Path(output.output or "groups.jsonl"), launched(output.device)
+    path, accelerator = Path(output.output or "groups.jsonl"), cast(Any, launched(output.device))
     join()
     device = _device(accelerator, output.device)
     check_file(path, "output")
@@ -207,6 +211,8 @@ def _score(argv: Sequence[str]) -> None:
     compared = {name: value for name, value in settings.items() if name not in NOT_IN_HEADER | never_used("score")}
     if rollout.server_model is not None:  # another one may be another model
         compared["server_model"] = rollout.server_model
+    if fsdp_is_on() and accelerator.mixed_precision != "no":  # FSDP2 computes in it, whatever the dtype of the weights
+        compared["mixed_precision"] = accelerator.mixed_precision
     header: dict[str, Any] = {"shard": shard, "settings": compared}
     check_same(path, header)
     tokenizer = load_tokenizer(model_args)
@@ -341,13 +347,15 @@ def _print_groups(path: Path, groups: Sequence[Any], guard: GuardArguments) -> N
 def _train(argv: Sequence[str]) -> None:
     from transformers import TrainingArguments, set_seed
 
+    from gem.distributed import check_engine, fsdp_is_on, loading_device
+
+    check_engine()  # before TrainingArguments begin with it
     parsed, settings = parse(
         "train", argv, ModelArguments, DataArguments, UnlabeledArguments, GroupsArguments, LossArguments, GuardArguments,
         RolloutArguments, ScoreArguments, RankArguments, EvalArguments, TrainingArguments, PlanArguments,
     )  # fmt: skip
     model_args, data, unlabeled, groups_args, loss, guard, rollout, score, rank, eval_args, training, planned = parsed
     from gem.data import read_examples
-    from gem.distributed import check_engine, loading_device
     from gem.evaluate import Evaluation, pair_auroc
     from gem.fingerprint import data_hash, source_hash
     from gem.generators import check_room
@@ -358,6 +366,7 @@ def _train(argv: Sequence[str]) -> None:
     from gem.pipeline import GroupMaker, sampling_prompts
     from gem.reference import reference_for
     from gem.trainer import GEMTrainer
+    from gem.training_flags import check_sharded
 
     check_pairs_beside(data, unlabeled)
     if bool(groups_args.groups) == bool(data.data):
@@ -375,7 +384,8 @@ def _train(argv: Sequence[str]) -> None:
         _dry_run("train", settings, planned, model_args, data, loss, training, evaluation=eval_args, **more)
         return
     check_launched(planned.accelerate_config, ["train", *argv])
-    check_engine()
+    if fsdp_is_on():
+        check_sharded(training, averages=not groups_args.groups and score.score_with == "ema")
     join()
     run = RunFolder(training, "train", settings)
     if run.finished:

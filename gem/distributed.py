@@ -9,6 +9,7 @@ model is one of all processes: each must make it, as often as the others. What s
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -24,16 +25,27 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 T = TypeVar("T")
 
+STATE_FORMS = (
+    "SHARDED_STATE_DICT",
+    "FULL_STATE_DICT",
+)  # in which FSDP2 saves its state; the first is accelerate's default
 LAUNCH = "accelerate launch --config_file fsdp2.yaml (examples/configs/llama3-8b-8xa100 has one)"
 
 
 # --- FSDP2 ------------------------------------------------------------------------------------------------------------
 
 
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def fsdp_is_on() -> bool:
     """Return True if accelerate was launched to shard models over several processes."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return several and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return _several() and _is_set("ACCELERATE_USE_FSDP")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -43,12 +55,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 def state_form() -> str:
     """Return the form in which FSDP2 saves its state in this launch, FULL_STATE_DICT or SHARDED_STATE_DICT; "" without it."""
-    return os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT") if fsdp_is_on() else ""
+    return os.environ.get("FSDP_STATE_DICT_TYPE", STATE_FORMS[0]) if fsdp_is_on() else ""
 
 
 def takes_weights() -> bool:
     """Return True for a process whose part of the weights comes from the first one: it need not read them."""
-    efficient = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
+    efficient = _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING")
     return fsdp_is_on() and efficient and int(os.environ.get("RANK", "0")) > 0
 
 
@@ -61,14 +73,28 @@ def check_engine() -> None:
     """Check that accelerate was launched to shard by FSDP2, or not at all.
 
     Raises:
-        ValueError: it is to run FSDP1, DeepSpeed, or a parallelism that splits tensors or sequences.
+        ValueError: it is to run FSDP1, DeepSpeed, another parallelism, or FSDP2 with its shards elsewhere or in another form.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(f"DeepSpeed is not supported, got a launch with it: FSDP2 shards the same state, {LAUNCH}")
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
         raise ValueError(f"parallelism_config is not supported, got a launch with it: FSDP2 alone is, {LAUNCH}")
-    if fsdp_is_on():
-        _check_version(int(os.environ.get("FSDP_VERSION", "1")))
+    if not _is_set("ACCELERATE_USE_FSDP"):
+        return
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise ValueError(f"fsdp_version must be 2, got {version} (FSDP1, and the default of accelerate): {LAUNCH}")
+    if _is_set("FSDP_OFFLOAD_PARAMS"):
+        raise ValueError("fsdp_offload_params must be false, got true: the shards stay on the devices")
+    if (form := os.environ.get("FSDP_STATE_DICT_TYPE", STATE_FORMS[0])) not in STATE_FORMS:
+        raise ValueError(f"fsdp_state_dict_type must be {' or '.join(STATE_FORMS)}, got {form!r}")
+
+
+def check_several() -> None:
+    """Raise ValueError if accelerate was launched to shard a model over one process."""
+    if _is_set("ACCELERATE_USE_FSDP") and not _several():
+        raise ValueError(
+            "FSDP2 must have several processes, got one: launch it without FSDP, there is nothing to share"
+        )
 
 
 def launched(device: str | None) -> Accelerator | None:
@@ -81,9 +107,10 @@ def launched(device: str | None) -> Accelerator | None:
         ValueError: from check_engine; or it names one device for several processes.
     """
     check_engine()
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    check_several()
+    if not _several():
         return None
+    count = int(os.environ["WORLD_SIZE"])
     if device not in (None, "cpu"):
         raise ValueError(f"device must be cpu, or left to the {count} processes of the launch, got {device!r}")
     accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
@@ -96,21 +123,14 @@ def loading_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if fsdp_is_on() else device
 
 
-def _check_version(version: int) -> None:
-    if version != 2:
-        raise ValueError(f"fsdp_version must be 2, got {version} (FSDP1, and the default of accelerate): {LAUNCH}")
-
-
 def set_up_fsdp(accelerator: Accelerator) -> bool:
     """Have FSDP2, if it is asked for, keep gradients and outputs in fp32, and return True if it is.
 
     accelerate itself leaves processes on CPUs without FSDP, and rounds gradients and outputs to the dtype of the computation.
 
     Raises:
-        ValueError: it is to run DeepSpeed or FSDP1, or has no devices for FSDP2.
+        ValueError: there are no devices for FSDP2.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(f"DeepSpeed is not supported, got an accelerator with it: FSDP2 shards the same, {LAUNCH}")
     if accelerator.distributed_type == DistributedType.MULTI_CPU and fsdp_is_on():
         for shared in (AcceleratorState._shared_state, PartialState._shared_state):
             shared["distributed_type"] = DistributedType.FSDP
@@ -123,7 +143,6 @@ def set_up_fsdp(accelerator: Accelerator) -> bool:
         )
     if plugin is None:
         return False
-    _check_version(plugin.fsdp_version)
     computed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
     output = torch.float32 if computed else None  # without a cast of its inputs, the next layer needs them as they are
     plugin.mixed_precision_policy = MixedPrecisionPolicy(computed, torch.float32, output)
@@ -252,6 +271,15 @@ def gathered(own: T) -> list[T]:
     return found
 
 
+def _travels(error: Exception) -> bool:
+    """Return True for an exception that can be sent to other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
+
+
 def decided(decide: Callable[[], T]) -> T:
     """Return on every process what the first one decides, or raise its error. Collective."""
     rank, count = processes()
@@ -260,7 +288,7 @@ def decided(decide: Callable[[], T]) -> T:
         try:
             verdict[0] = decide()
         except Exception as error:
-            verdict[1] = error
+            verdict[1] = error if _travels(error) else RuntimeError(f"{type(error).__name__}: {error}")
     if count > 1:
         dist.broadcast_object_list(verdict)
     if verdict[1] is not None:

@@ -215,6 +215,8 @@ def _work(request: Request, sizes: _Sizes) -> Work:
         planned_launch(request.plan.accelerate_config, request.plan.dry_run or request.plan.world_size),
     )
     evaluates = bool(request.evaluation.eval_data) and str(training.eval_strategy) != "no"
+    if launch.fsdp and request.online and request.score.score_with == "ema":
+        raise ValueError("score_with must be policy or reference under FSDP2, got ema: the average is not sharded")
     samples = (request.online and request.rollout.group_size > 0) or evaluates
     second = request.online and not request.model.lora_rank and _reads_reference(loss, request.score)
     two_passes = request.online and (request.score.score_with != "policy" or request.score.entropy_clip < 1)

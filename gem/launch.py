@@ -95,9 +95,20 @@ def _from_file(path: str) -> Launch:
         raise ValueError(f"accelerate_config must have num_processes >= 1, got {processes!r} in {path}")
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU", "FSDP"):
         raise ValueError(f"accelerate_config must ask for FSDP, MULTI_GPU or NO, got distributed_type {kind} in {path}")
-    fsdp = _variables(content.get("fsdp_config") or {}) if kind == "FSDP" else {}
+    if content.get("parallelism_config"):
+        raise ValueError(
+            f"accelerate_config must not have a parallelism_config, got one in {path}: FSDP2 alone is supported"
+        )
+    given = content.get("fsdp_config") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"accelerate_config must have a mapping as fsdp_config, got {given!r} in {path}")
+    fsdp = _variables(given) if kind == "FSDP" else {}
     if kind == "FSDP" and fsdp.get("FSDP_VERSION") != "2":
         raise ValueError(f"accelerate_config must have fsdp_version 2, got {fsdp.get('FSDP_VERSION', '1')} in {path}")
+    if fsdp.get("FSDP_OFFLOAD_PARAMS") == "true":
+        raise ValueError(
+            f"accelerate_config must have fsdp_offload_params false, got true in {path}: shards stay on devices"
+        )
     return Launch(processes, fsdp, str(content.get("mixed_precision", "no")))
 
 

@@ -29,10 +29,8 @@ __all__ = ["join", "joining", "together"]
 HEAR = 5.0  # seconds to wait for the message that explains a broken collective, and for the hub to have passed one on
 GRACE = 10.0  # seconds from hearing of another's end until the process is ended
 LAST = 5.0  # seconds for what is done before the process is ended
-TEXT, NAME = (
-    1000,
-    100,
-)  # longest text and names of an end in characters; JSON writes one in up to 12 bytes (gem.hub.LINE)
+TEXT = 1000  # longest text of an end in characters, which JSON writes in up to 12 bytes each (gem.hub.LINE)
+NAME = 100  # longest name of an exception or a guard rail
 # Words of the errors of gloo and NCCL when another rank is gone.
 BROKEN = ("connection closed by peer", "connection reset by peer", "broken pipe", "gloo", "nccl", "processgroup")
 

@@ -36,6 +36,7 @@ from gem.config import GuardArguments, LossArguments, check
 from gem.data import Example, pack
 from gem.distributed import (
     check_engine,
+    check_several,
     fsdp_is_on,
     is_sharded,
     reshard,
@@ -65,7 +66,7 @@ from gem.score import longest_row
 from gem.special_tokens import KeepSpecialTokens
 from gem.stops import Diverged
 from gem.together import together
-from gem.training_flags import refuse_ignored
+from gem.training_flags import check_sharded, refuse_ignored
 from gem_kernels import IGNORE_INDEX, TokenStats
 
 __all__ = ["GEMTrainer", "Progress", "group_health"]
@@ -191,10 +192,11 @@ class GEMTrainer(Trainer):
                 f"torchrun --nproc_per_node {self.args.n_gpu}, or CUDA_VISIBLE_DEVICES=0"
             )
         check_engine()
+        check_several()
         super().create_accelerator_and_postprocess()
         self.is_fsdp_enabled = set_up_fsdp(self.accelerator)
-        if self.is_fsdp_enabled and self.average is not None:
-            raise ValueError("score_with must be policy or reference under FSDP2, got ema: the average is not sharded")
+        if self.is_fsdp_enabled:
+            check_sharded(self.args, averages=self.average is not None)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Create the scheduler as Trainer does.

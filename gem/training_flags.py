@@ -156,6 +156,35 @@ def refuse_ignored(args: Any, loss: str, *, evaluates: bool = True, defaults: Ma
     _check_ranges(present)
 
 
+def check_sharded(args: Any, *, averages: bool) -> None:
+    """Refuse what a training cannot do under FSDP2.
+
+    Args:
+        args: TrainingArguments.
+        averages: True with score_with=ema.
+
+    Raises:
+        ValueError: names the setting, and what to use.
+    """
+    if averages:
+        raise ValueError("score_with must be policy or reference under FSDP2, got ema: the average is not sharded")
+    if args.save_strategy == "no":
+        return
+    form = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    if args.save_only_model and form == "SHARDED_STATE_DICT":
+        raise ValueError(
+            "save_only_model must be false with fsdp_state_dict_type SHARDED_STATE_DICT, got true: FULL_STATE_DICT allows it"
+        )
+    if args.save_only_model and args.load_best_model_at_end:
+        raise ValueError("save_only_model must be false with load_best_model_at_end under FSDP2, got true")
+    stateless = str(getattr(args.optim, "value", args.optim)) == "sgd" and "momentum" not in (args.optim_args or "")
+    if stateless and form == "FULL_STATE_DICT":
+        raise ValueError(
+            "fsdp_state_dict_type must be SHARDED_STATE_DICT with optim=sgd, got FULL_STATE_DICT, from which torch loads no "
+            "optimizer without a state"
+        )
+
+
 def _refusal(name: str, default: Any, value: Any, why: str) -> ValueError:
     plain = getattr(value, "value", value)  # an enum's value
     return ValueError(f"{name} would do nothing and must be left at {default!r}, got {plain!r}: {why}")

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from gem.pipeline import GroupMaker
 from gem.reference import reference_for
 from gem.tasks import build_tokenizer
 from gem.trainer import GEMTrainer
+from gem.training_flags import check_sharded
 
 TIMEOUT = 150  # seconds; a process that waits for another would wait for ever
 STEPS, GROUPS = 2, 4  # groups of a step
@@ -391,6 +393,14 @@ LAUNCHES = {
     "DeepSpeed is not supported": {"ACCELERATE_USE_DEEPSPEED": "true"},
     "parallelism_config is not supported": {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"},
 }
+ON = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+OTHERWISE = {
+    "fsdp_offload_params must be false, got true": {"FSDP_OFFLOAD_PARAMS": "true"},
+    "fsdp_state_dict_type must be SHARDED_STATE_DICT or FULL_STATE_DICT, got 'LOCAL'": {
+        "FSDP_STATE_DICT_TYPE": "LOCAL"
+    },
+    "fsdp_version must be 2, got two": {"FSDP_VERSION": "two"},
+}
 
 
 @pytest.mark.parametrize("said", LAUNCHES)
@@ -400,6 +410,48 @@ def test_another_engine_is_refused_by_name(said: str, monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=rf"^{said}.*accelerate launch --config_file fsdp2\.yaml"):
         check_engine()
+
+
+@pytest.mark.parametrize("said", OTHERWISE)
+def test_fsdp2_as_it_does_not_run_here_is_refused(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**ON, **OTHERWISE[said]}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=rf"^{said}"):
+        check_engine()
+
+
+def test_one_process_has_nothing_to_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in ON.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for begin in (lambda: launched(None), lambda: make_trainer(tmp_path, LossArguments(), data=groups_of(llama(), 4))):
+        with pytest.raises(ValueError, match="^FSDP2 must have several processes, got one"):
+            begin()
+
+
+UNSAVED = {
+    "save_only_model must be false with fsdp_state_dict_type SHARDED": ("SHARDED", {"save_only_model": True}),
+    "save_only_model must be false with load_best": ("FULL", {"save_only_model": True, "load_best_model_at_end": True}),
+    "fsdp_state_dict_type must be SHARDED_STATE_DICT with optim=sgd": ("FULL", {"optim": "sgd"}),
+}
+
+
+@pytest.mark.parametrize("said", UNSAVED)
+def test_what_could_not_be_saved_is_refused_at_the_start(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form, settings = UNSAVED[said]
+    known = {
+        "save_strategy": "steps",
+        "save_only_model": False,
+        "load_best_model_at_end": False,
+        "optim": "adamw_torch",
+    }
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", f"{form}_STATE_DICT")
+    args = SimpleNamespace(optim_args=None, **{**known, **settings})
+    with pytest.raises(ValueError, match=f"^{said}"):
+        check_sharded(args, averages=False)
+    check_sharded(SimpleNamespace(optim_args=None, **known), averages=False)
+    with pytest.raises(ValueError, match="^score_with must be policy or reference under FSDP2, got ema"):
+        check_sharded(args, averages=True)
 
 
 def test_several_devices_for_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
