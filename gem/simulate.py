@@ -189,15 +189,39 @@ def _experts_grouped() -> Iterator[None]:
 
 
 @contextmanager
+def _unobserved() -> Iterator[None]:
+    """Keep hooks on all modules of the process, such as a profiler's, from seeing a model that is not there."""
+    hooks = (torch.nn.modules.module._global_forward_pre_hooks, torch.nn.modules.module._global_forward_hooks)
+    before = [dict(of_kind) for of_kind in hooks]
+    for of_kind in hooks:
+        of_kind.clear()
+    try:
+        yield
+    finally:
+        for of_kind, own in zip(hooks, before, strict=True):
+            of_kind.update(own)
+
+
+def _with_fake_memory(model: nn.Module) -> nn.Module:
+    """Return a model on the meta device with memory of the mode around the call."""
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(False)  # a fake tensor takes no real one's place
+    try:
+        return model.to_empty(device="cpu")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
+@contextmanager
 def _running(model: nn.Module, autocast: torch.dtype | None, masked: bool = True) -> Iterator[Live]:
     """Give the model fake memory for the block, in which what is made is counted."""
     live = Live(masked)
     casting: AbstractContextManager[Any] = torch.autocast("cpu", autocast) if autocast else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = model.to_empty(device="cpu") if next(model.parameters()).is_meta else model
+        fake = _with_fake_memory(model) if next(model.parameters()).is_meta else model
         for tensor in (*fake.parameters(), *fake.buffers()):
             live.overlook(tensor)
-        with _attention_by(live), _experts_grouped(), _masks_as_in_a_run(), live, casting:
+        with _unobserved(), _attention_by(live), _experts_grouped(), _masks_as_in_a_run(), live, casting:
             yield live
 
 
