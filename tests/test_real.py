@@ -584,16 +584,17 @@ def test_two_ranks_under_fsdp2_give_the_numbers_of_one(checkpoint: Path, folder:
     """Warm start, score, train, evaluate: each rank holds half of the state, and the numbers are those of one process."""
     rows = [json.loads(line) for line in Path("pairs.jsonl").read_text().splitlines()]
     Path("held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *rows[::-1]]))
-    model, sampling = ["--model", str(checkpoint)], ["--max_new_tokens", "8", "--rollout_batch_size", "2"]
+    model, sampling = ["--model", str(checkpoint)], ["--max_new_tokens", "8", "--rollout_batch_size", "4"]
     data = ["--data", "pairs.jsonl"]
     training = ["--max_steps", "2", "--use_cpu", "true", "--optim", "sgd", "--learning_rate", "1e-2"]
-    training += ["--save_strategy", "no", "--disable_tqdm", "true", "--gradient_accumulation_steps", "2"]
+    training += ["--save_strategy", "no", "--disable_tqdm", "true"]
     peaks = {}
     for ranks in (1, 2):
         batch = ["--per_device_train_batch_size", str(2 // ranks)]
         scored = [*model, *data, *sampling, "--group_size", "2", "--device", "cpu", "--output", f"groups-{ranks}.jsonl"]
         trained = [*model, *training, *batch, "--groups", "groups-1.jsonl", "--output_dir", f"gem-{ranks}"]
         evaluated = ["--model", f"gem-{ranks}", "--data", "held_out.jsonl", *sampling, "--device", "cpu"]
+        evaluated += ["--eval_samples", "0"]
         commands = [
             ["sft", *model, *data, *training, *batch, "--output_dir", f"sft-{ranks}"],
             ["score", *scored],
