@@ -617,4 +617,4 @@ def test_two_ranks_under_fsdp2_give_the_numbers_of_one(checkpoint: Path, folder:
             assert (a.score, a.weight) == pytest.approx((b.score, b.weight), abs=1e-3, nan_ok=True)
     one, two = (json.loads(Path(f"eval-{ranks}.json").read_text()) for ranks in (1, 2))
     assert two == pytest.approx(one, rel=1e-4)
-    assert max(own[2] for own in peaks[2]) < peaks[1][0][2] - 0.2  # half of the weights and gradients each, in train
+    assert max(own[2] for own in peaks[2]) < peaks[1][0][2] - 0.1  # half of the weights and gradients each, in train
