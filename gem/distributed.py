@@ -188,7 +188,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     does nothing.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [group for unit in units for group in _groups(unit)]
+    groups = [group for unit in units for group in parameter_groups(unit)]
     before = [group.post_forward_mesh_info for group in groups]
     if all(group.is_unsharded and mesh is None for group, mesh in zip(groups, before, strict=True)):
         yield
@@ -215,7 +215,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _groups(unit: FSDPModule) -> list[Any]:
+def parameter_groups(unit: FSDPModule) -> list[Any]:
     """Return the parameter groups of a unit of FSDP2, which has at most one in older releases of torch."""
     state: Any = unit._get_fsdp_state()
     found = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]

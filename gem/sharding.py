@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from gem.distributed import local_part, parameter_groups
 from gem.launch import alone
 
 
@@ -46,14 +47,6 @@ class Shards:
     units: tuple[Unit, ...] = ()
 
 
-def upcast_trained(model: nn.Module) -> nn.Module:
-    """Give trained parameters fp32 masters, as accelerate does under FSDP2 with mixed precision; frozen ones stay."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
-
-
 def shards_of(
     model: Any, processes: int = 1, fsdp: Mapping[str, str] | None = None, *, masters: bool = False
 ) -> Shards:
@@ -63,17 +56,15 @@ def shards_of(
         model: a transformers model, or a peft model around one, on the meta device.
         processes: one a device.
         fsdp: the variables FSDP_* of accelerate; None or none: each device has the whole model.
-        masters: True if trained parameters become fp32, which mixed precision does.
+        masters: True if trained parameters become fp32, as accelerate has it in mixed precision; frozen ones stay.
     """
     numel = sum(p.numel() for p in model.parameters())
     numel_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     units: tuple[Unit, ...] = ()
     if not fsdp:
         return Shards(*_held(model), numel, numel_trained)
-    if masters:
-        upcast_trained(model)
     with _fake_group(processes) as mesh:
-        _shard(model, mesh, fsdp)
+        _shard(model, mesh, fsdp, "bf16" if masters else "no")
         held, units = _held(model), tuple(_units(model))
     return Shards(*held, numel, numel_trained, units)
 
@@ -82,7 +73,7 @@ def _held(model: nn.Module) -> tuple[int, int, int]:
     """Return the bytes of the local parameters, of those that are trained, and of the largest of these."""
     sizes = []
     for parameter in model.parameters():
-        local: Any = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        local = local_part(parameter)
         sizes.append((local.numel() * local.element_size(), parameter.requires_grad))
     trained = [size for size, of_optimizer in sizes if of_optimizer]
     return sum(size for size, _ in sizes), sum(trained), max(trained, default=0)
@@ -107,7 +98,7 @@ def _fake_group(processes: int) -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-def _shard(model: nn.Module, mesh: Any, fsdp: Mapping[str, str]) -> None:
+def _shard(model: nn.Module, mesh: Any, fsdp: Mapping[str, str], mixed_precision: str) -> None:
     """Call what accelerate calls in `prepare`, with the plugin that it makes of its variables."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -115,12 +106,13 @@ def _shard(model: nn.Module, mesh: Any, fsdp: Mapping[str, str]) -> None:
     # Loading and checkpointing change no shard: without weights there is nothing to broadcast.
     with alone(**{**fsdp, "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_ACTIVATION_CHECKPOINTING": "false"}):
         plugin = FullyShardedDataParallelPlugin()
-        plugin.set_mixed_precision("bf16")
+        if mixed_precision != "no":
+            plugin.set_mixed_precision(mixed_precision)
         accelerator = SimpleNamespace(
             state=SimpleNamespace(fsdp_plugin=plugin),
             torch_device_mesh=mesh,
             parallelism_config=SimpleNamespace(fsdp_dim_names=["dp_shard_cp"]),
-            mixed_precision="bf16",
+            mixed_precision=mixed_precision,
             is_main_process=False,  # its log would need a real Accelerator
             device=torch.device("cpu"),
         )
@@ -133,12 +125,11 @@ def _units(model: Any) -> Iterator[Unit]:
     embedding = model.get_input_embeddings()
     seen: set[int] = set()
     for module in model.modules():
-        state: Any = module._get_fsdp_state() if isinstance(module, FSDPModule) else None
-        group = getattr(state, "_fsdp_param_group", None)
-        if group is None or id(group) in seen:  # a unit may consist of several modules
-            continue
-        seen.add(id(group))
-        sizes = [(math.prod(p._orig_size), p.sharded_param.requires_grad) for p in group.fsdp_params]
-        kept = not group._reshard_after_forward
-        first = module is embedding and not kept
-        yield Unit(sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), kept, first)
+        for group in parameter_groups(module) if isinstance(module, FSDPModule) else ():
+            if id(group) in seen:  # a unit may consist of several modules
+                continue
+            seen.add(id(group))
+            sizes = [(math.prod(p._orig_size), p.sharded_param.requires_grad) for p in group.fsdp_params]
+            kept = not group._reshard_after_forward
+            first = module is embedding and not kept
+            yield Unit(sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained), kept, first)

@@ -75,6 +75,12 @@ def test_a_tied_head_is_counted_once_and_stays_gathered() -> None:
     assert not any(unit.embedding for unit in shards.units)
 
 
+@pytest.mark.parametrize(("bf16", "size"), [(True, 4), (False, 2)])
+def test_bf16_weights_have_masters_in_mixed_precision_alone(bf16: bool, size: int) -> None:
+    of = plan(Work(partial(meta, tiny(), "bfloat16"), Launch(2, FSDP2), bf16=bf16, length=16, labelled=8))
+    assert of.shards.local == of.shards.trained == size * of.shards.numel // 2
+
+
 def test_adapters_alone_have_masters_gradients_and_a_state() -> None:
     work = Work(partial(meta, tiny(), "bfloat16", 4), Launch(2, FSDP2), bf16=True, length=16, labelled=8)
     of = plan(work)

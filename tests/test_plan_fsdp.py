@@ -62,7 +62,7 @@ def measured(vocabulary: int, checkpointing: bool, monkeypatch: pytest.MonkeyPat
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     live = Resized()
     with sharding._fake_group(DEVICES) as mesh:
-        sharding._shard(model, mesh, FSDP2)
+        sharding._shard(model, mesh, FSDP2, "bf16")
         for name in ("alloc_storage", "free_storage"):
             monkeypatch.setattr(fsdp_param, name, partial(live.resized, getattr(fsdp_param, name)))
         for parameter in model.parameters():
