@@ -18,9 +18,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from gem.distributed import state_form
 from gem.files import write_lines
 from gem.fingerprint import file_hash
+from gem.launch import state_form
 from gem.run_files import MANIFEST_FILE, STATE_FILE, has_manifest, numbered_checkpoints, read_object
 
 logger = logging.getLogger(__name__)

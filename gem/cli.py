@@ -37,7 +37,7 @@ from gem.config import (
 )
 from gem.explain import explain
 from gem.files import check_file, check_writable, write_lines
-from gem.launch import check_launched
+from gem.launch import check_engine, check_launched, fsdp_is_on
 from gem.runs import RunFolder, train_to_end
 from gem.settings import DEBUG_HELP, SUMMARIES, never_used, parse, raise_error
 from gem.signals import die_by, terminating
@@ -127,7 +127,7 @@ def _ends(model: ModelArguments, tokenizer: Any, stop: Sequence[str] = ()) -> An
 def _sft(argv: Sequence[str]) -> None:
     from transformers import TrainingArguments, set_seed
 
-    from gem.distributed import check_engine, fsdp_is_on, loading_device
+    from gem.distributed import loading_device
 
     check_engine()  # before TrainingArguments begin with it
     (model_args, data, loss, guard, training, planned), settings = parse(
@@ -165,10 +165,10 @@ def _sft(argv: Sequence[str]) -> None:
         train_to_end(trainer, None, run.resume)
 
 
-def _dry_run(*settings: Any, **more: Any) -> None:
+def _dry_run(*settings: Any) -> None:
     from gem.dry_run import Request, dry_run
 
-    dry_run(Request(*settings, **more))
+    dry_run(Request(*settings))
 
 
 def _check_tokenizer(run: RunFolder, arguments: ModelArguments, tokenizer: Any) -> None:
@@ -193,7 +193,7 @@ def _score(argv: Sequence[str]) -> None:
         GuardArguments, OutputArguments,
     )  # fmt: skip
     from gem.data import read_examples
-    from gem.distributed import awaits_shards, decided, fsdp_is_on, launched, shard_frozen
+    from gem.distributed import awaits_shards, decided, launched, shard_frozen
     from gem.fingerprint import model_hash, source_hash, tokenizer_hash
     from gem.generators import check_room
     from gem.groups import NO_INPUT, parse_shard
@@ -347,7 +347,7 @@ def _print_groups(path: Path, groups: Sequence[Any], guard: GuardArguments) -> N
 def _train(argv: Sequence[str]) -> None:
     from transformers import TrainingArguments, set_seed
 
-    from gem.distributed import check_engine, fsdp_is_on, loading_device
+    from gem.distributed import loading_device
 
     check_engine()  # before TrainingArguments begin with it
     parsed, settings = parse(
@@ -374,14 +374,8 @@ def _train(argv: Sequence[str]) -> None:
             f"expected either groups (a file) or data (online), got groups={groups_args.groups!r}, data={data.data!r}"
         )
     if planned.dry_run is not None:
-        more = {
-            "groups": groups_args.groups or "",
-            "unlabeled": unlabeled,
-            "rollout": rollout,
-            "score": score,
-            "rank": rank,
-        }
-        _dry_run("train", settings, planned, model_args, data, loss, training, evaluation=eval_args, **more)
+        of_groups = (groups_args.groups or "", unlabeled, rollout, score, rank, eval_args)
+        _dry_run("train", settings, planned, model_args, data, loss, training, *of_groups)
         return
     check_launched(planned.accelerate_config, ["train", *argv])
     if fsdp_is_on():

@@ -23,29 +23,12 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
-T = TypeVar("T")
+from gem.launch import check_engine, check_several, fsdp_is_on, several
 
-STATE_FORMS = (
-    "SHARDED_STATE_DICT",
-    "FULL_STATE_DICT",
-)  # in which FSDP2 saves its state; the first is accelerate's default
-LAUNCH = "accelerate launch --config_file fsdp2.yaml (examples/configs/llama3-8b-8xa100 has one)"
+T = TypeVar("T")
 
 
 # --- FSDP2 ------------------------------------------------------------------------------------------------------------
-
-
-def _is_set(name: str) -> bool:
-    return os.environ.get(name, "false").lower() == "true"
-
-
-def _several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def fsdp_is_on() -> bool:
-    """Return True if accelerate was launched to shard models over several processes."""
-    return _several() and _is_set("ACCELERATE_USE_FSDP")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -53,48 +36,9 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def state_form() -> str:
-    """Return the form in which FSDP2 saves its state in this launch, FULL_STATE_DICT or SHARDED_STATE_DICT; "" without it."""
-    return os.environ.get("FSDP_STATE_DICT_TYPE", STATE_FORMS[0]) if fsdp_is_on() else ""
-
-
-def takes_weights() -> bool:
-    """Return True for a process whose part of the weights comes from the first one: it need not read them."""
-    efficient = _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING")
-    return fsdp_is_on() and efficient and int(os.environ.get("RANK", "0")) > 0
-
-
 def awaits_shards(model: nn.Module) -> bool:
     """Return True for a model that accelerate has yet to shard: only the first process is sure to have its weights."""
     return fsdp_is_on() and not is_sharded(model)
-
-
-def check_engine() -> None:
-    """Check that accelerate was launched to shard by FSDP2, or not at all.
-
-    Raises:
-        ValueError: it is to run FSDP1, DeepSpeed, another parallelism, or FSDP2 with its shards elsewhere or in another form.
-    """
-    if _is_set("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(f"DeepSpeed is not supported, got a launch with it: FSDP2 shards the same state, {LAUNCH}")
-    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        raise ValueError(f"parallelism_config is not supported, got a launch with it: FSDP2 alone is, {LAUNCH}")
-    if not _is_set("ACCELERATE_USE_FSDP"):
-        return
-    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
-        raise ValueError(f"fsdp_version must be 2, got {version} (FSDP1, and the default of accelerate): {LAUNCH}")
-    if _is_set("FSDP_OFFLOAD_PARAMS"):
-        raise ValueError("fsdp_offload_params must be false, got true: the shards stay on the devices")
-    if (form := os.environ.get("FSDP_STATE_DICT_TYPE", STATE_FORMS[0])) not in STATE_FORMS:
-        raise ValueError(f"fsdp_state_dict_type must be {' or '.join(STATE_FORMS)}, got {form!r}")
-
-
-def check_several() -> None:
-    """Raise ValueError if accelerate was launched to shard a model over one process."""
-    if _is_set("ACCELERATE_USE_FSDP") and not _several():
-        raise ValueError(
-            "FSDP2 must have several processes, got one: launch it without FSDP, there is nothing to share"
-        )
 
 
 def launched(device: str | None) -> Accelerator | None:
@@ -108,7 +52,7 @@ def launched(device: str | None) -> Accelerator | None:
     """
     check_engine()
     check_several()
-    if not _several():
+    if not several():
         return None
     count = int(os.environ["WORLD_SIZE"])
     if device not in (None, "cpu"):

@@ -42,6 +42,7 @@ from gem.positions import check_positions
 from gem.runs import check_output
 from gem.score import longest_row
 from gem.sources import configs_of
+from gem.training_flags import NO_AVERAGE
 
 
 @dataclass
@@ -209,14 +210,11 @@ def _longest_prompt(groups: Sequence[Group]) -> int:
 
 
 def _work(request: Request, sizes: _Sizes) -> Work:
-    training, loss, launch = (
-        request.training,
-        request.loss,
-        planned_launch(request.plan.accelerate_config, request.plan.dry_run or request.plan.world_size),
-    )
+    training, loss, asked = request.training, request.loss, request.plan
+    launch = planned_launch(asked.accelerate_config, asked.dry_run or asked.world_size)
     evaluates = bool(request.evaluation.eval_data) and str(training.eval_strategy) != "no"
     if launch.fsdp and request.online and request.score.score_with == "ema":
-        raise ValueError("score_with must be policy or reference under FSDP2, got ema: the average is not sharded")
+        raise ValueError(NO_AVERAGE)
     samples = (request.online and request.rollout.group_size > 0) or evaluates
     second = request.online and not request.model.lora_rank and _reads_reference(loss, request.score)
     two_passes = request.online and (request.score.score_with != "policy" or request.score.entropy_clip < 1)

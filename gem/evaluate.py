@@ -6,7 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -201,13 +201,13 @@ class Evaluation:
         were seeded alike draws the same.
         """
         rank, count = processes()
+        whole: AbstractContextManager[None] = nullcontext()
         if isinstance(generator, TransformersGenerator):
-            batches = prompt_batches(prompts, n, self.rollout.rollout_batch_size)
+            batches, whole = prompt_batches(prompts, n, self.rollout.rollout_batch_size), whole_weights(generator.model)
         else:  # a server has its own
-            batches = [at for first in range(count) if (at := list(range(len(prompts)))[first::count])]
+            batches = [list(range(first, len(prompts), count)) for first in range(min(count, len(prompts)))]
         key = int(torch.randint(1 << 62, ()))
         drawn: dict[int, list[Completion]] = {}
-        whole = whole_weights(generator.model) if isinstance(generator, TransformersGenerator) else nullcontext()
         with whole:
             for first in range(0, len(batches), count):
                 own = batches[first + rank] if first + rank < len(batches) else []

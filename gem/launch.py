@@ -1,4 +1,4 @@
-"""How many processes train, and how they share the model: from `accelerate launch`, or from the file that it would read.
+"""How many processes run, and how they share the model: from `accelerate launch`, or from the file that it would read.
 
     accelerate launch --config_file fsdp2.yaml -m gem train --config train.yaml
 
@@ -30,6 +30,9 @@ _OF_A_LAUNCH = (
     "ACCELERATE_USE_FSDP",
 )
 
+# In which FSDP2 saves its state; the first is accelerate's default.
+STATE_FORMS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
+LAUNCH = "accelerate launch --config_file fsdp2.yaml (examples/configs/llama3-8b-8xa100 has one)"
 
 # What FSDP2 is if no file says otherwise: whole layers, freed behind their forward.
 FSDP2 = {
@@ -37,6 +40,70 @@ FSDP2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
+
+
+# --- the launch of this process ---------------------------------------------------------------------------------------
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"
+
+
+def several() -> bool:
+    """Return True for one of several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def fsdp_is_on() -> bool:
+    """Return True if accelerate was launched to shard models over several processes."""
+    return several() and _is_set("ACCELERATE_USE_FSDP")
+
+
+def state_form() -> str:
+    """Return the form in which FSDP2 saves its state in this launch, FULL_STATE_DICT or SHARDED_STATE_DICT; "" without it."""
+    return asked_form() if fsdp_is_on() else ""
+
+
+def asked_form() -> str:
+    """Return the form in which FSDP2 saves its state, if it runs."""
+    return os.environ.get("FSDP_STATE_DICT_TYPE", STATE_FORMS[0])
+
+
+def takes_weights() -> bool:
+    """Return True for a process whose part of the weights comes from the first one: it need not read them."""
+    efficient = _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    return fsdp_is_on() and efficient and int(os.environ.get("RANK", "0")) > 0
+
+
+def check_engine() -> None:
+    """Check that accelerate was launched to shard by FSDP2, or not at all.
+
+    Raises:
+        ValueError: it is to run FSDP1, DeepSpeed, another parallelism, or FSDP2 with its shards elsewhere or in another form.
+    """
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(f"DeepSpeed is not supported, got a launch with it: FSDP2 shards the same state, {LAUNCH}")
+    if _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        raise ValueError(f"parallelism_config is not supported, got a launch with it: FSDP2 alone is, {LAUNCH}")
+    if not _is_set("ACCELERATE_USE_FSDP"):
+        return
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise ValueError(f"fsdp_version must be 2, got {version} (FSDP1, and the default of accelerate): {LAUNCH}")
+    if _is_set("FSDP_OFFLOAD_PARAMS"):
+        raise ValueError("fsdp_offload_params must be false, got true: the shards stay on the devices")
+    if (form := asked_form()) not in STATE_FORMS:
+        raise ValueError(f"fsdp_state_dict_type must be {' or '.join(STATE_FORMS)}, got {form!r}")
+
+
+def check_several() -> None:
+    """Raise ValueError if accelerate was launched to shard a model over one process."""
+    if _is_set("ACCELERATE_USE_FSDP") and not several():
+        raise ValueError(
+            "FSDP2 must have several processes, got one: launch it without FSDP, there is nothing to share"
+        )
+
+
+# --- the launch that is planned ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -66,7 +133,7 @@ def planned_launch(file: str | None, processes: int = 0) -> Launch:
         ValueError: there is no such file, or it asks for what the trainer cannot do.
     """
     found = _from_file(file) if file else Launch()
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if _is_set("ACCELERATE_USE_FSDP"):
         fsdp = {name: value for name, value in os.environ.items() if name.startswith("FSDP_")}
         found = Launch(found.processes, fsdp, os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     number = processes or int(os.environ.get("WORLD_SIZE", "0")) or found.processes
@@ -79,7 +146,7 @@ def check_launched(file: str | None, command: Sequence[str]) -> None:
     Raises:
         ValueError: the file asks for FSDP, and accelerate has not launched this process with it; the message has the command.
     """
-    if file and _from_file(file).fsdp and os.environ.get("ACCELERATE_USE_FSDP", "").lower() != "true":
+    if file and _from_file(file).fsdp and not _is_set("ACCELERATE_USE_FSDP"):
         line = " ".join(["accelerate launch --config_file", file, "-m gem", *command])
         raise ValueError(f"accelerate_config must be what accelerate has read, got {file}, which asks for FSDP: {line}")
 

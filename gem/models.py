@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gem.config import ModelArguments
-from gem.distributed import takes_weights
 from gem.ends import Ends, ends_of, model_ends
 from gem.finite import not_finite_weights
+from gem.launch import takes_weights
 from gem.loading import loading
 from gem.sources import (
     MODEL_SOURCES,
@@ -23,6 +23,7 @@ from gem.sources import (
     gguf_file,
     pretrained,
     tokenizer_of,
+    with_new_adapters,
     without_weights,
 )
 from gem.special_tokens import check_savable, settle_ends
@@ -121,12 +122,7 @@ def load_model(arguments: ModelArguments, tokenizer: Any, device: torch.device |
     _check_vocabulary(model, tokenizer)
     settle_ends(model, tokenizer, scratch=scratch, add_end=arguments.eos_token is not None)
     check_savable(model)
-    if arguments.lora_rank:
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(r=arguments.lora_rank, lora_alpha=2 * arguments.lora_rank, target_modules="all-linear")
-        model = get_peft_model(model, lora)
-    model = placed(model, device)
+    model = placed(with_new_adapters(model, arguments.lora_rank), device)
     if not takes_weights() and (problem := not_finite_weights(model)):
         raise ValueError(f"model must have finite weights, got {problem} in {arguments.model!r}")
     return cast(nn.Module, model)

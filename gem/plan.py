@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from gem.launch import Launch
 from gem.sharding import Shards, shards_of
 from gem.simulate import Cost, forward_pass, training_pass
+from gem.sources import with_new_adapters
 
 GIB = 1 << 30
 
@@ -181,21 +182,13 @@ def on_meta(config: Any, dtype: str, lora_rank: int = 0) -> Any:
     """
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
-    return _with_adapters(model, lora_rank)
+    return with_new_adapters(model, lora_rank)
 
 
 def alike(model: Any, lora_rank: int = 0) -> Any:
     """Return a model without memory of the class, config and dtype of a transformers model, with new adapters on request."""
     with torch.device("meta"):
-        return _with_adapters(type(model)(copy.deepcopy(model.config)).to(model.dtype), lora_rank)
-
-
-def _with_adapters(model: Any, lora_rank: int) -> Any:
-    if not lora_rank:
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear"))
+        return with_new_adapters(type(model)(copy.deepcopy(model.config)).to(model.dtype), lora_rank)
 
 
 # --- the head ---------------------------------------------------------------------------------------------------------
@@ -240,6 +233,14 @@ def _standing(work: Work, shards: Shards) -> dict[str, int]:
     return parts
 
 
+def _with_gradients(work: Work, shards: Shards) -> dict[str, int]:
+    """Return what is there once the gradients are."""
+    parts = {**_standing(work, shards), "gradients": shards.trained}
+    if work.launch.processes > 1 and not work.sharded:
+        parts["gradient buckets"] = shards.trained  # DistributedDataParallel copies gradients into its buckets
+    return parts
+
+
 def _training(work: Work, model: Any, shards: Shards) -> tuple[Phase, Cost]:
     """Return the phase of forward and backward, and the cost of one micro-batch."""
     grow = "grow" if work.accumulation == 1 else "present"
@@ -255,9 +256,7 @@ def _training(work: Work, model: Any, shards: Shards) -> tuple[Phase, Cost]:
     )
     # Gradients that grow while activations go never meet all of them: what the peak has beyond them is activations.
     activations = cost.peak - (shards.trained if not work.sharded and grow == "grow" else 0)
-    parts = {**_standing(work, shards), "gradients": shards.trained}
-    if work.launch.processes > 1 and not work.sharded:
-        parts["gradient buckets"] = shards.trained  # DistributedDataParallel copies gradients into its buckets
+    parts = _with_gradients(work, shards)
     if work.sharded:
         parts["gathered units"] = _gathered(work, shards, activations)
     parts["activations and head"] = max(0, activations)
@@ -291,12 +290,9 @@ def _gathered(work: Work, shards: Shards, activations: int) -> int:
 
 def _update(work: Work, shards: Shards) -> Phase:
     """Return the phase of the optimizer's step."""
-    parts = {**_standing(work, shards), "gradients": shards.trained}
-    if work.launch.processes > 1 and not work.sharded:
-        parts["gradient buckets"] = shards.trained
-    if (
-        work.optim != "adamw_torch_fused" and STATES[work.optim]
-    ):  # roots of the second means: of all on a GPU, or one by one
+    parts = _with_gradients(work, shards)
+    if work.optim != "adamw_torch_fused" and STATES[work.optim]:
+        # Roots of the second means: of all on a GPU, or one by one.
         parts["temporaries"] = shards.trained if work.gpu else shards.largest
     return Phase("update", parts)
 

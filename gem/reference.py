@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from gem.config import LossArguments, ScoreArguments
-from gem.distributed import awaits_shards, is_sharded, takes_weights
+from gem.distributed import awaits_shards, is_sharded
 from gem.group import ROLES, Group, Member
 from gem.head import completion_stats, ensure_fused, undisturbed
 from gem.head.trial import trial_tokens
+from gem.launch import takes_weights
 from gem.losses import reads_reference
 from gem.score import group_stats
 
@@ -98,14 +99,16 @@ class Computed:
         def is_human(member: Member) -> bool:
             return member.role != "candidate" and missing(member)
 
-        keyed = {_key(group, is_human): group for group in groups if any(map(is_human, group.members))}
-        unknown = {key: group for key, group in keyed.items() if key not in self._human}
-        alone = iter(group_stats(model, list(unknown.values()), self.batch_tokens, wanted=is_human, apart=True))
-        for key, group in unknown.items():
-            self._human[key] = [next(alone).logprob for member in group.members if is_human(member)]
-        for group in groups:
-            human = [member for member in group.members if is_human(member)]
-            for member, logprob in zip(human, self._human[_key(group, is_human)] if human else (), strict=True):
+        answers = [(group, [m for m in group.members if is_human(m)]) for group in groups]
+        keyed = [(_key(group, human), group, human) for group, human in answers if human]
+        unknown = {key: (group, human) for key, group, human in keyed if key not in self._human}
+        alone = iter(
+            group_stats(model, [g for g, _ in unknown.values()], self.batch_tokens, wanted=is_human, apart=True)
+        )
+        for key, (_, human) in unknown.items():
+            self._human[key] = [next(alone).logprob for _ in human]
+        for key, _, human in keyed:
+            for member, logprob in zip(human, self._human[key], strict=True):
                 member.logprobs = logprob.tolist()
 
 
@@ -113,10 +116,9 @@ def _lacks(wanted: Wanted, member: Member) -> bool:
     return not member.logprobs and wanted(member)
 
 
-def _key(group: Group, wanted: Wanted) -> bytes:
-    """Return what the log-probs of the wanted members of a group depend on, hashed."""
-    sequences = [group.sequence(member) for member in group.members if wanted(member)]
-    return hashlib.sha256(repr(sequences).encode()).digest()
+def _key(group: Group, members: Sequence[Member]) -> bytes:
+    """Return what the log-probs of members of a group depend on, hashed."""
+    return hashlib.sha256(repr([group.sequence(member) for member in members]).encode()).digest()
 
 
 class AdapterOff(Computed):

@@ -66,9 +66,8 @@ def token_stats(
     batches = [[run[i] for i in at] for run in runs for at in _batches([lengths[i] for i in run], batch_tokens)]
     rank, count = processes() if shared else (0, 1)
     own = batches[rank::count]
-    idle = (
-        most(len(own)) - len(own) if is_sharded(model) else 0
-    )  # forwards that the others make, and this process must too
+    # Forwards that the others make, and this process must too.
+    idle = most(len(own)) - len(own) if is_sharded(model) else 0
     results: dict[int, HeadStats] = {}
     with undisturbed(model), tqdm(total=len(sequences), desc=progress, disable=progress is None, leave=False) as bar:
         for at in own:

@@ -214,6 +214,15 @@ def adapted(source: str, model_class: Any = AutoModelForCausalLM, **options: Any
             return PeftModel.from_pretrained(model, source)
 
 
+def with_new_adapters(model: Any, rank: int) -> Any:
+    """Return a model with LoRA of that rank on all its linear layers but the lm_head; the model itself for 0."""
+    if not rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
 def _check_chain(source: str) -> None:
     """Check that adapters of adapters of ... lead to a base.
 

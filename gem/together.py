@@ -233,13 +233,11 @@ class _Watch:
 
     def _end_process(self, error: Exception) -> NoReturn:
         """Say why on stderr, do what on_stuck asks for, and end the process."""
-        bars = getattr(
-            getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ()
-        )  # open ones, that end without "\n"
+        # Open progress bars end without "\n".
+        bars = getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())
         line = f"gem-kernels: {' '.join(str(error).split())}\n"
-        os.write(
-            2, (("\n" if len(bars) else "") + line).encode()
-        )  # the thread that is stuck may hold the lock of sys.stderr
+        # Not by sys.stderr, whose lock the thread that is stuck may hold.
+        os.write(2, (("\n" if len(bars) else "") + line).encode())
         last = threading.Thread(target=self._last, args=(error,), daemon=True)
         last.start()
         last.join(LAST)

@@ -35,9 +35,6 @@ from gem.checkpoints import newest_checkpoint, write_manifest
 from gem.config import GuardArguments, LossArguments, check
 from gem.data import Example, pack
 from gem.distributed import (
-    check_engine,
-    check_several,
-    fsdp_is_on,
     is_sharded,
     reshard,
     saved_whole,
@@ -54,6 +51,7 @@ from gem.guard import CollapseGuard, SoundWeights, check_gradients, check_weight
 from gem.head import completion_stats, fuse_lm_head, fused_head, router_usage, unwrapped
 from gem.head.router import adds_router_loss
 from gem.health import Health, Progress, group_health
+from gem.launch import check_engine, check_several, fsdp_is_on
 from gem.losses import group_loss, reads, reads_reference
 from gem.noise import active_noise
 from gem.pipeline import GroupMaker

@@ -12,11 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from gem.launch import asked_form
+
 EVALUATION = "evaluation is gem's own; eval_limit, eval_samples, rollout_batch_size and score_tokens steer it"
 DISTRIBUTED = (
     "several processes train by DistributedDataParallel (torchrun --nproc_per_node N -m gem ...), or by FSDP2 "
     "(accelerate launch --config_file fsdp2.yaml -m gem ...)"
 )
+NO_AVERAGE = "score_with must be policy or reference under FSDP2, got ema: the average is not sharded"
 COMMAND = "what is done is the command's business"
 
 # Settings that never have an effect: name -> reason, and what to use instead.
@@ -167,10 +170,10 @@ def check_sharded(args: Any, *, averages: bool) -> None:
         ValueError: names the setting, and what to use.
     """
     if averages:
-        raise ValueError("score_with must be policy or reference under FSDP2, got ema: the average is not sharded")
+        raise ValueError(NO_AVERAGE)
     if args.save_strategy == "no":
         return
-    form = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    form = asked_form()
     if args.save_only_model and form == "SHARDED_STATE_DICT":
         raise ValueError(
             "save_only_model must be false with fsdp_state_dict_type SHARDED_STATE_DICT, got true: FULL_STATE_DICT allows it"

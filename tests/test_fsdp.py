@@ -33,9 +33,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 
 from gem.config import EvalArguments, GuardArguments, LossArguments, RankArguments, RolloutArguments, ScoreArguments
 from gem.data import Example
-from gem.distributed import check_engine, fsdp_is_on, is_sharded, launched, processes
+from gem.distributed import is_sharded, launched, processes
 from gem.evaluate import Evaluation
 from gem.generators import TransformersGenerator
+from gem.launch import check_engine, fsdp_is_on
 from gem.pipeline import GroupMaker
 from gem.reference import reference_for
 from gem.tasks import build_tokenizer

@@ -38,10 +38,11 @@ KERNELS: list[set[str]] = [
 """Levels of gem_kernels, lowest first; "" is the package itself, and `dispatch` knows the implementations that ops ask for."""
 
 GEM: list[set[str]] = [
+    {"files"},
+    {"launch"},
     {"distributed"},
     {
         "config",
-        "files",
         "decoding",
         "problems",
         "tokens",
@@ -55,7 +56,7 @@ GEM: list[set[str]] = [
         "hub",
         "simulate",
     },
-    {"loading", "explain", "signals", "evidence.config", "launch"},
+    {"loading", "explain", "signals", "evidence.config"},
     {
         "settings",
         "sources",
